@@ -1,0 +1,43 @@
+# Install rules: headers, exported targets for find_package(compresskv), and pkg-config files.
+
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/compresskv")
+# Nothing here depends on the architecture, so a noarch package may hold it all.
+set(pkgconfig_dir "${CMAKE_INSTALL_DATADIR}/pkgconfig")
+
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/compresskv" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
+        FILES_MATCHING PATTERN "*.hpp")
+
+install(TARGETS compresskv EXPORT compresskv_targets)
+install(EXPORT compresskv_targets NAMESPACE compresskv:: FILE compresskv-targets.cmake DESTINATION "${package_dir}")
+if(TARGET compresskv_io)
+  # A file of its own: the online part must stay usable where nlohmann_json is not installed.
+  install(TARGETS compresskv_io EXPORT compresskv_io_targets)
+  install(EXPORT compresskv_io_targets NAMESPACE compresskv:: FILE compresskv-io-targets.cmake
+          DESTINATION "${package_dir}")
+endif()
+
+configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/compresskv-config.cmake.in"
+  "${PROJECT_BINARY_DIR}/compresskv-config.cmake" INSTALL_DESTINATION "${package_dir}")
+write_basic_package_version_file("${PROJECT_BINARY_DIR}/compresskv-config-version.cmake"
+  COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
+install(FILES "${PROJECT_BINARY_DIR}/compresskv-config.cmake"
+              "${PROJECT_BINARY_DIR}/compresskv-config-version.cmake" DESTINATION "${package_dir}")
+
+# The prefix is given relative to the file, so that an installed tree may be moved. An absolute
+# CMAKE_INSTALL_INCLUDEDIR cannot move with it and is written as it is.
+file(RELATIVE_PATH pkgconfig_to_prefix "/${pkgconfig_dir}" "/")
+string(REGEX REPLACE "/$" "" pkgconfig_to_prefix "${pkgconfig_to_prefix}")
+if(IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
+  set(pkgconfig_includedir "${CMAKE_INSTALL_INCLUDEDIR}")
+else()
+  set(pkgconfig_includedir "\${prefix}/${CMAKE_INSTALL_INCLUDEDIR}")
+endif()
+configure_file("${PROJECT_SOURCE_DIR}/cmake/compresskv.pc.in" "${PROJECT_BINARY_DIR}/compresskv.pc" @ONLY)
+install(FILES "${PROJECT_BINARY_DIR}/compresskv.pc" DESTINATION "${pkgconfig_dir}")
+if(TARGET compresskv_io)
+  configure_file("${PROJECT_SOURCE_DIR}/cmake/compresskv-io.pc.in" "${PROJECT_BINARY_DIR}/compresskv-io.pc" @ONLY)
+  install(FILES "${PROJECT_BINARY_DIR}/compresskv-io.pc" DESTINATION "${pkgconfig_dir}")
+endif()

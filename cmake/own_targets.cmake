@@ -1,0 +1,20 @@
+# Flags of the executables that this project builds for itself. They hang on targets, never on the directory or the
+# cache, so that a project that adds this one sees none of them; the library's INTERFACE target carries none either.
+
+add_library(compresskv_own_flags INTERFACE)
+target_compile_features(compresskv_own_flags INTERFACE cxx_std_20)
+target_compile_options(compresskv_own_flags INTERFACE
+  -Wall -Wextra -Wconversion -Wshadow
+  $<$<BOOL:${COMPRESSKV_WARNINGS_AS_ERRORS}>:-Werror>)
+if(COMPRESSKV_SANITIZE)
+  target_compile_options(compresskv_own_flags INTERFACE
+    -fsanitize=${COMPRESSKV_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+  target_link_options(compresskv_own_flags INTERFACE -fsanitize=${COMPRESSKV_SANITIZE})
+endif()
+
+# The engine and all that links it are built whole for this machine. Eigen's types change alignment with the
+# instruction set, so mixing flags inside one program would break the one-definition rule.
+add_library(compresskv_engine_flags INTERFACE)
+target_link_libraries(compresskv_engine_flags INTERFACE compresskv_own_flags)
+target_compile_options(compresskv_engine_flags INTERFACE -march=native $<$<CONFIG:Release,RelWithDebInfo>:-O3>)
+
