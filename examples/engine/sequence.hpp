@@ -1,0 +1,165 @@
+// One sequence being generated: its cache, and the forward pass over a model's weights.
+//
+//   Sequence sequence{model, {.kv_type = KvType::f32}};
+//   auto logits = sequence.prefill(prompt, {.window = 8, .on_layer = [&](LayerView& layer) { ...
+//   layer.shrink(n); }}); for (position = next_position; ...; ++position) logits = sequence.decode(token,
+//   position);
+//
+// Prefill goes layer by layer over the whole prompt. A layer's cache is complete when `on_layer` sees it, and
+// what the callback gives up is freed before the next layer starts: one full layer is alive at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kv_cache.hpp"
+#include "model.hpp"
+
+namespace engine {
+
+/// A layer at the end of its prefill, as `PrefillOptions::on_layer` sees it. Valid during the callback alone.
+class LayerView {
+ public:
+  int layer = 0;
+  KvType type = KvType::f32;
+  int heads = 0;  ///< query heads
+  int kv_heads = 0;
+  int head_dim = 0;
+  std::size_t rows = 0;            ///< of every KV head: the prompt's length; row == position here
+  std::size_t allocated_rows = 0;  ///< rows from one KV head to the next
+  std::size_t window = 0;          ///< queries per head: min(PrefillOptions::window, rows)
+  const float* queries =
+      nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last `window` prompt tokens
+
+  /// [kv_heads][allocated_rows][head_dim], post-RoPE; T must be the element type of `type`.
+  template <typename T>
+  T* keys() const {
+    return cache_->keys<T>(0);
+  }
+  template <typename T>
+  T* values() const {
+    return cache_->values<T>(0);
+  }
+
+  /// The callback has moved the rows it keeps to the front: every KV head holds `rows` now. The layer's
+  /// memory is cut to that when the callback returns. Throws Error for more rows than there are.
+  void shrink(std::size_t rows_kept);
+  /// The same with one length per KV head, [kv_heads].
+  void shrink(std::span<const std::size_t> rows_kept);
+
+  /// A copy of the layer's cache, to be compressed instead of it: from here on every decode step runs this
+  /// layer's attention on both and tells `Hooks::shadow`; the hidden state that goes on is that of the cache
+  /// itself. The first call makes the copy.
+  LayerView& shadow();
+
+ private:
+  friend class Sequence;
+  LayerCache* cache_ = nullptr;
+  std::vector<std::size_t> kept_;  // empty: all
+  std::unique_ptr<LayerView> shadow_;
+  std::optional<LayerCache> shadow_cache_;
+};
+
+struct PrefillOptions {
+  std::size_t window = 8;                    ///< queries kept for `LayerView::queries`
+  std::function<void(LayerView&)> on_layer;  ///< after each layer; may throw to stop
+  /// Asked for: the logits of all positions, a tile at a time, ascending: [tokens][vocabulary] from `first`
+  /// on.
+  std::function<void(std::size_t first, const Matrix& logits)> on_logits;
+};
+
+/// What a caller may watch; each costs time only where it is set.
+struct Hooks {
+  /// Softmax row of one query head over the rows of its KV head (row == position in prefill). Called for the
+  /// last prompt token in prefill (its query produces the first generated token), before on_layer, and for
+  /// each decoded token, in order of layer and head.
+  std::function<void(int layer, int head, std::span<const float> row)> attention;
+  /// At each decode step, for layers with a shadow: the attention block's output after the output projection,
+  /// [embedding], from the layer's cache and from its shadow.
+  std::function<void(int layer, std::span<const float> full, std::span<const float> shadow)> shadow;
+};
+
+struct SequenceOptions {
+  KvType kv_type = KvType::f32;
+};
+
+class Sequence;
+
+/// One step of one sequence: feed `token` at its true position. Position, not row: rows may have been
+/// evicted.
+struct DecodeStep {
+  Sequence* sequence = nullptr;
+  TokenId token = 0;
+  std::size_t position = 0;
+};
+
+/// Advances several sequences of one model with one pass over the weights. Each sequence's logits() are then
+/// those of its token, bit for bit what decoding it alone gives. Throws Error before anything changes: no
+/// steps, a null or repeated sequence, different models, a token out of the vocabulary, a position out of the
+/// context, no prefill.
+void decode_batch(std::span<const DecodeStep> steps);
+
+/// Movable; the model must outlive it. Not for use by two threads at once.
+class Sequence {
+ public:
+  explicit Sequence(const Model& model, SequenceOptions options = {});
+
+  /// Runs the prompt; returns the last token's logits, [vocabulary], valid until the next call.
+  /// Throws Error for an empty prompt, one longer than the context (with both numbers), a token out of the
+  /// vocabulary, or a sequence that already holds a prompt. Where a callback throws, the sequence is empty
+  /// again.
+  std::span<const float> prefill(std::span<const TokenId> tokens, const PrefillOptions& options = {});
+
+  /// Feeds one token at its true position; returns the logits that follow it. See decode_batch.
+  std::span<const float> decode(TokenId token, std::size_t position);
+
+  /// A deep copy, cache included: several continuations of one prompt. Hooks are not copied.
+  Sequence clone() const;
+
+  std::span<const float> logits() const { return {logits_.data(), static_cast<std::size_t>(logits_.size())}; }
+  Hooks& hooks() { return hooks_; }
+  const Model& model() const { return *model_; }
+  KvType kv_type() const { return options_.kv_type; }
+  std::size_t prompt_tokens() const { return prompt_tokens_; }
+  std::size_t next_position() const { return next_position_; }  ///< one after the last token fed
+
+  const LayerCache& cache(int layer) const { return caches_[static_cast<std::size_t>(layer)]; }
+  std::size_t rows(int layer, int kv_head) const { return cache(layer).rows(kv_head); }
+
+  /// Bytes of cache allocated now (shadows not counted), the most since construction, and the most up to the
+  /// end of prefill. Allocations are exact at the end of prefill: the sum of all layers' rows.
+  std::size_t cache_bytes() const { return meter_.current; }
+  std::size_t peak_cache_bytes() const { return meter_.peak; }
+  std::size_t prefill_peak_cache_bytes() const { return prefill_peak_; }
+
+  /// Bytes of cache that `tokens` tokens take in all layers when nothing is evicted.
+  static std::size_t full_cache_bytes(const ModelConfig& config, KvType type, std::size_t tokens);
+
+  /// Room for `tokens` more tokens in every layer, so that decoding need not grow the cache. Optional.
+  void reserve(std::size_t tokens);
+
+ private:
+  friend void decode_batch(std::span<const DecodeStep> steps);
+
+  void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
+  void clear();
+
+  const Model* model_;
+  SequenceOptions options_;
+  Hooks hooks_;
+  CacheMeter meter_;
+  CacheMeter shadow_meter_;
+  std::vector<LayerCache> caches_;                  // [layers]
+  std::vector<std::optional<LayerCache>> shadows_;  // [layers]
+  std::size_t prompt_tokens_ = 0;
+  std::size_t next_position_ = 0;
+  std::size_t prefill_peak_ = 0;
+  Vector logits_;  // [vocabulary]
+};
+
+}  // namespace engine
