@@ -1,0 +1,3 @@
+#include <compresskv/io/calibration_files.hpp>
+
+int main() {}
