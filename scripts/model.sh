@@ -26,6 +26,8 @@ mkdir -p "$folder"
 # run at the same time can leave half a file under the final name.
 partial="$(mktemp -d "$folder/partial.XXXXXX")"
 trap 'rm -rf "$partial"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   say "making a Python environment in $venv"
