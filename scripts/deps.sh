@@ -67,7 +67,7 @@ if $is_debian; then
     export DEBIAN_FRONTEND=noninteractive
     # One source that cannot be reached need not matter; if it does, the installation below says so.
     apt-get update -q >&2 || say "apt-get update failed; going on with the package lists that are there"
-    apt-get install -q -y --no-install-recommends "${missing[@]}" >&2
+    apt-get -o DPkg::Lock::Timeout=120 install -q -y --no-install-recommends "${missing[@]}" >&2
   fi
 else
   for i in "${!packages[@]}"; do
