@@ -1,0 +1,39 @@
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <span>
+
+#include "compresskv/core/budget.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/shape.hpp"
+
+namespace compresskv::budget {
+
+/// What an allocator shares out: `per_layer * capacities.size()` rows, each layer within
+/// `[min(window, tokens), tokens]`.
+struct Allowance {
+  std::size_t per_layer = 0;  ///< p, mean rows a layer, below `tokens`
+  std::size_t window = 0;     ///< w
+  std::size_t tokens = 0;     ///< S
+};
+
+/// A way to turn a total into one capacity a layer.
+///
+/// | member | meaning |
+/// | --- | --- |
+/// | `reach` | what it must have seen before a layer can shrink |
+/// | `budget()` | the user's total |
+/// | `validate(shape)` | throws when it does not fit the model |
+/// | `allocate(allowance, capacities)` | whole rows that sum to the total exactly; throws when bounds forbid
+/// it |
+template <class A>
+concept Allocator = std::copyable<A> && requires(const A& allocator, const ModelShape& shape,
+                                                 const Allowance& allowance, std::span<std::size_t> rows) {
+  { A::reach } -> std::same_as<const Reach&>;
+  { allocator.budget() } -> std::convertible_to<Budget>;
+  allocator.validate(shape);
+  allocator.allocate(allowance, rows);
+};
+
+}  // namespace compresskv::budget

@@ -1,0 +1,37 @@
+#pragma once
+
+/// compresskv: shrinks the KV cache of large language models inside any C++ engine.
+///
+/// This header is the table of contents of the online part; each header below also compiles alone. Data flows
+/// one way: view -> kernel -> score -> select -> compact, budgets beside it.
+///
+/// Files (rankings, layer errors): compresskv/io/calibration_files.hpp. Calibration: compresskv/calibrate/.
+
+#include "compresskv/core/version.hpp"
+
+// What a model and a budget are
+#include "compresskv/core/budget.hpp"
+#include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/head_scores.hpp"
+#include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/shape.hpp"
+
+// The engine's memory, and what shows the window's attention
+#include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/observation.hpp"
+#include "compresskv/view/query_window.hpp"
+#include "compresskv/view/strided_kv.hpp"
+
+// Methods
+#include "compresskv/budget/error_aware.hpp"
+#include "compresskv/budget/uniform.hpp"
+#include "compresskv/score/semantic_retrieval.hpp"
+#include "compresskv/score/streaming_llm.hpp"
+#include "compresskv/select/shared_top_k.hpp"
+
+// The calls that an engine makes
+#include "compresskv/compressor.hpp"
+
+// Attention over a cache, full or compressed
+#include "compresskv/kernel/decode_attention.hpp"

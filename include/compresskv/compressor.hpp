@@ -1,0 +1,372 @@
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "compresskv/budget/allocator.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/executor.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/retained.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/selection.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/row_moves.hpp"
+#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/score/scorer.hpp"
+#include "compresskv/select/selector.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/observation.hpp"
+
+namespace compresskv {
+
+/// What to do for a model: a scorer, a selector and an allocator, made once, immutable, shared by all
+/// sequences and threads.
+///
+/// A selector that cannot use the scorer's granularity does not compile.
+template <score::Scorer S, select::Selector T, budget::Allocator A>
+class Plan {
+ public:
+  using scorer_type = S;
+  static constexpr Reach reach = furthest(S::reach, T::reach, A::reach);
+
+  static_assert(T::accepts(S::granularity),
+                "this selector cannot use scores of this scorer's granularity: a shared selector needs one "
+                "row a layer, "
+                "a per-head selector one row a KV head");
+
+  /// Throws ArgumentError when a policy does not fit the model, or the budget cannot hold the window.
+  Plan(const ModelShape& shape, S scorer, T selector, A allocator)
+      : shape_(shape),
+        scorer_(std::move(scorer)),
+        selector_(std::move(selector)),
+        allocator_(std::move(allocator)) {
+    shape_.validate();
+    scorer_.validate(shape_);
+    allocator_.validate(shape_);
+    allocator_.budget().validate(scorer_.window(), shape_);
+  }
+
+  const ModelShape& shape() const { return shape_; }
+  const S& scorer() const { return scorer_; }
+  const T& selector() const { return selector_; }
+  const A& allocator() const { return allocator_; }
+
+ private:
+  ModelShape shape_;
+  S scorer_;
+  T selector_;
+  A allocator_;
+};
+
+/// Stands for the keys or the observation where a scorer needs none.
+struct NotGiven {};
+
+/// Compresses the cache of one sequence, layer by layer, as each ends its prefill.
+///
+/// Belongs to one sequence and one thread at a time; copying it copies the sequence's state (beams). The plan
+/// must outlive it. From the second sequence of the same shape on nothing is allocated.
+///
+/// Every call checks and computes everything before the first row moves: an exception leaves that layer as it
+/// was.
+template <class P, class X = SerialExecutor>
+class Compressor {
+  using S = typename P::scorer_type;
+
+ public:
+  static_assert(Executor<X>, "the executor is no Executor: it needs parallel_for(count, task)");
+  static constexpr Granularity granularity = S::granularity;
+
+  explicit Compressor(const P& plan, X executor = X{})
+      : plan_(&plan), executor_(std::move(executor)), layers_(plan.shape().layers) {}
+
+  /// Starts a sequence whose prompt has `prompt_tokens` tokens: budgets resolve here.
+  /// Throws ArgumentError when the budget cannot be met. Cost: a few operations a layer.
+  void begin(std::size_t prompt_tokens) {
+    detail::require(prompt_tokens > 0, "prompt_tokens is 0: begin() needs a prompt of at least one token");
+    detail::require(prompt_tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ",
+                    prompt_tokens, ", positions are held in 32 bits");
+    const std::size_t window = plan_->scorer().window();
+    const std::size_t mean = plan_->allocator().budget().resolve(prompt_tokens, window, plan_->shape());
+    std::vector<std::size_t>& capacities = pending_capacities_;
+    capacities.assign(plan_->shape().layers, prompt_tokens);
+    if (mean < prompt_tokens) {
+      plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = prompt_tokens}, capacities);
+    }
+    grow_all_positions(prompt_tokens);
+    capacities_ = capacities;
+    for (Retained& layer : layers_) {
+      layer.whole_ = true;
+      layer.whole_rows_ = prompt_tokens;
+      layer.all_positions_ = all_positions_;
+      layer.next_position_ = prompt_tokens;
+      layer.bytes_freed_ = 0;
+    }
+  }
+
+  /// Rows that each layer may keep, window included, as of `begin()`.
+  std::span<const std::size_t> capacities() const { return capacities_; }
+
+  /// What a layer holds now.
+  const Retained& retained(std::size_t layer) const {
+    check_layer(layer);
+    return layers_[layer];
+  }
+
+  /// Scores, selects and compacts one layer in place: the call at the end of that layer's prefill.
+  ///
+  /// `kv` views all rows of the layer, `observation` the last queries, the last of which belongs to the last
+  /// row. `reduce` is called with the scores before anything is selected: in a tensor-parallel engine it adds
+  /// the ranks' scores. Where the layer has no more rows than its capacity nothing is computed and nothing
+  /// moves.
+  ///
+  /// Throws ArgumentError naming what does not fit, ScoreError when keys or queries hold NaN; the layer is
+  /// then as it was. Cost: that of the scorer, plus moving at most `capacity` rows.
+  template <class V, class O = NotGiven, class Reduce = NotGiven>
+  const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
+    check_view(layer, kv);
+    Selection& selection = selection_;
+    if (kv.rows(0) <= capacities_[layer]) {
+      select_all(kv.rows(0), selection);
+    } else {
+      const Scores<granularity> scores = score(layer, kv, observation);
+      if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
+        reduce(scores.values());
+      }
+      select(layer, scores);
+    }
+    return compact(layer, kv, selection);
+  }
+
+  /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
+  /// Throws as `compress`.
+  template <class V, class O = NotGiven>
+  requires(!AttentionObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
+                                                               const O& observation = {}) {
+    check_view(layer, kv);
+    return score_rows(layer, kv.rows(0), kv, observation);
+  }
+
+  /// The same from attention alone, for engines that keep their cache elsewhere.
+  template <AttentionObservation O>
+  Scores<granularity> score(std::size_t layer, const O& attention) {
+    check_layer(layer);
+    return score_rows(layer, attention.tokens(), NotGiven{}, attention);
+  }
+
+  /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them. Valid until the
+  /// next call. Throws ScoreError on a score that is NaN or infinite, naming layer, row and token.
+  const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
+    check_layer(layer);
+    const std::size_t rows = scores.tokens() + scores.window();
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      const auto values = scores.row(row);
+      for (std::size_t token = 0; token < values.size(); ++token) {
+        detail::require<ScoreError>(std::isfinite(values[token]), "score of layer ", layer, " row ", row,
+                                    " token ", token, " is ", values[token],
+                                    ": scores must be finite; nothing was changed");
+      }
+    }
+    if (rows <= capacities_[layer]) {
+      select_all(rows, selection_);
+    } else {
+      plan_->selector().select(scores, capacities_[layer], workspace_, selection_);
+    }
+    return selection_;
+  }
+
+  /// Moves the selected rows of `kv` to its first rows, in order, and forgets the others. The selection may
+  /// come from elsewhere (another rank, a file). Throws ArgumentError before anything moves.
+  template <class V>
+  const Retained& compact(std::size_t layer, const V& kv, const Selection& selection) {
+    return keep(layer, kv, kv, selection);
+  }
+
+  /// As `compact`, to the first rows of another cache; `source` is not written. `target` must have room.
+  template <class V, class W>
+  const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
+    static_assert(KvView<W>, "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
+    detail::check_view(target, plan_->shape());
+    check_layer(layer);
+    selection.validate(source.kv_heads(), [&](std::size_t head) { return source.rows(head); });
+    for (std::size_t head = 0; head < source.kv_heads(); ++head) {
+      detail::require(target.rows(head) >= selection.rows(head).size(), "gather's target has ",
+                      target.rows(head), " rows of KV head ", head, ", the selection keeps ",
+                      selection.rows(head).size());
+    }
+    return keep(layer, source, target, selection);
+  }
+
+  /// Bytes of scratch and of positions held by this compressor now.
+  std::size_t memory_bytes() const {
+    std::size_t total = workspace_.bytes() + selection_.memory_bytes() + pending_positions_.memory_bytes() +
+                        all_positions_->capacity() * sizeof(std::uint32_t);
+    for (const Retained& layer : layers_) {
+      total += layer.lists_.memory_bytes();
+    }
+    return total;
+  }
+
+ private:
+  void check_layer(std::size_t layer) const {
+    detail::require(!capacities_.empty(), "begin() was not called: call it with the prompt's length first");
+    detail::require(layer < layers_.size(), "layer is ", layer, ", the model has layers 0 to ",
+                    layers_.size() - 1);
+  }
+
+  template <class V>
+  void check_view(std::size_t layer, const V& kv) const {
+    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(
+        P::reach == Reach::own_layer,
+        "this composition must see more than one layer before it can shrink any: it needs arrive() and "
+        "finish(), not compress()");
+    check_layer(layer);
+    detail::check_view(kv, plan_->shape());
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " of layer ", layer, " has ",
+                      kv.rows(head), " rows, KV head 0 has ", kv.rows(0),
+                      ": all heads must have the same number of rows here");
+    }
+    check_rows(layer, kv);
+  }
+
+  /// The view must hold what the compressor knows of, and may hold rows that the engine appended since.
+  template <class V>
+  void check_rows(std::size_t layer, const V& kv) const {
+    const Retained& known = layers_[layer];
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      detail::require(kv.rows(head) >= known.rows(head), "layer ", layer, " KV head ", head, " has ",
+                      kv.rows(head), " rows, expected at least ", known.rows(head),
+                      ": view all rows of the prompt that begin() announced and those appended since");
+    }
+  }
+
+  void grow_all_positions(std::size_t count) {
+    if (all_positions_->size() >= count) {
+      return;
+    }
+    auto positions = std::make_shared<std::vector<std::uint32_t>>(count);
+    std::iota(positions->begin(), positions->end(), 0U);
+    all_positions_ = std::move(positions);
+  }
+
+  static void select_all(std::size_t rows, Selection& selection) {
+    const auto list = selection.assign_shared(rows);
+    std::iota(list.begin(), list.end(), 0U);
+  }
+
+  template <class V, class O>
+  Scores<granularity> score_rows(std::size_t layer, std::size_t rows, const V& kv, const O& observation) {
+    const ModelShape& shape = plan_->shape();
+    const std::size_t window = std::min(plan_->scorer().window(), rows);
+    static_assert(S::needs != Needs::keys || KvView<V>,
+                  "this scorer reads the keys: give it the layer's view");
+    if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
+      static_assert(
+          Observation<O>,
+          "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
+          "Observation (compresskv/view/observation.hpp)");
+      static_assert(AttentionObservation<O> || KvView<V>,
+                    "queries need the keys: give the layer's view as well");
+      detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
+    }
+    const std::size_t score_rows = granularity == Granularity::layer ? 1 : shape.kv_heads;
+    const std::span<float> values = workspace_.take(Workspace::Slot::scores, score_rows * (rows - window));
+    const kernel::LayerInput<V, O> input{
+        .shape = shape, .layer = layer, .rows = rows, .window = window, .kv = kv, .observation = observation};
+    plan_->scorer().score(input, workspace_, executor_, values);
+    return Scores<granularity>(values, score_rows, window);
+  }
+
+  template <class V, class W>
+  const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
+    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    check_layer(layer);
+    detail::check_view(source, plan_->shape());
+    check_rows(layer, source);
+    const std::size_t kv_heads = source.kv_heads();
+    selection.validate(kv_heads, [&](std::size_t head) { return source.rows(head); });
+
+    Retained& retained = layers_[layer];
+    std::size_t before = 0;
+    std::size_t after = 0;
+    for (std::size_t head = 0; head < kv_heads; ++head) {
+      before += source.rows(head);
+      after += selection.rows(head).size();
+    }
+    const std::size_t appended = source.rows(0) - retained.rows(0);
+    const bool whole = retained.whole_ && before == after;
+    if (whole) {
+      grow_all_positions(source.rows(0));
+    } else {
+      compose_positions(retained, kv_heads, selection);
+      retained.lists_.reserve_for(pending_positions_);
+    }
+    move_rows(source, target, selection);
+    if (whole) {
+      retained.all_positions_ = all_positions_;
+      retained.whole_rows_ = source.rows(0);
+    } else {
+      retained.lists_.assign(pending_positions_);
+    }
+    retained.whole_ = whole;
+    retained.next_position_ += appended;
+    retained.bytes_freed_ = (before - after) * kv_row_bytes(source);
+    return retained;
+  }
+
+  /// Positions of the selected rows, into `pending_positions_`.
+  void compose_positions(const Retained& retained, std::size_t kv_heads, const Selection& selection) {
+    const auto compose = [&](std::size_t head, std::span<std::uint32_t> out) {
+      const auto rows = selection.rows(head);
+      std::transform(rows.begin(), rows.end(), out.begin(), [&](std::uint32_t row) {
+        return static_cast<std::uint32_t>(retained.position(row, head));
+      });
+    };
+    if (selection.shared() && retained.shared()) {
+      compose(0, pending_positions_.assign_shared(selection.rows().size()));
+      return;
+    }
+    pending_positions_.assign_per_head();
+    for (std::size_t head = 0; head < kv_heads; ++head) {
+      compose(head, pending_positions_.append_head(selection.rows(head).size()));
+    }
+  }
+
+  template <class V, class W>
+  void move_rows(const V& source, const W& target, const Selection& selection) noexcept {
+    executor_.parallel_for(source.kv_heads(), [&](std::size_t head) {
+      kernel::copy_rows(source, target, head, selection.rows(head));
+    });
+  }
+
+  const P* plan_;
+  X executor_;
+  Workspace workspace_;
+  std::vector<std::size_t> capacities_;          // [layer]
+  std::vector<std::size_t> pending_capacities_;  // of a begin() under way
+  std::vector<Retained> layers_;
+  Selection selection_;
+  HeadLists pending_positions_;
+  std::shared_ptr<const std::vector<std::uint32_t>> all_positions_ =
+      std::make_shared<const std::vector<std::uint32_t>>();
+};
+
+template <class P>
+Compressor(const P&) -> Compressor<P>;
+template <class P, class X>
+Compressor(const P&, X) -> Compressor<P, X>;
+
+}  // namespace compresskv

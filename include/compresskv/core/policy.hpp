@@ -1,0 +1,31 @@
+#pragma once
+
+#include <algorithm>
+
+namespace compresskv {
+
+/// What a row of the scores stands for.
+enum class Granularity {
+  layer,    ///< one row: all KV heads of the layer share it
+  kv_head,  ///< one row a KV head
+};
+
+/// What a scorer must be shown.
+enum class Needs {
+  nothing,           ///< positions are enough
+  keys,              ///< the keys in the cache
+  window_attention,  ///< the window's queries with the keys, or the attention matrix itself
+  all_queries,       ///< the attention of every query of the prompt
+};
+
+/// What a composition must have seen before a layer can shrink.
+enum class Reach {
+  own_layer,       ///< that layer: `Compressor::compress`
+  earlier_layers,  ///< layers before it as well
+  all_layers,      ///< the whole model
+};
+
+/// A composition reaches as far as the policy in it that reaches furthest.
+constexpr Reach furthest(Reach a, Reach b, Reach c) { return std::max({a, b, c}); }
+
+}  // namespace compresskv

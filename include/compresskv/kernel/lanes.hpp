@@ -1,0 +1,64 @@
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+
+#include "compresskv/core/element.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace compresskv::kernel {
+
+/// Sums run over 16 interleaved lanes: element e goes to lane e mod 16, lanes are folded by halves at the end
+/// (i + 8, then i + 4, i + 2, i + 1). Sixteen is the width of the widest registers in use; narrower ones hold
+/// the same lanes in several registers, so that every path adds the same numbers in the same order.
+inline constexpr std::size_t lane_count = 16;
+
+constexpr std::size_t round_up_to_lanes(std::size_t count) {
+  return (count + lane_count - 1) / lane_count * lane_count;
+}
+
+using Lanes = std::array<float, lane_count>;
+
+inline float fold(Lanes lanes) {
+  for (std::size_t half = lane_count / 2; half > 0; half /= 2) {
+    for (std::size_t i = 0; i < half; ++i) {
+      lanes[i] += lanes[i + half];
+    }
+  }
+  return lanes[0];
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const float* from) {
+  return _mm256_loadu_ps(from);
+}
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const Eigen::half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const Eigen::bfloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+/// Lanes 0..7 and 8..15 folded to four, in the order of `fold`.
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline __m128 fold_to_four(__m256 low, __m256 high) {
+  const __m256 eight = _mm256_add_ps(low, high);
+  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline float fold(__m256 low, __m256 high) {
+  const __m128 four = fold_to_four(low, high);
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+}  // namespace avx2
+#endif
+
+}  // namespace compresskv::kernel

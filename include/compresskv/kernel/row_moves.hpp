@@ -1,0 +1,118 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <span>
+#include <type_traits>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/run.hpp"
+
+namespace compresskv::kernel {
+
+namespace detail {
+
+/// Finds rows of one KV head in ascending order; each step costs the runs it passes.
+template <class RunAt>
+class RowCursor {
+ public:
+  explicit RowCursor(RunAt run_at) : run_at_(run_at), run_(run_at_(0)) {}
+
+  /// Moves to `row`, which is not below the row before. Rows left in its run from there on: `left()`.
+  auto* seek(std::size_t row) {
+    while (row - first_ >= run_.rows) {
+      first_ += run_.rows;
+      run_ = run_at_(++index_);
+    }
+    offset_ = row - first_;
+    return run_.row(offset_);
+  }
+  std::size_t left() const { return run_.rows - offset_; }
+  const auto& run() const { return run_; }
+
+ private:
+  using RunType = std::invoke_result_t<RunAt, std::size_t>;
+  RunAt run_at_;
+  RunType run_;
+  std::size_t index_ = 0;
+  std::size_t first_ = 0;
+  std::size_t offset_ = 0;
+};
+
+/// Length of the stretch of consecutive rows that starts at place `i`.
+inline std::size_t stretch(std::span<const std::uint32_t> rows, std::size_t i) {
+  std::size_t count = 1;
+  while (i + count < rows.size() && rows[i + count] == rows[i] + count) {
+    ++count;
+  }
+  return count;
+}
+
+template <class SourceRun, class TargetRun>
+void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, SourceRun source_run,
+               TargetRun target_run) {
+  const std::size_t chunk =
+      std::gcd(std::min(source_run(0).chunk, head_dim), std::min(target_run(0).chunk, head_dim));
+  // Chunk by chunk, so that a transposed layout moves along its contiguous axis.
+  for (std::size_t e = 0; e < head_dim; e += chunk) {
+    RowCursor source(source_run);
+    RowCursor target(target_run);
+    const std::size_t width = std::min(chunk, head_dim - e);
+    for (std::size_t i = 0; i < rows.size();) {
+      const std::size_t consecutive = stretch(rows, i);
+      for (std::size_t done = 0; done < consecutive;) {
+        const auto* from = source.seek(rows[i + done]);
+        auto* to = target.seek(i + done);
+        const auto& from_run = source.run();
+        const auto& to_run = target.run();
+        from += static_cast<std::ptrdiff_t>(e / from_run.chunk) * from_run.chunk_stride +
+                static_cast<std::ptrdiff_t>(e % from_run.chunk);
+        to += static_cast<std::ptrdiff_t>(e / to_run.chunk) * to_run.chunk_stride +
+              static_cast<std::ptrdiff_t>(e % to_run.chunk);
+        const std::size_t count = std::min({consecutive - done, source.left(), target.left()});
+        if (from != to) {
+          const auto packed = static_cast<std::ptrdiff_t>(width);
+          if (from_run.row_stride == packed && to_run.row_stride == packed) {
+            std::memmove(static_cast<void*>(to), from, count * width * sizeof(*from));
+          } else {
+            for (std::size_t r = 0; r < count; ++r) {
+              std::memmove(static_cast<void*>(to + static_cast<std::ptrdiff_t>(r) * to_run.row_stride),
+                           from + static_cast<std::ptrdiff_t>(r) * from_run.row_stride,
+                           width * sizeof(*from));
+            }
+          }
+        }
+        done += count;
+      }
+      i += consecutive;
+    }
+  }
+}
+
+}  // namespace detail
+
+/// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head. `rows` ascend, so
+/// `source` and `target` may be the same cache: no row is overwritten before it is read. Bytes are moved as
+/// they are.
+template <KvView Source, KvView Target>
+requires std::same_as<typename Source::key_element, typename Target::key_element> &&
+    std::same_as<typename Source::value_element, typename Target::value_element>
+void copy_rows(const Source& source, const Target& target, std::size_t kv_head,
+               std::span<const std::uint32_t> rows) {
+  if (rows.empty()) {
+    return;
+  }
+  const std::size_t head_dim = source.head_dim();
+  detail::copy_rows(
+      rows, head_dim, [&](std::size_t i) { return source.key_run(kv_head, i); },
+      [&](std::size_t i) { return target.key_run(kv_head, i); });
+  detail::copy_rows(
+      rows, head_dim, [&](std::size_t i) { return source.value_run(kv_head, i); },
+      [&](std::size_t i) { return target.value_run(kv_head, i); });
+}
+
+}  // namespace compresskv::kernel

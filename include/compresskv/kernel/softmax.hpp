@@ -1,0 +1,119 @@
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <limits>
+
+#include "compresskv/kernel/code_path.hpp"
+#include "compresskv/kernel/exp.hpp"
+#include "compresskv/kernel/lanes.hpp"
+
+namespace compresskv::kernel {
+
+namespace portable {
+
+inline float row_max(const float* row, std::size_t count) {
+  float max = -std::numeric_limits<float>::infinity();
+  for (std::size_t t = 0; t < count; ++t) {
+    max = row[t] > max ? row[t] : max;
+  }
+  return max;
+}
+
+inline void exp_tail(float* row, std::size_t first, std::size_t count, float max, Lanes& lanes) {
+  for (std::size_t t = first; t < count; ++t) {
+    row[t] = exp(row[t] - max);
+    lanes[t % lane_count] += row[t];
+  }
+}
+
+inline float exp_row(float* row, std::size_t count) {
+  Lanes lanes{};
+  exp_tail(row, 0, count, row_max(row, count), lanes);
+  return kernel::fold(lanes);
+}
+
+inline void add_scaled(const float* row, float factor, std::size_t first, std::size_t count, float* sums) {
+  for (std::size_t t = first; t < count; ++t) {
+    sums[t] = std::fma(row[t], factor, sums[t]);
+  }
+}
+
+}  // namespace portable
+
+#if defined(__x86_64__)
+namespace avx2 {
+
+[[gnu::target("avx2,fma")]] inline float row_max(const float* row, std::size_t count) {
+  __m256 max0 = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  __m256 max1 = max0;
+  std::size_t t = 0;
+  for (; t + lane_count <= count; t += lane_count) {
+    // With the row first, a NaN in it gives way to the maximum so far, as in the portable path.
+    max0 = _mm256_max_ps(_mm256_loadu_ps(row + t), max0);
+    max1 = _mm256_max_ps(_mm256_loadu_ps(row + t + 8), max1);
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, _mm256_max_ps(max0, max1));
+  const float head = portable::row_max(lanes, 8);
+  const float tail = portable::row_max(row + t, count - t);
+  return tail > head ? tail : head;
+}
+
+[[gnu::target("avx2,fma")]] inline float exp_row(float* row, std::size_t count) {
+  const float max = avx2::row_max(row, count);
+  const __m256 shift = _mm256_set1_ps(max);
+  __m256 low = _mm256_setzero_ps();
+  __m256 high = low;
+  std::size_t t = 0;
+  for (; t + lane_count <= count; t += lane_count) {
+    const __m256 e0 = avx2::exp(_mm256_sub_ps(_mm256_loadu_ps(row + t), shift));
+    const __m256 e1 = avx2::exp(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shift));
+    _mm256_storeu_ps(row + t, e0);
+    _mm256_storeu_ps(row + t + 8, e1);
+    low = _mm256_add_ps(low, e0);
+    high = _mm256_add_ps(high, e1);
+  }
+  Lanes lanes;
+  _mm256_storeu_ps(lanes.data(), low);
+  _mm256_storeu_ps(lanes.data() + 8, high);
+  portable::exp_tail(row, t, count, max, lanes);
+  return kernel::fold(lanes);
+}
+
+[[gnu::target("avx2,fma")]] inline void add_scaled(const float* row, float factor, std::size_t count,
+                                                   float* sums) {
+  const __m256 factors = _mm256_set1_ps(factor);
+  std::size_t t = 0;
+  for (; t + 8 <= count; t += 8) {
+    _mm256_storeu_ps(sums + t, _mm256_fmadd_ps(_mm256_loadu_ps(row + t), factors, _mm256_loadu_ps(sums + t)));
+  }
+  portable::add_scaled(row, factor, t, count, sums);
+}
+
+}  // namespace avx2
+#endif
+
+/// Replaces `count` logits by `e^(logit - max)` and returns their sum: softmax but for the division. -inf
+/// gives 0; a NaN, a +inf or a row of -inf alone gives a sum that is not finite.
+inline float exp_row(float* row, std::size_t count) {
+#if defined(__x86_64__)
+  if (code_path() == CodePath::avx2) {
+    return avx2::exp_row(row, count);
+  }
+#endif
+  return portable::exp_row(row, count);
+}
+
+/// `sums[t] += factor * row[t]`, one rounding each.
+inline void add_scaled(const float* row, float factor, std::size_t count, float* sums) {
+#if defined(__x86_64__)
+  if (code_path() == CodePath::avx2) {
+    avx2::add_scaled(row, factor, count, sums);
+    return;
+  }
+#endif
+  portable::add_scaled(row, factor, 0, count, sums);
+}
+
+}  // namespace compresskv::kernel

@@ -1,0 +1,184 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/executor.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/logits.hpp"
+#include "compresskv/kernel/softmax.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/observation.hpp"
+
+namespace compresskv::kernel {
+
+/// What a scorer is shown of one layer. `Kv` is a `KvView`, or anything where the keys are not needed;
+/// `Observed` likewise.
+template <class Kv, class Observed>
+struct LayerInput {
+  const ModelShape& shape;
+  std::size_t layer = 0;
+  std::size_t rows = 0;    ///< rows of the cache now
+  std::size_t window = 0;  ///< queries that observe, at most `rows`
+  const Kv& kv;
+  const Observed& observation;
+};
+
+namespace detail {
+
+/// Tokens a task: 1024 keys of 128 bfloat16 fill a quarter of a megabyte, so a task stays in the second-level
+/// cache.
+inline constexpr std::size_t tile = 1024;
+
+/// Heads whose logits are held at once: all extra memory stays within 1 % of the model's cache, one head at
+/// the least.
+inline std::size_t heads_at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
+                                 std::size_t window) {
+  const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
+  const std::size_t others = 4 * rows * sizeof(float);  // scores, their copy for top-k, positions, selection
+  const std::size_t head = window * rows * sizeof(float);
+  return allowed <= others ? 1 : std::max<std::size_t>(1, (allowed - others) / head);
+}
+
+[[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::span<const float> values) {
+  const auto bad = std::find_if_not(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+  compresskv::detail::fail<ScoreError>(
+      "score of layer ", layer, " query head ", head, " token ", bad - values.begin(),
+      " is not finite: the keys or queries hold NaN or infinite values; the cache was left as it is");
+}
+
+/// Logits of rows [first, first + count) of one KV head, across its runs.
+template <KvView V>
+void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
+                    const QueryBlock& queries, float scale, float* row_buffer, float* out,
+                    std::size_t out_stride) {
+  std::size_t begin = 0;
+  for (std::size_t i = 0; i < kv.run_count(kv_head) && begin < first + count; ++i) {
+    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    const std::size_t from = std::max(first, begin);
+    const std::size_t to = std::min(first + count, begin + run.rows);
+    if (from < to) {
+      logits(run, from - begin, to - from, queries, scale, row_buffer, out + from, out_stride);
+    }
+    begin += run.rows;
+  }
+}
+
+/// For heads of one KV head: softmax attention of the window summed over its rows, one array a head.
+template <class Kv, class Observed, Executor X, class PerHead>
+void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
+                              std::span<const std::uint32_t> heads, Workspace& workspace, X& executor,
+                              PerHead&& per_head) {
+  const std::size_t head_dim = in.shape.head_dim;
+  const std::size_t padded = round_up_to_lanes(head_dim);
+  const std::size_t window = in.window;
+  const std::size_t rows = in.rows;
+  const std::size_t evictable = rows - window;
+  const std::size_t count = heads.size() * window;
+  const std::span<float> queries = workspace.take(Workspace::Slot::queries, count * padded);
+  std::fill(queries.begin(), queries.end(), 0.0F);
+  for (std::size_t h = 0; h < heads.size(); ++h) {
+    const auto run = in.observation.query_run(heads[h]);
+    for (std::size_t i = 0; i < window; ++i) {
+      decode_row(run, run.rows - window + i, head_dim, queries.data() + (h * window + i) * padded);
+    }
+  }
+  const std::size_t tiles = (rows + tile - 1) / tile;
+  const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles * padded);
+  const std::span<float> logits = workspace.take(Workspace::Slot::logits, count * rows);
+  const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, count);
+  const QueryBlock block{.data = queries.data(), .count = count, .head_dim = head_dim};
+
+  executor.parallel_for(tiles, [&](std::size_t i) {
+    const std::size_t first = i * tile;
+    logits_of_rows(in.kv, kv_head, first, std::min(tile, rows - first), block, in.observation.scale(),
+                   key_rows.data() + i * padded, logits.data(), rows);
+  });
+  executor.parallel_for(count, [&](std::size_t q) {
+    // Row i of the window sees the columns up to its own: the rest is the future and has no weight.
+    row_sums[q] = exp_row(logits.data() + q * rows, evictable + q % window + 1);
+  });
+  for (std::size_t q = 0; q < count; ++q) {
+    if (!std::isfinite(row_sums[q])) {
+      fail_not_finite(in.layer, heads[q / window], logits.subspan(q * rows, evictable + q % window + 1));
+    }
+  }
+  executor.parallel_for(tiles, [&](std::size_t i) {
+    const std::size_t first = i * tile;
+    if (first >= evictable) {
+      return;
+    }
+    const std::size_t tokens = std::min(tile, evictable - first);
+    for (std::size_t h = 0; h < heads.size(); ++h) {
+      // The sum grows in place of the first row, which saves an array a head.
+      float* sums = logits.data() + h * window * rows + first;
+      const float inverse = 1.0F / row_sums[h * window];
+      for (std::size_t t = 0; t < tokens; ++t) {
+        sums[t] *= inverse;
+      }
+      for (std::size_t w = 1; w < window; ++w) {
+        add_scaled(sums + w * rows, 1.0F / row_sums[h * window + w], tokens, sums);
+      }
+    }
+  });
+  for (std::size_t h = 0; h < heads.size(); ++h) {
+    per_head(heads[h], std::span<const float>(logits.subspan(h * window * rows, evictable)));
+  }
+}
+
+/// The same from attention that the engine has computed.
+template <class Kv, class Observed, class PerHead>
+void window_sums_from_attention(const LayerInput<Kv, Observed>& in, std::uint32_t head, Workspace& workspace,
+                                PerHead&& per_head) {
+  const std::size_t evictable = in.rows - in.window;
+  const std::span<float> sums = workspace.take(Workspace::Slot::logits, evictable);
+  std::fill(sums.begin(), sums.end(), 0.0F);
+  const auto run = in.observation.attention_run(head);
+  for (std::size_t i = 0; i < in.window; ++i) {
+    const auto* row = run.row(run.rows - in.window + i);
+    for (std::size_t t = 0; t < evictable; ++t) {
+      sums[t] += to_float(row[t]);
+    }
+  }
+  if (!std::all_of(sums.begin(), sums.end(), [](float v) { return std::isfinite(v); })) {
+    fail_not_finite(in.layer, head, sums);
+  }
+  per_head(head, std::span<const float>(sums));
+}
+
+}  // namespace detail
+
+/// Steps 2 to 4 of METHOD.md section 2: logits of the window's queries with all keys, causal mask inside the
+/// window, softmax over all keys in float32, sum over the window's rows, the window's own columns dropped.
+///
+/// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being `rows - window` floats
+/// that are valid during the call. Keys of a KV head are read once for as many of its heads as memory allows
+/// (1 % of the model's cache). Throws ScoreError naming layer, head and token when a logit is NaN or +inf.
+template <class Kv, Observation O, Executor X, class PerHead>
+void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
+                      X& executor, PerHead&& per_head) {
+  if constexpr (QueryObservation<O>) {
+    const std::size_t at_once = detail::heads_at_once(in.shape, kv_row_bytes(in.kv), in.rows, in.window);
+    for (std::size_t first = 0; first < heads.size();) {
+      const std::size_t kv_head = heads[first] / in.shape.group();
+      std::size_t last = first + 1;
+      while (last < heads.size() && last - first < at_once && heads[last] / in.shape.group() == kv_head) {
+        ++last;
+      }
+      detail::window_sums_from_queries(in, kv_head, heads.subspan(first, last - first), workspace, executor,
+                                       per_head);
+      first = last;
+    }
+  } else {
+    for (const std::uint32_t head : heads) {
+      detail::window_sums_from_attention(in, head, workspace, per_head);
+    }
+  }
+}
+
+}  // namespace compresskv::kernel

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/score/scorer.hpp"
+
+namespace compresskv::score {
+
+/// StreamingLLM: the first tokens (attention sinks) and the most recent ones, whatever they say.
+///
+/// Position only, true positions kept. Paper: Xiao et al., ICLR 2024 (arXiv 2309.17453).
+/// Cost: one pass over the scores; no key is read.
+class StreamingLlm {
+ public:
+  static constexpr Granularity granularity = Granularity::layer;
+  static constexpr Needs needs = Needs::nothing;
+  static constexpr Reach reach = Reach::own_layer;
+
+  struct Options {
+    std::size_t sinks = 4;  ///< first tokens, kept before any other
+    std::size_t window =
+        8;  ///< kept whatever the budget, as in the other methods; they are the most recent tokens
+  };
+
+  StreamingLlm() = default;
+  explicit StreamingLlm(const Options& options) : options_(options) {
+    detail::require(options.window > 0, "window is 0: at least the last token must stay");
+  }
+
+  std::size_t window() const { return options_.window; }
+  void validate(const ModelShape&) const {}
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>&, Workspace&, X&, std::span<float> scores) const {
+    // Float32 holds every integer up to 2^24: enough for prompts of 16 million tokens.
+    const auto count = static_cast<float>(scores.size());
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      scores[t] = t < options_.sinks ? count : static_cast<float>(t);
+    }
+  }
+
+ private:
+  Options options_;
+};
+
+static_assert(Scorer<StreamingLlm>);
+
+}  // namespace compresskv::score

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <numeric>
+
+#include "compresskv/kernel/top_k.hpp"
+#include "compresskv/select/selector.hpp"
+
+namespace compresskv::select {
+
+/// The `capacity - w` highest scores and the whole window, one set of rows for all KV heads of the layer.
+///
+///     row   0 ............................ S-w ......... S
+///           | evictable: the best stay    | window: stays |
+///
+/// CompressKV's rule (METHOD.md section 2). Equal scores: the lower position. Cost: linear in S.
+class SharedTopK {
+ public:
+  static constexpr Reach reach = Reach::own_layer;
+  static constexpr bool accepts(Granularity granularity) { return granularity == Granularity::layer; }
+
+  /// `capacity` is at least the window and below all rows.
+  void select(const Scores<Granularity::layer>& scores, std::size_t capacity, Workspace& workspace,
+              Selection& selection) const {
+    const std::size_t window = scores.window();
+    assert(capacity >= window && capacity <= scores.tokens() + window);
+    const auto rows = selection.assign_shared(capacity);
+    kernel::top_k(scores.row(0), workspace.take(Workspace::Slot::selection, scores.tokens()),
+                  rows.first(capacity - window));
+    std::iota(rows.end() - static_cast<std::ptrdiff_t>(window), rows.end(),
+              static_cast<std::uint32_t>(scores.tokens()));
+  }
+};
+
+static_assert(Selector<SharedTopK>);
+
+}  // namespace compresskv::select

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/view/observation.hpp"
+#include "compresskv/view/run.hpp"
+
+namespace compresskv {
+
+/// Shape of attention that the engine has: `[query_head][query][token]`.
+struct AttentionShape {
+  std::size_t query_heads = 0;
+  std::size_t queries = 0;  ///< the last so many queries; all S of them or only the window's
+  std::size_t tokens = 0;   ///< S, one column a cached row
+};
+
+/// Attention probabilities (after softmax) of the last queries over all cached rows: models
+/// `AttentionObservation`. With it the keys are not read at all.
+template <Element T>
+class AttentionMatrix {
+ public:
+  using element = T;
+
+  /// Throws ArgumentError on null or a zero size.
+  AttentionMatrix(const T* probabilities, const AttentionShape& shape)
+      : probabilities_(probabilities), shape_(shape) {
+    detail::require(probabilities != nullptr,
+                    "AttentionMatrix: probabilities is null: give the attention weights");
+    detail::require(shape.query_heads > 0 && shape.queries > 0 && shape.tokens > 0,
+                    "AttentionMatrix: shape has ", shape.query_heads, " heads, ", shape.queries, " queries, ",
+                    shape.tokens, " tokens: each must be at least 1");
+  }
+
+  std::size_t query_heads() const { return shape_.query_heads; }
+  std::size_t queries() const { return shape_.queries; }
+  std::size_t tokens() const { return shape_.tokens; }
+  /// One row a query, in order.
+  Run<const T> attention_run(std::size_t head) const {
+    return {.base = probabilities_ + head * shape_.queries * shape_.tokens,
+            .rows = shape_.queries,
+            .row_stride = static_cast<std::ptrdiff_t>(shape_.tokens),
+            .chunk = shape_.tokens,
+            .chunk_stride = static_cast<std::ptrdiff_t>(shape_.tokens)};
+  }
+
+ private:
+  const T* probabilities_;
+  AttentionShape shape_;
+};
+
+static_assert(AttentionObservation<AttentionMatrix<float>> && !QueryObservation<AttentionMatrix<float>>);
+
+}  // namespace compresskv
