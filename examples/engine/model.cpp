@@ -1,0 +1,297 @@
+#include "model.hpp"
+
+#include <fmt/core.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <set>
+
+#include "dequantise.hpp"
+
+namespace engine {
+namespace {
+
+// Sizes are ints in the config: what they multiply to is computed as std::size_t.
+constexpr int largest_size = 1 << 24;
+
+int positive(const GgufFile& file, const std::string& key) {
+  const auto value = file.get<std::int64_t>(key);
+  if (value < 1 || value > largest_size) {
+    throw Error(fmt::format("{}: metadata \"{}\" is {}; it must be from 1 to {}", file.name(), key, value,
+                            largest_size));
+  }
+  return static_cast<int>(value);
+}
+
+int positive_or(const GgufFile& file, const std::string& key, int otherwise) {
+  return file.has(key) ? positive(file, key) : otherwise;
+}
+
+double positive_real_or(const GgufFile& file, const std::string& key, double otherwise) {
+  const double value = file.find<double>(key).value_or(otherwise);
+  if (!(value > 0.0) || !std::isfinite(value)) {
+    throw Error(
+        fmt::format("{}: metadata \"{}\" is {}; it must be above 0 and finite", file.name(), key, value));
+  }
+  return value;
+}
+
+// Metadata that changes what a llama model computes and that this engine does not implement. Zero means
+// "off".
+void refuse_unsupported(const GgufFile& file) {
+  for (const char* key :
+       {"llama.expert_count", "llama.expert_used_count", "llama.attention.sliding_window"}) {
+    if (file.find<std::int64_t>(key).value_or(0) != 0) {
+      throw Error(
+          fmt::format("{}: metadata \"{}\" is {}; models with it are not supported, only dense llama models "
+                      "with full attention are",
+                      file.name(), key, value_text(*file.find_value(key))));
+    }
+  }
+  for (const char* key :
+       {"llama.logit_scale", "llama.residual_scale", "llama.embedding_scale", "llama.attention.scale"}) {
+    if (file.has(key)) {
+      throw Error(fmt::format("{}: metadata \"{}\" is {}; scaled variants of llama are not supported",
+                              file.name(), key, value_text(*file.find_value(key))));
+    }
+  }
+}
+
+void read_rope(const GgufFile& file, ModelConfig& config) {
+  config.rope_dimensions = positive_or(file, "llama.rope.dimension_count", config.head_dim);
+  if (config.rope_dimensions > config.head_dim || config.rope_dimensions % 2 != 0) {
+    throw Error(
+        fmt::format("{}: llama.rope.dimension_count is {}; it must be even and at most the head dimension {}",
+                    file.name(), config.rope_dimensions, config.head_dim));
+  }
+  config.rope_base = positive_real_or(file, "llama.rope.freq_base", 10000.0);
+  config.rope_scaling = file.find<std::string>("llama.rope.scaling.type").value_or("none");
+  config.rope_factor = positive_real_or(file, "llama.rope.scaling.factor", 1.0);
+  // The key that older files use for linear scaling.
+  if (!file.has("llama.rope.scaling.type") && file.has("llama.rope.scale_linear")) {
+    config.rope_scaling = "linear";
+    config.rope_factor = positive_real_or(file, "llama.rope.scale_linear", 1.0);
+  }
+  if (config.rope_scaling == "none") {
+    config.rope_factor = 1.0;
+  } else if (config.rope_scaling == "yarn") {
+    config.rope_original_context = file.get<std::size_t>("llama.rope.scaling.original_context_length");
+    if (config.rope_original_context == 0) {
+      throw Error(
+          fmt::format("{}: llama.rope.scaling.original_context_length is 0; yarn needs it", file.name()));
+    }
+  } else if (config.rope_scaling != "linear") {
+    throw Error(fmt::format("{}: llama.rope.scaling.type is \"{}\"; supported are none, linear and yarn",
+                            file.name(), config.rope_scaling));
+  }
+}
+
+// Reads tensors by name with the shape they must have, and remembers which, so that what is left over can be
+// refused.
+class TensorReader {
+ public:
+  TensorReader(const GgufFile& file, int threads) : file_{file}, threads_{threads} {}
+
+  bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
+
+  Matrix matrix(const std::string& name, int outputs, int inputs) {
+    const Tensor& tensor =
+        find(name, {static_cast<std::uint64_t>(inputs), static_cast<std::uint64_t>(outputs)});
+    Matrix out(outputs, inputs);
+    const BlockShape block = block_shape(tensor.type);
+    const std::size_t row_bytes = static_cast<std::size_t>(inputs) / block.elements * block.bytes;
+#pragma omp parallel for schedule(static) num_threads(threads_)
+    for (int row = 0; row < outputs; ++row) {
+      const auto bytes = tensor.data.subspan(static_cast<std::size_t>(row) * row_bytes, row_bytes);
+      dequantise(tensor.type, bytes, {out.row(row).data(), static_cast<std::size_t>(inputs)});
+    }
+    return out;
+  }
+
+  Vector vector(const std::string& name, int elements) {
+    const Tensor& tensor = find(name, {static_cast<std::uint64_t>(elements)});
+    Vector out(elements);
+    dequantise(tensor.type, tensor.data, {out.data(), static_cast<std::size_t>(elements)});
+    return out;
+  }
+
+  // A tensor that is not read changes what the model should compute: silence would be wrong answers.
+  void refuse_rest() const {
+    for (const Tensor& tensor : file_.tensors()) {
+      if (!seen_.contains(tensor.name)) {
+        throw Error(fmt::format(
+            "{}: tensor \"{}\" of shape {} has no place in a llama model as this engine knows it; "
+            "biases, experts and adapters are not supported",
+            file_.name(), tensor.name, shape_text(tensor.shape)));
+      }
+    }
+  }
+
+  void ignore(const std::string& name) { seen_.insert(name); }
+
+ private:
+  const Tensor& find(const std::string& name, const std::vector<std::uint64_t>& shape) {
+    const Tensor* tensor = file_.find_tensor(name);
+    if (tensor == nullptr) {
+      throw Error(
+          fmt::format("{}: tensor \"{}\" of shape {} is missing; the file is not a complete llama model",
+                      file_.name(), name, shape_text(shape)));
+    }
+    // Trailing dimensions of 1 say nothing.
+    std::vector<std::uint64_t> found = tensor->shape;
+    while (found.size() > shape.size() && found.back() == 1) found.pop_back();
+    if (found != shape) {
+      throw Error(fmt::format("{}: tensor \"{}\" has shape {}, but the metadata asks for {}", file_.name(),
+                              name, shape_text(tensor->shape), shape_text(shape)));
+    }
+    seen_.insert(name);
+    return *tensor;
+  }
+
+  const GgufFile& file_;
+  int threads_;
+  std::set<std::string, std::less<>> seen_;
+};
+
+// YaRN (arXiv 2309.00071): pairs that turn more than `fast` times over the original context keep their
+// frequency, those that turn less than `slow` times are slowed down by the factor, those between are blended.
+constexpr double yarn_fast = 32.0;
+constexpr double yarn_slow = 1.0;
+
+void apply_yarn(const ModelConfig& config, std::vector<double>& frequencies, double& magnitude) {
+  const double context = static_cast<double>(config.rope_original_context);
+  const auto pair_that_turns = [&](double times) {
+    return config.rope_dimensions * std::log(context / (times * 2.0 * std::numbers::pi)) /
+           (2.0 * std::log(config.rope_base));
+  };
+  const double low = std::max(std::floor(pair_that_turns(yarn_fast)), 0.0);
+  const double high = std::min(std::ceil(pair_that_turns(yarn_slow)), config.rope_dimensions - 1.0);
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    const double slow = std::clamp((static_cast<double>(i) - low) / std::max(high - low, 1e-3), 0.0, 1.0);
+    frequencies[i] *= (1.0 - slow) + slow / config.rope_factor;
+  }
+  if (config.rope_factor > 1.0) magnitude = 0.1 * std::log(config.rope_factor) + 1.0;
+}
+
+}  // namespace
+
+ModelConfig read_config(const GgufFile& file) {
+  const auto architecture = file.get<std::string>("general.architecture");
+  if (architecture != "llama") {
+    throw Error(fmt::format("{}: general.architecture is \"{}\"; this engine runs \"llama\" models alone",
+                            file.name(), architecture));
+  }
+  refuse_unsupported(file);
+
+  ModelConfig config;
+  config.name = file.find<std::string>("general.name").value_or("");
+  config.layers = positive(file, "llama.block_count");
+  config.context = static_cast<std::size_t>(positive(file, "llama.context_length"));
+  config.embedding = positive(file, "llama.embedding_length");
+  config.feed_forward = positive(file, "llama.feed_forward_length");
+  config.heads = positive(file, "llama.attention.head_count");
+  config.kv_heads = positive_or(file, "llama.attention.head_count_kv", config.heads);
+  if (config.heads % config.kv_heads != 0) {
+    throw Error(fmt::format(
+        "{}: {} query heads cannot be shared out over {} KV heads; the first must be a multiple of "
+        "the second",
+        file.name(), config.heads, config.kv_heads));
+  }
+  if (file.has("llama.attention.key_length")) {
+    config.head_dim = positive(file, "llama.attention.key_length");
+  } else if (config.embedding % config.heads == 0) {
+    config.head_dim = config.embedding / config.heads;
+  } else {
+    throw Error(fmt::format(
+        "{}: llama.attention.key_length is absent and the embedding length {} is no multiple of the "
+        "{} heads",
+        file.name(), config.embedding, config.heads));
+  }
+  if (const int value_dim = positive_or(file, "llama.attention.value_length", config.head_dim);
+      value_dim != config.head_dim) {
+    throw Error(fmt::format("{}: keys have {} dimensions and values {}; both must be the same", file.name(),
+                            config.head_dim, value_dim));
+  }
+  if (config.heads > largest_size / config.head_dim) {
+    throw Error(fmt::format("{}: {} heads of {} dimensions are too many", file.name(), config.heads,
+                            config.head_dim));
+  }
+  const double epsilon = file.get<double>("llama.attention.layer_norm_rms_epsilon");
+  if (!(epsilon >= 0.0 && epsilon < 1.0)) {
+    throw Error(fmt::format("{}: llama.attention.layer_norm_rms_epsilon is {}; it must be from 0 to 1",
+                            file.name(), epsilon));
+  }
+  config.rms_epsilon = static_cast<float>(epsilon);
+  read_rope(file, config);
+
+  const Tensor* embedding = file.find_tensor("token_embd.weight");
+  if (embedding == nullptr || embedding->shape.size() != 2 ||
+      embedding->shape[1] > std::uint64_t{largest_size}) {
+    throw Error(fmt::format(
+        "{}: tensor \"token_embd.weight\" of shape [{}, vocabulary] is missing or has another shape",
+        file.name(), config.embedding));
+  }
+  config.vocabulary = static_cast<int>(embedding->shape[1]);
+  config.tied_output = file.find_tensor("output.weight") == nullptr;
+  return config;
+}
+
+Model::Model(const GgufFile& file, ModelOptions options) : config_{read_config(file)} {
+  if (options.threads < 0 || options.threads > 1024) {
+    throw Error(
+        fmt::format("threads is {}; give 1 to 1024, or 0 for as many as the machine has", options.threads));
+  }
+  threads_ = options.threads == 0 ? omp_get_num_procs() : options.threads;
+  // Work is shared out here in pieces that do not depend on the thread count; Eigen's own split would.
+  Eigen::setNbThreads(1);
+
+  const ModelConfig& c = config_;
+  const int query_width = c.heads * c.head_dim;
+  const int kv_width = c.kv_heads * c.head_dim;
+  TensorReader read{file, threads_};
+  embedding_ = read.matrix("token_embd.weight", c.vocabulary, c.embedding);
+  for (int l = 0; l < c.layers; ++l) {
+    const auto name = [l](const char* part) { return fmt::format("blk.{}.{}.weight", l, part); };
+    layers_.push_back({.attention_norm = read.vector(name("attn_norm"), c.embedding),
+                       .query = read.matrix(name("attn_q"), query_width, c.embedding),
+                       .key = read.matrix(name("attn_k"), kv_width, c.embedding),
+                       .value = read.matrix(name("attn_v"), kv_width, c.embedding),
+                       .output = read.matrix(name("attn_output"), c.embedding, query_width),
+                       .feed_forward_norm = read.vector(name("ffn_norm"), c.embedding),
+                       .gate = read.matrix(name("ffn_gate"), c.feed_forward, c.embedding),
+                       .up = read.matrix(name("ffn_up"), c.feed_forward, c.embedding),
+                       .down = read.matrix(name("ffn_down"), c.embedding, c.feed_forward)});
+    // Very old files carry the rotation's frequencies once a layer; they can be computed.
+    read.ignore(fmt::format("blk.{}.attn_rot_embd", l));
+  }
+  output_norm_ = read.vector("output_norm.weight", c.embedding);
+  if (!c.tied_output) output_ = read.matrix("output.weight", c.vocabulary, c.embedding);
+
+  for (int i = 0; i < c.rope_dimensions / 2; ++i) {
+    rope_frequencies_.push_back(std::pow(c.rope_base, -2.0 * i / c.rope_dimensions));
+  }
+  if (c.rope_scaling == "linear") {
+    for (double& frequency : rope_frequencies_) frequency /= c.rope_factor;
+  } else if (c.rope_scaling == "yarn") {
+    apply_yarn(c, rope_frequencies_, rope_magnitude_);
+  }
+  // Llama 3.1 and later: a divisor for each pair, computed by the converter.
+  if (read.has("rope_freqs.weight")) {
+    const Vector divisors = read.vector("rope_freqs.weight", c.rope_dimensions / 2);
+    for (std::size_t i = 0; i < rope_frequencies_.size(); ++i) {
+      const double divisor = divisors[static_cast<Eigen::Index>(i)];
+      if (!(divisor > 0.0) || !std::isfinite(divisor)) {
+        throw Error(
+            fmt::format("{}: rope_freqs.weight holds {} for pair {}; divisors must be above 0 and finite",
+                        file.name(), divisor, i));
+      }
+      rope_frequencies_[i] /= divisor;
+    }
+  }
+  read.refuse_rest();
+}
+
+}  // namespace engine
