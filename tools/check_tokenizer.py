@@ -179,6 +179,9 @@ SENTENCEPIECE_MODELS = {
 }
 
 
+WITH_USER_DEFINED = ["<|user|>", "<|user|>hi", "hi <|user|>", "a<|user|>sb", "<|user|>s<|user|> s", " <|user|>", "@@@", " @@", "a@@@@b", "@@\n<|user|>"]
+
+
 def sentencepiece_models(corpus, texts):
     for name, options in SENTENCEPIECE_MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -321,14 +324,14 @@ def record(folder, vocabulary, corpus, wide):
     special = SPECIAL + ([a + b + c for a in SPECIAL for b in ("x ", "\n") for c in SPECIAL[:8]] if wide else [])
     long_text = Path(corpus).read_text(encoding="utf-8")
     splits = texts if wide else list(random_texts(40, seed=2)) + PLAIN[20:30]
-    sentences = texts + [long_text[:2000]]
+    sentences = (texts if wide else texts[::2]) + WITH_USER_DEFINED + [long_text[:2000]]
     if wide:
         texts = texts + [long_text] + list(every_character(assigned=True))
         splits = splits + list(every_character(assigned=True))
     cases = bpe_cases(vocabulary, texts, special)
     write(folder / "tokenizer_smollm2.json", cases)
     write(folder / "tokenizer_splits.json", split_cases(splits))
-    write(folder / "tokenizer_sentencepiece.json", list(sentencepiece_models(corpus, sentences if wide else sentences[::2])))
+    write(folder / "tokenizer_sentencepiece.json", list(sentencepiece_models(corpus, sentences)))
     write(folder / "chat_templates.json", list(chat_cases(vocabulary)))
     return len(cases)
 

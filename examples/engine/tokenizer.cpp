@@ -388,13 +388,16 @@ std::vector<TokenId> Tokenizer::Impl::encode(std::string_view text, EncodeOption
       ++at;
       continue;
     }
-    encode_plain(text.substr(done, at - done), after_control, ids);
+    // SentencePiece puts the space prefix before a user-defined token too, so that one may stand alone.
+    if (at > done || type(index(id)) == TokenType::user_defined) {
+      encode_plain(text.substr(done, at - done), after_control, ids);
+    }
     ids.push_back(id);
     after_control = type(index(id)) == TokenType::control;
     at += bytes[index(id)].size();
     done = at;
   }
-  encode_plain(text.substr(done), after_control, ids);
+  if (done < text.size()) encode_plain(text.substr(done), after_control, ids);
   return ids;
 }
 
@@ -410,7 +413,6 @@ TokenId Tokenizer::Impl::token_at(std::string_view text, std::size_t at, bool pa
 
 void Tokenizer::Impl::encode_plain(std::string_view text, bool after_control,
                                    std::vector<TokenId>& ids) const {
-  if (text.empty()) return;
   if (byte_level_) {
     for (const std::string_view piece : split_rule_->split(text)) encode_piece(piece, ids);
     return;

@@ -412,6 +412,8 @@ TEST(SentencePiece, TheSpacePrefixGoesBeforeTheTextAndAfterControlTokens) {
   EXPECT_EQ(tokenizer.decode(Ids{1, 9, 11, 3, 5}, {.skip_special = true}), "ab");
   EXPECT_EQ(tokenizer.decode(Ids{9, 9, 11, 3, 5}), "a a<x>b");
   EXPECT_EQ(tokenizer.encode("", {.add_bos = false}), Ids{});
+  EXPECT_EQ(tokenizer.encode("<x>", {.parse_special = true}), (Ids{1, 11}))
+      << "nothing follows to be prefixed";
   spec.add_space_prefix = false;
   EXPECT_EQ(Tokenizer(spec).encode("a<x>b", {.parse_special = true}), (Ids{1, 4, 11, 5}));
 }
