@@ -1,7 +1,6 @@
 #include "chat_template.hpp"
 
 #include <algorithm>
-#include <regex>
 #include <utility>
 #include <vector>
 
@@ -23,48 +22,115 @@ std::string_view stripped(std::string_view text) {
   return text.substr(begin, text.find_last_not_of(white) - begin + 1);
 }
 
-// The string literals in the tags of a Jinja text, in order and with escapes resolved. Quotes in the text
-// around the tags and in comments are not literals.
-std::vector<std::string> string_literals(std::string_view jinja) {
-  std::vector<std::string> literals;
-  std::size_t at = 0;
-  while (at + 1 < jinja.size()) {
-    const std::string_view opening = jinja.substr(at, 2);
-    if (opening == "{#") {
-      at = std::min(jinja.find("#}", at), jinja.size() - 1) + 1;
+// As much of Jinja's grammar as it takes to read a template's literals and what stands beside them. A loop,
+// no recursion and no std::regex: templates come from files, and a long one must not exhaust the stack.
+struct JinjaToken {
+  enum class Kind { text, open, close, literal, word, symbol };
+  Kind kind;
+  std::string text;  // a literal's with escapes resolved
+};
+
+using Kind = JinjaToken::Kind;
+
+bool is_word_character(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+// The literal whose opening quote is at `at`; leaves `at` behind the closing quote.
+std::string read_literal(std::string_view jinja, std::size_t& at) {
+  const char quote = jinja[at++];
+  std::string literal;
+  for (; at < jinja.size() && jinja[at] != quote; ++at) {
+    if (jinja[at] != '\\' || at + 1 == jinja.size()) {
+      literal.push_back(jinja[at]);
       continue;
     }
-    if (opening != "{{" && opening != "{%") {
-      ++at;
-      continue;
-    }
-    const std::string_view closing = opening == "{{" ? "}}" : "%}";
-    for (at += 2; at < jinja.size() && jinja.substr(at, 2) != closing; ++at) {
-      const char quote = jinja[at];
-      if (quote != '\'' && quote != '"') continue;
-      std::string literal;
-      for (++at; at < jinja.size() && jinja[at] != quote; ++at) {
-        if (jinja[at] != '\\' || at + 1 == jinja.size()) {
-          literal.push_back(jinja[at]);
-          continue;
-        }
-        const char escaped = jinja[++at];
-        literal.push_back(escaped == 'n' ? '\n' : escaped == 't' ? '\t' : escaped == 'r' ? '\r' : escaped);
+    const char escaped = jinja[++at];
+    literal.push_back(escaped == 'n' ? '\n' : escaped == 't' ? '\t' : escaped == 'r' ? '\r' : escaped);
+  }
+  at = std::min(at + 1, jinja.size());
+  return literal;
+}
+
+// The tokens of one tag, `at` being behind its opening; leaves `at` behind its closing.
+void read_tag(std::string_view jinja, std::size_t& at, std::string_view closing,
+              std::vector<JinjaToken>& tokens) {
+  while (at < jinja.size() && jinja.substr(at, 2) != closing) {
+    const char c = jinja[at];
+    if (c == '\'' || c == '"') {
+      tokens.push_back({.kind = Kind::literal, .text = read_literal(jinja, at)});
+    } else if (is_word_character(c)) {
+      const std::size_t begin = at;
+      while (at < jinja.size() && is_word_character(jinja[at])) ++at;
+      tokens.push_back({.kind = Kind::word, .text = std::string(jinja.substr(begin, at - begin))});
+    } else {
+      if (c != ' ' && c != '\t' && c != '\r' && c != '\n') {
+        tokens.push_back({.kind = Kind::symbol, .text = std::string(1, c)});
       }
-      literals.push_back(std::move(literal));
+      ++at;
     }
   }
-  return literals;
+  if (at < jinja.size()) {
+    tokens.push_back({.kind = Kind::close, .text = std::string(closing)});
+    at += 2;
+  }
 }
 
-std::optional<std::string> first_literal(std::string_view jinja, auto accepts) {
-  const std::vector<std::string> literals = string_literals(jinja);
-  const auto found = std::find_if(literals.begin(), literals.end(), accepts);
-  return found == literals.end() ? std::nullopt : std::optional(*found);
+std::vector<JinjaToken> read_tokens(std::string_view jinja) {
+  std::vector<JinjaToken> tokens;
+  for (std::size_t at = 0; at < jinja.size();) {
+    const std::size_t brace = std::min(jinja.find('{', at), jinja.size());
+    const std::string_view opening = jinja.substr(brace, 2);
+    const bool is_tag = opening == "{{" || opening == "{%" || opening == "{#";
+    const std::size_t text_end = is_tag ? brace : std::min(brace + 1, jinja.size());
+    if (text_end > at)
+      tokens.push_back({.kind = Kind::text, .text = std::string(jinja.substr(at, text_end - at))});
+    at = text_end;
+    if (!is_tag) continue;
+    at += 2;
+    if (opening == "{#") {
+      const std::size_t end = jinja.find("#}", at);
+      at = end == std::string_view::npos ? jinja.size() : end + 2;
+      continue;
+    }
+    tokens.push_back({.kind = Kind::open, .text = std::string(opening)});
+    read_tag(jinja, at, opening == "{{" ? "}}" : "%}", tokens);
+  }
+  return tokens;
 }
 
-bool matches(const std::string& text, const char* pattern) {
-  return std::regex_search(text, std::regex(pattern));
+bool is(std::span<const JinjaToken> tokens, std::size_t at, Kind kind, std::string_view text) {
+  return at < tokens.size() && tokens[at].kind == kind && tokens[at].text == text;
+}
+
+// Whether the `}}` at `at` is followed by a line end that is part of the output. One after `%}` is not, with
+// the settings that chat templates are written for, nor is one beside a dash, as in `-}}` or `{%-`.
+bool line_ends_after(std::span<const JinjaToken> tokens, std::size_t at) {
+  if (!is(tokens, at, Kind::close, "}}") || at + 1 == tokens.size()) return false;
+  const JinjaToken& next = tokens[at + 1];
+  if (next.kind != Kind::text || !next.text.starts_with('\n')) return false;
+  const bool taken_by_dash = stripped(next.text).empty() && is(tokens, at + 3, Kind::symbol, "-");
+  return !taken_by_dash;
+}
+
+std::optional<std::string> first_literal(std::span<const JinjaToken> tokens, auto accepts) {
+  for (const JinjaToken& token : tokens) {
+    if (token.kind == Kind::literal && accepts(token.text)) return token.text;
+  }
+  return std::nullopt;
+}
+
+// What follows `eos_token` where a message is written: a literal added to it, or a line end after the tag.
+std::string after_eos(std::span<const JinjaToken> tokens) {
+  for (std::size_t at = 0; at < tokens.size(); ++at) {
+    if (!is(tokens, at, Kind::word, "eos_token")) continue;
+    if (line_ends_after(tokens, at + 1)) return "\n";
+    if (is(tokens, at + 1, Kind::symbol, "+") && at + 2 < tokens.size() &&
+        tokens[at + 2].kind == Kind::literal) {
+      return tokens[at + 2].text;
+    }
+  }
+  return {};
 }
 
 ChatFamily recognise(std::string_view jinja) {
@@ -90,10 +156,10 @@ ChatFamily recognise(std::string_view jinja) {
 }
 
 // What a chatml template puts before a conversation without a system message.
-std::optional<std::string> chatml_default_system(std::string_view jinja) {
+std::optional<std::string> chatml_default_system(std::span<const JinjaToken> tokens) {
   constexpr std::string_view begin = "<|im_start|>system\n";
   constexpr std::string_view end = "<|im_end|>\n";
-  const auto literal = first_literal(jinja, [&](const std::string& text) {
+  const auto literal = first_literal(tokens, [&](const std::string& text) {
     return text.size() > begin.size() + end.size() && text.starts_with(begin) && text.ends_with(end);
   });
   if (!literal) return std::nullopt;
@@ -104,13 +170,15 @@ std::optional<std::string> chatml_default_system(std::string_view jinja) {
 // date has a fixed one beside it, which is used here: the same prompt every day.
 std::optional<std::string> llama3_dates(std::string_view jinja) {
   if (!contains(jinja, "Cutting Knowledge Date")) return std::nullopt;
-  const std::string text(jinja);
-  std::smatch date;
-  if (!std::regex_search(text, date, std::regex(R"re(date_string\s*=\s*["']([^"']*)["'])re"))) {
-    throw Error(
-        "the llama3 chat template states dates but sets no date_string; lay the prompt out as raw text");
+  const std::vector<JinjaToken> tokens = read_tokens(jinja);
+  for (std::size_t at = 0; at + 2 < tokens.size(); ++at) {
+    if (is(tokens, at, Kind::word, "date_string") && is(tokens, at + 1, Kind::symbol, "=") &&
+        tokens[at + 2].kind == Kind::literal) {
+      return "Cutting Knowledge Date: December 2023\nToday Date: " + tokens[at + 2].text + "\n\n";
+    }
   }
-  return "Cutting Knowledge Date: December 2023\nToday Date: " + date[1].str() + "\n\n";
+  throw Error(
+      "the llama3 chat template states dates but sets no date_string; lay the prompt out as raw text");
 }
 
 // Splits a leading system message off and checks that user and assistant take turns, the user first.
@@ -161,7 +229,7 @@ std::string_view name(ChatFamily family) {
 
 ChatTemplate::ChatTemplate(std::string_view jinja, std::string bos, std::string eos)
     : family_(recognise(jinja)), template_(jinja), bos_(std::move(bos)), eos_(std::move(eos)) {
-  if (family_ == ChatFamily::chatml) default_system_ = chatml_default_system(template_);
+  if (family_ == ChatFamily::chatml) default_system_ = chatml_default_system(read_tokens(template_));
   if (family_ == ChatFamily::llama3) default_system_ = llama3_dates(template_);
 }
 
@@ -243,18 +311,27 @@ std::string ChatTemplate::render_llama3(std::span<const ChatMessage> messages,
 
 std::string ChatTemplate::render_zephyr(std::span<const ChatMessage> messages,
                                         bool add_generation_prompt) const {
-  // A line end after a {{ }} tag is part of the output; some templates write it inside the tag instead.
-  const bool line_after_turn = matches(template_, R"(eos_token\s*\}\}\n|eos_token\s*\+\s*['"](\\n|\n)['"])");
+  constexpr std::string_view marker = "<|assistant|>";
+  const std::vector<JinjaToken> tokens = read_tokens(template_);
+  const std::string turn_end = after_eos(tokens);
   std::string text = contains(template_, "bos_token") ? bos_ : "";
   for (const ChatMessage& message : messages) {
-    text.append("<|").append(message.role).append("|>\n").append(message.content).append(eos_);
-    if (line_after_turn) text.append("\n");
+    text.append("<|")
+        .append(message.role)
+        .append("|>\n")
+        .append(message.content)
+        .append(eos_)
+        .append(turn_end);
   }
-  if (add_generation_prompt) {
-    text.append("<|assistant|>");
-    if (matches(template_, R"(<\|assistant\|>(\\n|\n)?['"]\s*\}\}\n|<\|assistant\|>(\\n|\n)['"]\s*-?\}\})")) {
-      text.append("\n");
-    }
+  if (!add_generation_prompt) return text;
+  text.append(marker);
+  for (std::size_t at = 0; at + 1 < tokens.size(); ++at) {
+    // The generation prompt's literal ends its tag; in a message, content follows.
+    const bool ends_tag = is(tokens, at + 1, Kind::close, "}}") || is(tokens, at + 1, Kind::symbol, "-");
+    if (tokens[at].kind != Kind::literal || !tokens[at].text.starts_with(marker) || !ends_tag) continue;
+    text.append(tokens[at].text, marker.size());
+    if (line_ends_after(tokens, at + 1)) text.append("\n");
+    break;
   }
   return text;
 }
@@ -265,15 +342,21 @@ std::string ChatTemplate::render_mistral(std::span<const ChatMessage> messages) 
     throw Error("this model's chat template takes no system message; put it into the first user message");
   }
   // Releases differ in the blanks around these markers, so the template's own literals are used.
-  const std::string open = first_literal(template_, [](const std::string& text) {
-                             return contains(text, "[INST]");
-                           }).value_or("[INST] ");
-  const std::string close = first_literal(template_, [](const std::string& text) {
-                              return contains(text, "[/INST]");
-                            }).value_or(" [/INST]");
-  const bool blank_before_answer = matches(
-      template_, R"re((' '|" ")\s*\+\s*message\[['"]content['"]\](\s*\|\s*trim)?\s*\+\s*eos_token)re");
-  const bool blank_after_answer = matches(template_, R"re(eos_token\s*\+\s*(' '|" "))re");
+  const std::vector<JinjaToken> tokens = read_tokens(template_);
+  const auto literal_with = [&](std::string_view marker) {
+    return first_literal(tokens, [&](const std::string& text) { return contains(text, marker); })
+        .value_or(std::string(marker));
+  };
+  const std::string open = literal_with("[INST]");
+  const std::string close = literal_with("[/INST]");
+  const std::string answer_end = after_eos(tokens);
+  bool blank_before_answer = false;
+  for (std::size_t at = 0; at < tokens.size(); ++at) {
+    if (!is(tokens, at, Kind::literal, " ") || !is(tokens, at + 2, Kind::word, "message")) continue;
+    for (std::size_t next = at; next < tokens.size() && tokens[next].kind != Kind::close; ++next) {
+      blank_before_answer = blank_before_answer || is(tokens, next, Kind::word, "eos_token");
+    }
+  }
   const bool system_goes_last = contains(template_, "loop.last and system_message");
 
   std::string text = bos_;
@@ -285,8 +368,7 @@ std::string ChatTemplate::render_mistral(std::span<const ChatMessage> messages) 
       if (turns.system && takes_system) text.append(*turns.system).append("\n\n");
       text.append(content).append(close);
     } else {
-      text.append(blank_before_answer ? " " : "").append(content).append(eos_);
-      if (blank_after_answer) text.append(" ");
+      text.append(blank_before_answer ? " " : "").append(content).append(eos_).append(answer_end);
     }
   }
   return text;

@@ -94,10 +94,29 @@ TEST(ChatTemplate, RefusesConversationsItCannotLayOut) {
 }
 
 TEST(ChatTemplate, BrokenJinjaIsReadToItsEnd) {
-  for (const std::string_view ending : {"{{", "{{ '", "{{ \"a\\", "{%", "{#", "{", "{{ 'a", "{# }"}) {
-    const std::string text = std::string("<|im_start|><|im_end|>").append(ending);
-    EXPECT_NO_THROW(ChatTemplate(text, "", "")) << text;
+  const std::vector<ChatMessage> question{{.role = "user", .content = "Hi"}};
+  for (const std::string_view markers :
+       {"<|im_start|><|im_end|>", "[INST][/INST]", "<|user|><|assistant|>eos_token"}) {
+    for (const std::string_view ending :
+         {"{{", "{{ '", "{{ \"a\\", "{%", "{#", "{", "{{ 'a", "{# }", "{{ eos_token", "{{ eos_token +",
+          "{{ ' ' +", "{{ '<|assistant|>'", "{{ eos_token }}"}) {
+      const std::string text = std::string(markers).append(ending);
+      EXPECT_NO_THROW(ChatTemplate(text, "", "").render(question)) << text;
+    }
   }
+}
+
+TEST(ChatTemplate, AHugeTemplateIsNoTrouble) {
+  const std::vector<ChatMessage> question{{.role = "user", .content = "Hi"}};
+  const std::string filling(4 << 20, ' ');
+  const std::string dates =
+      "<|start_header_id|><|eot_id|>Cutting Knowledge Date{% set date_string" + filling + "= \"";
+  const std::string letters(1 << 20, 'x');
+  EXPECT_EQ(ChatTemplate(dates + letters + "\" %}", "", "").default_system(),
+            "Cutting Knowledge Date: December 2023\nToday Date: " + letters + "\n\n");
+  EXPECT_NO_THROW(ChatTemplate("[INST][/INST]{{ eos_token" + filling, "", "").render(question));
+  expect_error([&] { ChatTemplate("<|start_header_id|><|eot_id|>Cutting Knowledge Date", "", ""); },
+               "sets no date_string");
 }
 
 }  // namespace
