@@ -9,12 +9,14 @@
 #include <vector>
 
 #include "reference/executors.hpp"
+#include "reference/forced_path.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/scattered_kv.hpp"
 
 namespace compresskv {
 namespace {
 
+using reference::ForcedPath;
 using reference::Layer;
 using reference::layer_cases;
 using reference::LayerCase;
@@ -39,18 +41,6 @@ std::vector<float> copy_of(const Scores<Granularity::layer>& scores) {
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return reference::same_bytes(a, b);
 }
-
-/// Puts the code path back whatever happens.
-class ForcedPath {
- public:
-  explicit ForcedPath(kernel::CodePath path) : before_(kernel::code_path()) { kernel::force_code_path(path); }
-  ~ForcedPath() { kernel::force_code_path(before_); }
-  ForcedPath(const ForcedPath&) = delete;
-  ForcedPath& operator=(const ForcedPath&) = delete;
-
- private:
-  kernel::CodePath before_;
-};
 
 template <class T>
 struct CompressorCases : testing::Test {};
