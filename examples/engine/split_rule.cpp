@@ -193,8 +193,9 @@ std::vector<std::string_view> SplitRule::split(std::string_view text) const {
 }
 
 std::vector<std::string> SplitRule::names() {
-  std::vector<std::string> out;
-  for (const NamedRule& rule : rules) out.emplace_back(rule.name);
+  std::vector<std::string> out(rules.size());
+  std::transform(rules.begin(), rules.end(), out.begin(),
+                 [](const NamedRule& rule) { return std::string(rule.name); });
   return out;
 }
 
