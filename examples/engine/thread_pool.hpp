@@ -61,4 +61,14 @@ class ThreadPool {
   std::vector<std::thread> helpers_;
 };
 
+/// A pool as the library's `Executor`: copyable, does not own the pool.
+struct PoolExecutor {
+  ThreadPool* pool = nullptr;
+
+  template <typename Task>
+  void parallel_for(std::size_t count, Task&& task) {
+    pool->parallel_for(count, task);
+  }
+};
+
 }  // namespace engine
