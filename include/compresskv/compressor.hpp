@@ -137,7 +137,7 @@ class Compressor {
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
     check_view(layer, kv);
     Selection& selection = selection_;
-    if (kv.rows(0) <= capacities_[layer]) {
+    if (kv.rows(0) <= capacity(layer, kv.rows(0))) {
       select_all(kv.rows(0), selection);
     } else {
       const Scores<granularity> scores = score(layer, kv, observation);
@@ -154,6 +154,7 @@ class Compressor {
   template <class V, class O = NotGiven>
   requires(!AttentionObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
                                                                const O& observation = {}) {
+    static_assert(!QueryObservation<V>, "queries need the keys: give the layer's view as well");
     check_view(layer, kv);
     return score_rows(layer, kv.rows(0), kv, observation);
   }
@@ -166,10 +167,18 @@ class Compressor {
   }
 
   /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them. Valid until the
-  /// next call. Throws ScoreError on a score that is NaN or infinite, naming layer, row and token.
+  /// next call. Throws ScoreError on a score that is NaN or infinite, naming layer, row and token, and
+  /// ArgumentError on scores of another shape.
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
+    const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
+    detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
+                    " rows, this plan's have ", expected, ": give the scores that score() filled");
     const std::size_t rows = scores.tokens() + scores.window();
+    const std::size_t window = std::min(plan_->scorer().window(), rows);
+    detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
+                    scores.window(), " rows, the plan's window is ", window,
+                    ": give the scores that score() filled");
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const auto values = scores.row(row);
       for (std::size_t token = 0; token < values.size(); ++token) {
@@ -178,10 +187,10 @@ class Compressor {
                                     ": scores must be finite; nothing was changed");
       }
     }
-    if (rows <= capacities_[layer]) {
+    if (rows <= capacity(layer, rows)) {
       select_all(rows, selection_);
     } else {
-      plan_->selector().select(scores, capacities_[layer], workspace_, selection_);
+      plan_->selector().select(scores, capacity(layer, rows), workspace_, selection_);
     }
     return selection_;
   }
@@ -250,6 +259,10 @@ class Compressor {
       detail::require(kv.rows(head) >= known.rows(head), "layer ", layer, " KV head ", head, " has ",
                       kv.rows(head), " rows, expected at least ", known.rows(head),
                       ": view all rows of the prompt that begin() announced and those appended since");
+      detail::require(kv.rows(head) - known.rows(head) == kv.rows(0) - known.rows(0), "layer ", layer,
+                      " KV head ", head, " has ", kv.rows(head) - known.rows(head),
+                      " rows appended, KV head 0 has ", kv.rows(0) - known.rows(0),
+                      ": append every token to all heads");
     }
   }
 
@@ -260,6 +273,12 @@ class Compressor {
     auto positions = std::make_shared<std::vector<std::uint32_t>>(count);
     std::iota(positions->begin(), positions->end(), 0U);
     all_positions_ = std::move(positions);
+  }
+
+  /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
+  /// window still stays whole.
+  std::size_t capacity(std::size_t layer, std::size_t rows) const {
+    return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
   }
 
   static void select_all(std::size_t rows, Selection& selection) {
@@ -278,8 +297,6 @@ class Compressor {
           Observation<O>,
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
-      static_assert(AttentionObservation<O> || KvView<V>,
-                    "queries need the keys: give the layer's view as well");
       detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
     }
     const std::size_t score_rows = granularity == Granularity::layer ? 1 : shape.kv_heads;
@@ -293,6 +310,9 @@ class Compressor {
   template <class V, class W>
   const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
     static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(
+        kernel::rows_fit<V, W>,
+        "rows move as they are: the cache written needs the element types of the cache read, not const");
     check_layer(layer);
     detail::check_view(source, plan_->shape());
     check_rows(layer, source);
