@@ -260,6 +260,7 @@ inline std::vector<ParsedObject> error_objects(const std::filesystem::path& file
     lines = {{1, all}};
   }
   std::vector<ParsedObject> objects;
+  objects.reserve(lines.size());
   for (const auto& [number, line] : lines) {
     objects.push_back(parse_object(file, line, number));
   }
