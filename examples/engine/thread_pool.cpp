@@ -10,11 +10,12 @@ namespace {
 constexpr auto patience = std::chrono::microseconds(200);
 
 constexpr std::uint32_t loop_of(std::uint64_t ticket) { return static_cast<std::uint32_t>(ticket >> 32U); }
-constexpr std::uint32_t piece_of(std::uint64_t ticket) { return static_cast<std::uint32_t>(ticket); }
+constexpr std::uint32_t unclaimed(std::uint64_t ticket) { return static_cast<std::uint32_t>(ticket); }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+// Delegating: where a thread cannot be started, the destructor ends those that were.
+ThreadPool::ThreadPool(int threads) : ThreadPool() {
   for (int i = 1; i < threads; ++i) helpers_.emplace_back([this] { help(); });
 }
 
@@ -37,9 +38,9 @@ void ThreadPool::run(std::size_t count, Call call, void* body) {
   failed_.store(false, std::memory_order_relaxed);
   failure_ = nullptr;
   done_.store(0, std::memory_order_relaxed);
-  count_.store(static_cast<std::uint32_t>(count), std::memory_order_relaxed);
+  count_ = count;
   const std::uint32_t loop = loops_.load(std::memory_order_relaxed) + 1;
-  ticket_.store(std::uint64_t{loop} << 32U, std::memory_order_release);
+  ticket_.store(std::uint64_t{loop} << 32U | count, std::memory_order_release);
   loops_.store(loop, std::memory_order_release);
   loops_.notify_all();
 
@@ -53,9 +54,9 @@ void ThreadPool::run(std::size_t count, Call call, void* body) {
 bool ThreadPool::work(std::uint32_t loop) {
   std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
   do {
-    if (loop_of(ticket) != loop || piece_of(ticket) >= count_.load(std::memory_order_relaxed)) return false;
-  } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
-  invoke(piece_of(ticket));
+    if (loop_of(ticket) != loop || unclaimed(ticket) == 0) return false;
+  } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel));
+  invoke(count_ - unclaimed(ticket));
   return true;
 }
 

@@ -39,6 +39,8 @@ class ThreadPool {
   }
 
  private:
+  ThreadPool() = default;
+
   using Call = void (*)(void* body, std::size_t index);
 
   void run(std::size_t count, Call call, void* body);
@@ -46,10 +48,11 @@ class ThreadPool {
   bool work(std::uint32_t loop);
   void invoke(std::size_t index);
 
-  // A piece is claimed by raising the low half of `ticket_`; the high half is the number of the loop, so that
-  // a late helper cannot claim from a loop that it has not seen begin.
+  // The number of the loop in the high half, the pieces that nobody has claimed in the low half. Claiming is
+  // one compare-and-swap on both, so a helper that comes late cannot claim from a loop that it has not seen
+  // begin.
   std::atomic<std::uint64_t> ticket_{0};
-  std::atomic<std::uint32_t> count_{0};
+  std::size_t count_ = 0;  // this and the task are read by those alone who have claimed a piece
   std::atomic<std::uint32_t> done_{0};
   std::atomic<bool> stop_{false};
   std::atomic<bool> failed_{false};
