@@ -173,7 +173,8 @@ NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, 
     text += text.empty() ? "" : " ";
     text += needle.fact;
     if (!after.empty()) {
-      text += " " + join(after);
+      text += ' ';
+      text += join(after);
     }
     return chat_prompt(loaded, message_text(text, needle.question));
   };
