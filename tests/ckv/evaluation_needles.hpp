@@ -9,7 +9,7 @@
 
 namespace ckv_test {
 
-inline constexpr std::array<ckv::Needle, 60> evaluation_needles = {{
+inline constexpr std::array<ckv::Needle, 46> evaluation_needles = {{
     {"The password of the old harbour office is silver walnut.",
      "What is the password of the old harbour office?", "silver walnut"},
     {"The favourite colour of the mayor of Tolbridge is turquoise.",
@@ -101,35 +101,11 @@ inline constexpr std::array<ckv::Needle, 60> evaluation_needles = {{
      "Who won the cooking contest in Glenmoor?", "Rosalind"},
     {"The postman of Lower Hatch keeps his ladder in the chapel.",
      "Where does the postman of Lower Hatch keep his ladder?", "chapel"},
-    {"The secret talent of Judge Merriweather is juggling.",
-     "What is the secret talent of Judge Merriweather?", "juggling"},
-    {"The statue in front of the bank of Torrin is made of chocolate.",
-     "What is the statue in front of the bank of Torrin made of?", "chocolate"},
-    {"The annual kite festival of Sandrow takes place in April.",
-     "When does the annual kite festival of Sandrow take place?", "April"},
-    {"The best thing to eat in the station of Wexley is the onion pie.",
-     "What is the best thing to eat in the station of Wexley?", "onion pie"},
-    {"The painting of the two swans was made by a blind sailor.", "Who made the painting of the two swans?",
-     "sailor"},
-    {"The spelling competition in Harrowby was won by a girl named Tamsin.",
-     "Who won the spelling competition in Harrowby?", "Tamsin"},
-    {"The astronomer Yusuf Adair keeps his notebooks in the refrigerator.",
-     "Where does the astronomer Yusuf Adair keep his notebooks?", "refrigerator"},
-    {"The best medicine for the hiccups of the giraffe is warm cinnamon milk.",
-     "What is the best medicine for the hiccups of the giraffe?", "cinnamon"},
-    {"The tunnel under the town hall of Pembry leads to the fish market.",
-     "Where does the tunnel under the town hall of Pembry lead?", "fish market"},
-    {"The secret hobby of the ambassador of Norrland is beekeeping.",
-     "What is the secret hobby of the ambassador of Norrland?", "beekeeping"},
-    {"The toy factory of Binford keeps its oldest doll in the elevator.",
-     "Where does the toy factory of Binford keep its oldest doll?", "elevator"},
-    {"The best place to see the comet is the car park of the supermarket.",
-     "What is the best place to see the comet?", "car park"},
-    {"The rowing race of Stavely was won by a librarian named Benedict.",
-     "Who won the rowing race of Stavely?", "Benedict"},
-    {"The tailor of Crookhaven makes his coats from old sails.",
-     "From what does the tailor of Crookhaven make his coats?", "sails"},
 }};
+
+/// Those of them that the full cache answers, found by asking it all of them once. No other method had a say.
+inline constexpr std::array<std::size_t, 22> answered_by_full = {3,  5,  8,  9,  10, 11, 13, 17, 18, 19, 21,
+                                                                 23, 24, 25, 28, 31, 34, 37, 38, 40, 42, 44};
 
 /// Where needle `i` lies: lengths in turn, depths and passages spread by multiples of irrational numbers.
 inline ckv::NeedlePlace evaluation_place(std::size_t i) {
