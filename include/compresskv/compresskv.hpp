@@ -14,6 +14,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/protection.hpp"
 #include "compresskv/core/shape.hpp"
 
 // The engine's memory, and what shows the window's attention
@@ -26,8 +27,10 @@
 // Methods
 #include "compresskv/budget/error_aware.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/streaming_llm.hpp"
+#include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
 
 // The calls that an engine makes
