@@ -19,8 +19,10 @@
 
 // The engine's memory, and what shows the window's attention
 #include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/int8_kv.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
+#include "compresskv/view/paged_kv.hpp"
 #include "compresskv/view/query_window.hpp"
 #include "compresskv/view/strided_kv.hpp"
 

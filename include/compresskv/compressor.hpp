@@ -392,6 +392,7 @@ class Compressor {
     check_rows(layer, source);
     const std::size_t kv_heads = source.kv_heads();
     selection.validate(kv_heads, [&](std::size_t head) { return source.rows(head); });
+    const bool in_place = static_cast<const void*>(&source) == static_cast<const void*>(&target);
     std::size_t before = 0;
     std::size_t after = 0;
     for (std::size_t head = 0; head < kv_heads; ++head) {
@@ -400,7 +401,7 @@ class Compressor {
       after += rows.size();
       detail::require(rows.size() <= target.rows(head), "gather's target has ", target.rows(head),
                       " rows of KV head ", head, ", the selection keeps ", rows.size(), ": give it room");
-      detail::check_writable(target, head, first_moved(source, target, rows), rows.size());
+      detail::check_writable(target, head, in_place ? detail::first_moved(rows) : 0, rows.size());
     }
 
     Retained& retained = layers_[layer];
@@ -423,19 +424,6 @@ class Compressor {
     retained.next_position_ += appended;
     retained.bytes_freed_ = (before - after) * kv_row_bytes(source);
     return retained;
-  }
-
-  /// Rows before it stay where they are when source and target are one cache.
-  template <class V, class W>
-  static std::size_t first_moved(const V& source, const W& target, std::span<const std::uint32_t> rows) {
-    if (static_cast<const void*>(&source) != static_cast<const void*>(&target)) {
-      return 0;
-    }
-    std::size_t first = 0;
-    while (first < rows.size() && rows[first] == first) {
-      ++first;
-    }
-    return first;
   }
 
   /// Positions of the selected rows, into `pending_positions_`.

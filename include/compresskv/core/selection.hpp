@@ -88,6 +88,19 @@ class HeadLists {
   std::vector<std::size_t> ends_ = {0};  // [list], where each list ends in values_
 };
 
+namespace detail {
+
+/// Rows before it stay where they are when a cache is compacted in place.
+inline std::size_t first_moved(std::span<const std::uint32_t> rows) {
+  std::size_t first = 0;
+  while (first < rows.size() && rows[first] == first) {
+    ++first;
+  }
+  return first;
+}
+
+}  // namespace detail
+
 /// Which rows of a layer's cache stay. A value: it may come from another rank, another engine or a file, and
 /// be given to `Compressor::compact`.
 class Selection : public HeadLists {
