@@ -24,6 +24,7 @@
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/paged_kv.hpp"
 #include "compresskv/view/query_window.hpp"
+#include "compresskv/view/recent_queries.hpp"
 #include "compresskv/view/strided_kv.hpp"
 
 // Methods
@@ -36,6 +37,7 @@
 #include "compresskv/select/shared_top_k.hpp"
 
 // The calls that an engine makes
+#include "compresskv/batch.hpp"
 #include "compresskv/compressor.hpp"
 
 // Attention over a cache, full or compressed

@@ -23,6 +23,7 @@
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/rotary.hpp"
 #include "compresskv/kernel/row_moves.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -219,6 +220,52 @@ class Compressor {
     static_assert(KvView<W>, "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
     detail::check_view(target, plan_->shape());
     return keep(layer, source, target, selection);
+  }
+
+  /// For engines that need contiguous positions: turns the keys of a compressed layer from their true
+  /// positions to their row indices; the sequence then goes on at the row count. By default nothing is turned
+  /// and positions stay true.
+  ///
+  /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
+  /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
+  /// never re-quantised.
+  template <class V>
+  const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
+    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(Element<typename V::key_element>,
+                  "only plain keys can be turned: quantised rows are never re-quantised");
+    check_layer(layer);
+    detail::check_view(kv, plan_->shape());
+    check_rows(layer, kv);
+    rotary.validate(kv.head_dim());
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " has ", kv.rows(head),
+                      " rows, KV head 0 ", kv.rows(0), ": contiguous positions need equal lengths");
+      detail::check_writable(kv, head, 0, kv.rows(head));
+    }
+    grow_all_positions(kv.rows(0));
+    const std::span<float> buffers =
+        workspace_.take(Workspace::Slot::key_rows, kv.kv_heads() * kv.head_dim());
+    Retained& retained = layers_[layer];
+    executor_.parallel_for(kv.kv_heads(), [&](std::size_t head) {
+      std::size_t row = 0;
+      for (std::size_t i = 0; i < kv.run_count(head); ++i) {
+        const auto run = kv.key_run(head, i);
+        for (std::size_t r = 0; r < run.rows; ++r, ++row) {
+          const std::size_t position = retained.position(row, head);
+          if (position != row) {
+            kernel::rotate_row(run, r, kv.head_dim(), rotary,
+                               static_cast<double>(row) - static_cast<double>(position),
+                               buffers.data() + head * kv.head_dim());
+          }
+        }
+      }
+    });
+    retained.all_positions_ = all_positions_;
+    retained.whole_ = true;
+    retained.whole_rows_ = kv.rows(0);
+    retained.next_position_ = kv.rows(0);
+    return retained;
   }
 
   /// Bytes of scratch and of positions held by this compressor now.
