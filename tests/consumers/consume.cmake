@@ -11,8 +11,7 @@ function(run)
   set(output "${output}" PARENT_SCOPE)
 endfunction()
 
-# The compiled library is headers only, so the prefix must be all that the consumer needs: no path of this checkout is
-# passed to the ones that use an install. A user's own CPATH could hide a missing include path.
+# The prefix must be all that a consumer of an installed library needs: no path of this checkout is passed to it. A user's own CPATH could hide a missing include path.
 unset(ENV{CPATH})
 unset(ENV{CPLUS_INCLUDE_PATH})
 set(ENV{PKG_CONFIG_PATH} "${PREFIX}/share/pkgconfig")
@@ -26,8 +25,19 @@ endif()
 run("${CMAKE_COMMAND}" ${arguments})
 run("${CMAKE_COMMAND}" --build "${BUILD}" --config Release)
 
-find_program(consumer consumer PATHS "${BUILD}" "${BUILD}/Release" NO_DEFAULT_PATH REQUIRED)
-run("${consumer}")
-if(NOT output MATCHES "compresskv ${EXPECTED_VERSION}")
+function(run_consumer name)
+  find_program(executable ${name} PATHS "${BUILD}" "${BUILD}/Release" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+  run("${executable}" ${ARGN})
+  set(output "${output}" PARENT_SCOPE)
+endfunction()
+
+run_consumer(consumer)
+if(NOT output STREQUAL "compresskv ${EXPECTED_VERSION}\n")
   message(FATAL_ERROR "the consumer printed '${output}', not the version ${EXPECTED_VERSION}")
+endif()
+
+file(WRITE "${BUILD}/ranking.json" [[{"0": [2, 0, 1], "1": [7, 3]}]])
+run_consumer(consumer_io "${BUILD}/ranking.json")
+if(NOT output STREQUAL "2 layers, best head of the last 7\n")
+  message(FATAL_ERROR "the consumer of compresskv::io printed '${output}'")
 endif()

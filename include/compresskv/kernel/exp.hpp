@@ -32,8 +32,8 @@ namespace portable {
 
 inline float exp(float argument) {
   using namespace exp_constants;
-  if (argument < lowest) {
-    return 0.0F;
+  if (!(argument >= lowest)) {
+    return argument < lowest ? 0.0F : argument;
   }
   const float shifted = std::fma(argument, log2_e, round_shift);
   const float n = shifted - round_shift;
@@ -57,7 +57,6 @@ namespace avx2 {
 
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline __m256 exp(__m256 argument) {
   using namespace exp_constants;
-  // max returns its second operand when either is NaN: NaN must survive the clamp.
   const __m256 x = _mm256_max_ps(_mm256_set1_ps(lowest), argument);
   const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(log2_e), _mm256_set1_ps(round_shift));
   const __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(round_shift));
@@ -73,7 +72,9 @@ namespace avx2 {
   const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
   const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), power));
   const __m256 underflow = _mm256_cmp_ps(argument, _mm256_set1_ps(lowest), _CMP_LT_OQ);
-  return _mm256_andnot_ps(underflow, scaled);
+  // Of a NaN the shift by `power` would make a number: whatever went in, NaN must come out.
+  const __m256 not_a_number = _mm256_cmp_ps(argument, argument, _CMP_UNORD_Q);
+  return _mm256_or_ps(_mm256_andnot_ps(underflow, scaled), not_a_number);
 }
 
 }  // namespace avx2

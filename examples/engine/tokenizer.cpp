@@ -1,0 +1,571 @@
+#include "tokenizer.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <limits>
+#include <queue>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "error.hpp"
+#include "gguf.hpp"
+#include "split_rule.hpp"
+#include "utf8.hpp"
+
+namespace engine {
+namespace {
+
+constexpr TokenId no_token = -1;
+constexpr std::string_view space_mark = "\xE2\x96\x81";  // U+2581, SentencePiece's visible space
+
+std::size_t index(TokenId id) { return static_cast<std::size_t>(id); }
+
+// ---- GPT-2's byte alphabet: each byte is written as a printable character
+// ------------------------------------
+
+struct ByteAlphabet {
+  std::array<std::string, 256> character_of_byte;
+  std::unordered_map<std::string_view, unsigned char> byte_of_character;
+
+  ByteAlphabet() {
+    unsigned next_stand_in = 256;
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      const bool stands_for_itself =
+          (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
+      const unsigned code_point = stands_for_itself ? byte : next_stand_in++;
+      std::string& character = character_of_byte[byte];
+      if (code_point < 0x80) {
+        character.push_back(static_cast<char>(code_point));
+      } else {  // the highest stand-in is U+0143: two bytes are enough
+        character.push_back(static_cast<char>(0xC0U | (code_point >> 6U)));
+        character.push_back(static_cast<char>(0x80U | (code_point & 0x3FU)));
+      }
+    }
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      byte_of_character.emplace(character_of_byte[byte], static_cast<unsigned char>(byte));
+    }
+  }
+
+  // The bytes that `text` stands for; nothing where it is not written in the alphabet.
+  std::optional<std::string> bytes_of(std::string_view text) const {
+    std::string out;
+    for (std::size_t at = 0; at < text.size();) {
+      const std::size_t length = std::max<std::size_t>(utf8::character_length(text, at), 1);
+      const auto found = byte_of_character.find(text.substr(at, length));
+      if (found == byte_of_character.end()) return std::nullopt;
+      out.push_back(static_cast<char>(found->second));
+      at += length;
+    }
+    return out;
+  }
+};
+
+const ByteAlphabet& byte_alphabet() {
+  static const ByteAlphabet alphabet;
+  return alphabet;
+}
+
+// "<0x0A>" as 0x0A.
+std::optional<unsigned char> byte_of_fallback_token(std::string_view text) {
+  if (text.size() != 6 || !text.starts_with("<0x") || text.back() != '>') return std::nullopt;
+  unsigned value = 0;
+  for (const char digit : text.substr(3, 2)) {
+    constexpr std::string_view digits = "0123456789ABCDEF";
+    const std::size_t at = digits.find(digit);
+    if (at == std::string_view::npos) return std::nullopt;
+    value = value * 16 + static_cast<unsigned>(at);
+  }
+  return static_cast<unsigned char>(value);
+}
+
+std::string replace_all(std::string_view text, std::string_view what, std::string_view with) {
+  std::string out;
+  std::size_t done = 0;
+  for (std::size_t at = text.find(what); at != std::string_view::npos; at = text.find(what, done)) {
+    out.append(text, done, at - done).append(with);
+    done = at + what.size();
+  }
+  return out.append(text.substr(done));
+}
+
+// ---- what both kinds of vocabulary share: symbols in a row, merged best pair first
+// ---------------------------
+
+struct Symbol {
+  std::size_t begin = 0;   // in the text
+  std::size_t length = 0;  // 0: merged into its left neighbour
+  TokenId id = no_token;
+  std::size_t previous = none;
+  std::size_t next = none;
+
+  static constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
+};
+
+template <class Priority>
+struct Merge {
+  Priority priority;  // the smallest first
+  std::size_t left = 0;
+  std::size_t right = 0;
+  std::size_t length = 0;  // of both together, to tell a merge that other merges have overtaken
+  TokenId id = no_token;
+
+  bool operator<(const Merge& other) const {  // std::priority_queue takes the greatest
+    return priority != other.priority ? priority > other.priority : left > other.left;
+  }
+};
+
+// Merges neighbours, best pair first and leftmost among equals, until no pair can merge.
+// `propose(left, right)` gives the merge of two neighbouring symbols, if there is one.
+template <class Priority, class Propose>
+void merge_symbols(std::vector<Symbol>& symbols, const Propose& propose) {
+  std::priority_queue<Merge<Priority>> queue;
+  const auto consider = [&](std::size_t left, std::size_t right) {
+    if (left == Symbol::none || right == Symbol::none) return;
+    const std::optional<std::pair<Priority, TokenId>> merge = propose(symbols[left], symbols[right]);
+    if (!merge) return;
+    queue.push({.priority = merge->first,
+                .left = left,
+                .right = right,
+                .length = symbols[left].length + symbols[right].length,
+                .id = merge->second});
+  };
+  for (std::size_t right = 1; right < symbols.size(); ++right) consider(right - 1, right);
+  while (!queue.empty()) {
+    const Merge<Priority> merge = queue.top();
+    queue.pop();
+    Symbol& left = symbols[merge.left];
+    Symbol& right = symbols[merge.right];
+    if (left.length == 0 || right.length == 0 || left.length + right.length != merge.length) continue;
+    left.length = merge.length;
+    left.id = merge.id;
+    left.next = right.next;
+    right.length = 0;
+    if (left.next != Symbol::none) symbols[left.next].previous = merge.left;
+    consider(left.previous, merge.left);
+    consider(merge.left, left.next);
+  }
+}
+
+void chain(std::vector<Symbol>& symbols) {
+  for (std::size_t at = 0; at < symbols.size(); ++at) {
+    symbols[at].previous = at == 0 ? Symbol::none : at - 1;
+    symbols[at].next = at + 1 == symbols.size() ? Symbol::none : at + 1;
+  }
+}
+
+// Control tokens that end a turn or a text in the model families we know, whatever the file calls its EOS.
+constexpr auto known_end_tokens = std::to_array<std::string_view>({
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "</s>",
+});
+
+}  // namespace
+
+class Tokenizer::Impl {
+ public:
+  explicit Impl(TokenizerSpec spec);
+
+  std::vector<TokenId> encode(std::string_view text, EncodeOptions options) const;
+  std::string decode(std::span<const TokenId> ids, DecodeOptions options) const;
+
+  std::size_t checked(TokenId id) const {
+    if (id < 0 || index(id) >= spec.tokens.size()) {
+      throw Error("token id " + std::to_string(id) + " is outside the vocabulary of " +
+                  std::to_string(spec.tokens.size()) + " tokens");
+    }
+    return index(id);
+  }
+  TokenType type(std::size_t token) const {
+    return spec.token_types.empty() ? TokenType::normal : static_cast<TokenType>(spec.token_types[token]);
+  }
+  bool is_special(std::size_t token) const {
+    return type(token) == TokenType::control || type(token) == TokenType::unknown;
+  }
+
+  TokenizerSpec spec;
+  bool add_bos = false;
+  std::vector<std::string> bytes;  // [token]
+  std::unordered_map<std::string_view, TokenId> by_text;
+  std::vector<bool> ends_generation;  // [token]
+  std::vector<unsigned char> bytes_without_token;
+
+ private:
+  struct RankedMerge {
+    std::size_t rank = 0;
+    TokenId id = no_token;
+  };
+
+  void check_spec() const;
+  void index_tokens();
+  void index_merges();
+  TokenId token_at(std::string_view text, std::size_t at, bool parse_special) const;
+  void encode_plain(std::string_view text, bool after_control, std::vector<TokenId>& ids) const;
+  void encode_piece(std::string_view piece, std::vector<TokenId>& ids) const;
+  void encode_sentencepiece(std::string_view text, std::vector<TokenId>& ids) const;
+
+  static std::uint64_t pair_key(TokenId left, TokenId right) {
+    return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32U |
+           static_cast<std::uint32_t>(right);
+  }
+
+  bool byte_level_ = false;
+  bool space_prefix_ = false;
+  std::optional<SplitRule> split_rule_;
+  std::array<TokenId, 256> byte_token_{};                                   // no_token where there is none
+  std::unordered_map<std::uint64_t, RankedMerge> merges_;                   // byte level, by pair_key
+  std::unordered_map<std::string_view, TokenId> mergeable_;                 // tokens that text can merge into
+  std::unordered_map<unsigned char, std::vector<TokenId>> written_tokens_;  // by first byte, longest first
+};
+
+Tokenizer::Impl::Impl(TokenizerSpec given) : spec(std::move(given)) {
+  check_spec();
+  byte_level_ = spec.model == "gpt2";
+  if (byte_level_) {
+    split_rule_.emplace(spec.pre.empty() ? "default" : spec.pre);
+    add_bos = spec.add_bos.value_or(split_rule_->adds_bos_by_default());
+  } else {
+    space_prefix_ = spec.add_space_prefix.value_or(true);
+    add_bos = spec.add_bos.value_or(true);
+  }
+  if (add_bos && !spec.bos) {
+    throw Error(
+        "the vocabulary wants BOS before a text but names none (tokenizer.ggml.bos_token_id is missing)");
+  }
+  index_tokens();
+  if (byte_level_) index_merges();
+}
+
+void Tokenizer::Impl::check_spec() const {
+  const std::size_t count = spec.tokens.size();
+  if (spec.model != "gpt2" && spec.model != "llama") {
+    throw Error("the vocabulary's model (tokenizer.ggml.model) is '" + spec.model +
+                "'; known are gpt2 (byte-level BPE) and llama (SentencePiece BPE)");
+  }
+  if (count == 0) throw Error("the vocabulary (tokenizer.ggml.tokens) is empty");
+  if (count > index(std::numeric_limits<TokenId>::max())) {
+    throw Error("the vocabulary has " + std::to_string(count) + " tokens; at most " +
+                std::to_string(std::numeric_limits<TokenId>::max()) + " can be numbered");
+  }
+  const auto check_length = [&](std::string_view what, std::size_t length) {
+    if (length != count) {
+      throw Error(std::string(what) + " has " + std::to_string(length) + " entries for " +
+                  std::to_string(count) + " tokens; there must be one a token");
+    }
+  };
+  if (!spec.token_types.empty()) check_length("tokenizer.ggml.token_type", spec.token_types.size());
+  for (std::size_t token = 0; token < spec.token_types.size(); ++token) {
+    const std::int32_t type = spec.token_types[token];
+    if (type < 1 || type > 6) {
+      throw Error("tokenizer.ggml.token_type of token " + std::to_string(token) + " is " +
+                  std::to_string(type) + "; it must be from 1 (normal) to 6 (byte)");
+    }
+  }
+  if (spec.model == "llama") {
+    check_length("tokenizer.ggml.scores", spec.scores.size());
+    const auto nan = std::find_if(spec.scores.begin(), spec.scores.end(), [](float s) { return s != s; });
+    if (nan != spec.scores.end()) {
+      throw Error("tokenizer.ggml.scores of token " + std::to_string(nan - spec.scores.begin()) +
+                  " is NaN; merges have no order");
+    }
+  }
+  const auto check_id = [&](std::string_view what, std::optional<TokenId> id) {
+    if (id && (*id < 0 || index(*id) >= count)) {
+      throw Error("tokenizer.ggml." + std::string(what) + "_token_id is " + std::to_string(*id) +
+                  ", outside the vocabulary of " + std::to_string(count) + " tokens");
+    }
+  };
+  check_id("bos", spec.bos);
+  check_id("eos", spec.eos);
+  check_id("eot", spec.eot);
+  check_id("unknown", spec.unk);
+}
+
+void Tokenizer::Impl::index_tokens() {
+  const std::size_t count = spec.tokens.size();
+  bytes.resize(count);
+  ends_generation.assign(count, false);
+  byte_token_.fill(no_token);
+  for (std::size_t token = 0; token < count; ++token) {
+    const std::string& text = spec.tokens[token];
+    const TokenId id = static_cast<TokenId>(token);
+    by_text.emplace(text, id);  // of equal texts, the lowest id stays
+    switch (type(token)) {
+      case TokenType::normal:
+        bytes[token] =
+            byte_level_ ? byte_alphabet().bytes_of(text).value_or(text) : replace_all(text, space_mark, " ");
+        if (byte_level_) {
+          mergeable_.emplace(bytes[token], id);
+        } else {
+          mergeable_.emplace(text, id);
+        }
+        break;
+      case TokenType::byte: {
+        const std::optional<unsigned char> byte = byte_of_fallback_token(text);
+        if (!byte) {
+          throw Error("token " + std::to_string(token) + " is a byte token but is written '" + text +
+                      "'; byte tokens are written like <0x0A>");
+        }
+        bytes[token] = std::string(1, static_cast<char>(*byte));
+        if (byte_token_[*byte] == no_token) byte_token_[*byte] = id;
+        break;
+      }
+      case TokenType::unknown:
+      case TokenType::control:
+        bytes[token] = text;
+        if (std::find(known_end_tokens.begin(), known_end_tokens.end(), text) != known_end_tokens.end()) {
+          ends_generation[token] = true;
+        }
+        break;
+      case TokenType::user_defined:
+        bytes[token] = byte_level_ ? text : replace_all(text, space_mark, " ");
+        break;
+      case TokenType::unused:
+        bytes[token] = text;
+        break;
+    }
+    const bool is_written = is_special(token) || type(token) == TokenType::user_defined;
+    if (is_written && !bytes[token].empty()) {
+      written_tokens_[static_cast<unsigned char>(bytes[token].front())].push_back(id);
+    }
+  }
+  for (auto& [first, ids] : written_tokens_) {
+    std::stable_sort(ids.begin(), ids.end(),
+                     [&](TokenId a, TokenId b) { return bytes[index(a)].size() > bytes[index(b)].size(); });
+  }
+  if (spec.eos) ends_generation[index(*spec.eos)] = true;
+  if (spec.eot) ends_generation[index(*spec.eot)] = true;
+  if (byte_level_) {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      const auto found = mergeable_.find(std::string(1, static_cast<char>(byte)));
+      if (found != mergeable_.end()) {
+        byte_token_[byte] = found->second;
+      } else {
+        bytes_without_token.push_back(static_cast<unsigned char>(byte));
+      }
+    }
+  }
+}
+
+void Tokenizer::Impl::index_merges() {
+  merges_.reserve(spec.merges.size());
+  for (std::size_t rank = 0; rank < spec.merges.size(); ++rank) {
+    const std::string& text = spec.merges[rank];
+    const auto token = [&](std::string_view part) {
+      const auto found = by_text.find(part);
+      if (found == by_text.end()) {
+        throw Error("merge " + std::to_string(rank) + " of tokenizer.ggml.merges, '" + text + "', needs '" +
+                    std::string(part) + "', which is not in the vocabulary");
+      }
+      return found->second;
+    };
+    const std::size_t space = text.find(' ', 1);
+    if (space == std::string::npos || space + 1 == text.size()) {
+      throw Error("merge " + std::to_string(rank) + " of tokenizer.ggml.merges is '" + text +
+                  "'; it must be two tokens with a space between them");
+    }
+    const std::string_view left = std::string_view(text).substr(0, space);
+    const std::string_view right = std::string_view(text).substr(space + 1);
+    merges_.emplace(pair_key(token(left), token(right)),
+                    RankedMerge{.rank = rank, .id = token(std::string(left).append(right))});
+  }
+  spec.merges = {};  // indexed, and by far the largest part of the spec
+}
+
+std::vector<TokenId> Tokenizer::Impl::encode(std::string_view text, EncodeOptions options) const {
+  std::vector<TokenId> ids;
+  if (options.add_bos && add_bos) ids.push_back(*spec.bos);
+  bool after_control = true;  // the beginning counts as such: a space prefix goes there
+  std::size_t done = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    const TokenId id = token_at(text, at, options.parse_special);
+    if (id == no_token) {
+      ++at;
+      continue;
+    }
+    // SentencePiece puts the space prefix before a user-defined token too, so that one may stand alone.
+    if (at > done || type(index(id)) == TokenType::user_defined) {
+      encode_plain(text.substr(done, at - done), after_control, ids);
+    }
+    ids.push_back(id);
+    after_control = type(index(id)) == TokenType::control;
+    at += bytes[index(id)].size();
+    done = at;
+  }
+  if (done < text.size()) encode_plain(text.substr(done), after_control, ids);
+  return ids;
+}
+
+TokenId Tokenizer::Impl::token_at(std::string_view text, std::size_t at, bool parse_special) const {
+  const auto found = written_tokens_.find(static_cast<unsigned char>(text[at]));
+  if (found == written_tokens_.end()) return no_token;
+  for (const TokenId id : found->second) {
+    if (is_special(index(id)) && !parse_special) continue;
+    if (text.substr(at).starts_with(bytes[index(id)])) return id;
+  }
+  return no_token;
+}
+
+void Tokenizer::Impl::encode_plain(std::string_view text, bool after_control,
+                                   std::vector<TokenId>& ids) const {
+  if (byte_level_) {
+    for (const std::string_view piece : split_rule_->split(text)) encode_piece(piece, ids);
+    return;
+  }
+  std::string marked = after_control && space_prefix_ ? std::string(space_mark) : std::string();
+  marked.append(replace_all(text, " ", space_mark));
+  encode_sentencepiece(marked, ids);
+}
+
+void Tokenizer::Impl::encode_piece(std::string_view piece, std::vector<TokenId>& ids) const {
+  if (split_rule_->whole_piece_first()) {
+    const auto found = mergeable_.find(piece);
+    if (found != mergeable_.end()) {
+      ids.push_back(found->second);
+      return;
+    }
+  }
+  std::vector<Symbol> symbols;
+  symbols.reserve(piece.size());
+  for (std::size_t at = 0; at < piece.size(); ++at) {
+    const TokenId id = byte_token_[utf8::byte_at(piece, at)];
+    // Left out before merging, so that its neighbours meet: what the reference implementation does.
+    if (id != no_token) symbols.push_back({.begin = at, .length = 1, .id = id});
+  }
+  chain(symbols);
+  merge_symbols<std::size_t>(symbols, [&](const Symbol& left, const Symbol& right) {
+    const auto found = merges_.find(pair_key(left.id, right.id));
+    return found == merges_.end() ? std::optional<std::pair<std::size_t, TokenId>>()
+                                  : std::optional(std::pair(found->second.rank, found->second.id));
+  });
+  for (const Symbol& symbol : symbols) {
+    if (symbol.length != 0) ids.push_back(symbol.id);
+  }
+}
+
+void Tokenizer::Impl::encode_sentencepiece(std::string_view text, std::vector<TokenId>& ids) const {
+  std::vector<Symbol> symbols;
+  symbols.reserve(text.size());
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t length = std::max<std::size_t>(utf8::character_length(text, at), 1);
+    const auto found = mergeable_.find(text.substr(at, length));
+    symbols.push_back(
+        {.begin = at, .length = length, .id = found == mergeable_.end() ? no_token : found->second});
+    at += length;
+  }
+  chain(symbols);
+  merge_symbols<float>(symbols, [&](const Symbol& left, const Symbol& right) {
+    const auto found = mergeable_.find(text.substr(left.begin, left.length + right.length));
+    return found == mergeable_.end()
+               ? std::optional<std::pair<float, TokenId>>()
+               : std::optional(std::pair(-spec.scores[index(found->second)], found->second));
+  });
+  bool after_unknown = false;
+  for (const Symbol& symbol : symbols) {
+    if (symbol.length == 0) continue;
+    if (symbol.id != no_token) {
+      ids.push_back(symbol.id);
+      after_unknown = false;
+      continue;
+    }
+    const std::string_view character = text.substr(symbol.begin, symbol.length);
+    const bool has_bytes = std::all_of(character.begin(), character.end(), [&](char byte) {
+      return byte_token_[static_cast<unsigned char>(byte)] != no_token;
+    });
+    if (has_bytes) {
+      for (const char byte : character) ids.push_back(byte_token_[static_cast<unsigned char>(byte)]);
+      after_unknown = false;
+    } else if (spec.unk) {
+      if (!after_unknown) ids.push_back(*spec.unk);  // one stands for a whole run, as in SentencePiece
+      after_unknown = true;
+    } else {
+      throw Error("the vocabulary has no token for '" + std::string(character) +
+                  "', no byte tokens for it and no unknown token (tokenizer.ggml.unknown_token_id)");
+    }
+  }
+}
+
+std::string Tokenizer::Impl::decode(std::span<const TokenId> ids, DecodeOptions options) const {
+  std::string text;
+  bool after_control = true;
+  for (const TokenId id : ids) {
+    const std::size_t token = checked(id);
+    if (is_special(token)) {
+      if (!options.skip_special) text.append(bytes[token]);
+      after_control = type(token) == TokenType::control;
+      continue;
+    }
+    const bool has_prefix = after_control && space_prefix_ && bytes[token].starts_with(' ');
+    text.append(bytes[token], has_prefix ? 1 : 0);
+    after_control = false;
+  }
+  return text;
+}
+
+Tokenizer::Tokenizer(TokenizerSpec spec) : impl_(std::make_unique<const Impl>(std::move(spec))) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+std::vector<TokenId> Tokenizer::encode(std::string_view text, EncodeOptions options) const {
+  return impl_->encode(text, options);
+}
+
+std::string Tokenizer::decode(std::span<const TokenId> ids, DecodeOptions options) const {
+  return impl_->decode(ids, options);
+}
+
+const std::string& Tokenizer::token_bytes(TokenId id) const { return impl_->bytes[impl_->checked(id)]; }
+const std::string& Tokenizer::token_text(TokenId id) const { return impl_->spec.tokens[impl_->checked(id)]; }
+
+std::optional<TokenId> Tokenizer::find(std::string_view token_text) const {
+  const auto found = impl_->by_text.find(token_text);
+  return found == impl_->by_text.end() ? std::nullopt : std::optional(found->second);
+}
+
+std::size_t Tokenizer::size() const { return impl_->spec.tokens.size(); }
+std::optional<TokenId> Tokenizer::bos() const { return impl_->spec.bos; }
+std::optional<TokenId> Tokenizer::eos() const { return impl_->spec.eos; }
+bool Tokenizer::adds_bos() const { return impl_->add_bos; }
+TokenType Tokenizer::type(TokenId id) const { return impl_->type(impl_->checked(id)); }
+bool Tokenizer::is_special(TokenId id) const { return impl_->is_special(impl_->checked(id)); }
+bool Tokenizer::is_end_of_generation(TokenId id) const { return impl_->ends_generation[impl_->checked(id)]; }
+std::span<const unsigned char> Tokenizer::bytes_without_token() const { return impl_->bytes_without_token; }
+const std::string& Tokenizer::chat_template() const { return impl_->spec.chat_template; }
+
+std::string StreamDecoder::push(TokenId id) {
+  if (tokenizer_.is_special(id) && options_.skip_special) return {};
+  waiting_.append(tokenizer_.token_bytes(id));
+  const std::size_t ready = waiting_.size() - utf8::unfinished_suffix(waiting_);
+  std::string out = waiting_.substr(0, ready);
+  waiting_.erase(0, ready);
+  return out;
+}
+
+std::string StreamDecoder::finish() { return std::exchange(waiting_, {}); }
+
+TokenizerSpec tokenizer_spec(const GgufFile& file) {
+  return {
+      .model = file.get<std::string>("tokenizer.ggml.model"),
+      .pre = file.find<std::string>("tokenizer.ggml.pre").value_or(""),
+      .tokens = file.get<std::vector<std::string>>("tokenizer.ggml.tokens"),
+      .scores = file.find<std::vector<float>>("tokenizer.ggml.scores").value_or(std::vector<float>()),
+      .token_types = file.find<std::vector<std::int32_t>>("tokenizer.ggml.token_type")
+                         .value_or(std::vector<std::int32_t>()),
+      .merges =
+          file.find<std::vector<std::string>>("tokenizer.ggml.merges").value_or(std::vector<std::string>()),
+      .bos = file.find<TokenId>("tokenizer.ggml.bos_token_id"),
+      .eos = file.find<TokenId>("tokenizer.ggml.eos_token_id"),
+      .eot = file.find<TokenId>("tokenizer.ggml.eot_token_id"),
+      .unk = file.find<TokenId>("tokenizer.ggml.unknown_token_id"),
+      .add_bos = file.find<bool>("tokenizer.ggml.add_bos_token"),
+      .add_space_prefix = file.find<bool>("tokenizer.ggml.add_space_prefix"),
+      .chat_template = file.find<std::string>("tokenizer.chat_template").value_or("")};
+}
+
+}  // namespace engine

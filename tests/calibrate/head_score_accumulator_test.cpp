@@ -1,0 +1,266 @@
+#include "compresskv/calibrate/head_score_accumulator.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "calibrate/message_of.hpp"
+
+namespace {
+
+using compresskv::ArgumentError;
+using compresskv::Error;
+using compresskv::HeadRanking;
+using compresskv::HeadScores;
+using compresskv::calibrate::HeadScoreAccumulator;
+using compresskv::calibrate::TokenCounting;
+using compresskv::calibrate::TokenId;
+using compresskv::calibrate::TokenSpan;
+using compresskv::test::message_of;
+
+using Row = std::vector<float>;
+
+// One layer of one head. Span [1, 4) holds the tokens 7, 9, 7; the steps write 9, 7 and a stranger, 4, and
+// put 0.75, 0.5 and 1 on the span.
+void feed_hand_made_run(HeadScoreAccumulator& accumulator, bool counted) {
+  accumulator.begin_run(std::vector<TokenId>{5, 7, 9, 7, 2}, {.first = 1, .last = 4});
+  accumulator.add_attention(0, 0, Row{0.125F, 0.25F, 0.25F, 0.25F, 0.125F});
+  accumulator.add_token(9);
+  accumulator.add_attention(0, 0, Row{0.25F, 0.0F, 0.5F, 0.0F, 0.125F, 0.125F});
+  accumulator.add_token(7);
+  accumulator.add_attention(0, 0, Row{0.0F, 0.5F, 0.25F, 0.25F, 0.0F, 0.0F, 0.0F});
+  accumulator.add_token(4);
+  accumulator.end_run(counted);
+}
+
+TEST(HeadScoreAccumulator, ByHandOncePerOccurrence) {
+  HeadScoreAccumulator accumulator(1, 1);
+  feed_hand_made_run(accumulator, true);
+  EXPECT_EQ(accumulator.scores(), HeadScores(1, 1, {{0.75 + 2 * 0.5}}));
+}
+
+TEST(HeadScoreAccumulator, ByHandOncePerStep) {
+  HeadScoreAccumulator accumulator(1, 1, {.counting = TokenCounting::once_per_step});
+  feed_hand_made_run(accumulator, true);
+  EXPECT_EQ(accumulator.scores(), HeadScores(1, 1, {{0.75 + 0.5}}));
+}
+
+TEST(HeadScoreAccumulator, RunsThatDoNotCountLeaveNothingBehind) {
+  HeadScoreAccumulator accumulator(1, 1);
+  feed_hand_made_run(accumulator, false);
+  EXPECT_EQ(accumulator.counted_runs(), 0U);
+  feed_hand_made_run(accumulator, true);
+  feed_hand_made_run(accumulator, false);
+  EXPECT_EQ(accumulator.counted_runs(), 1U);
+  EXPECT_EQ(accumulator.ended_runs(), 3U);
+  EXPECT_EQ(accumulator.scores(), HeadScores(1, 1, {{1.75}}));
+}
+
+TEST(HeadScoreAccumulator, EachCountedRunHasItsOwnScoreInOrder) {
+  HeadScoreAccumulator accumulator(1, 2);
+  for (const float weight : {0.25F, 1.0F, 0.5F}) {
+    accumulator.begin_run(std::vector<TokenId>{3, 8}, {.first = 1, .last = 2});
+    accumulator.add_attention(0, 1, Row{0.0F, weight});
+    accumulator.add_attention(0, 0, Row{1.0F, 0.0F});
+    accumulator.add_token(8);
+    accumulator.end_run(weight != 1.0F);
+  }
+  EXPECT_EQ(accumulator.scores(), HeadScores(1, 2, {{0.0, 0.0}, {0.25, 0.5}}));
+}
+
+TEST(HeadScoreAccumulator, AttentionThatNoTokenFollowedIsDropped) {
+  HeadScoreAccumulator accumulator(1, 1);
+  for (int run = 0; run < 2; ++run) {
+    accumulator.begin_run(std::vector<TokenId>{3, 8}, {.first = 1, .last = 2});
+    accumulator.add_attention(0, 0, Row{0.5F, 0.5F});
+    accumulator.add_token(8);
+    accumulator.add_attention(0, 0, Row{0.0F, 1.0F, 0.0F});  // the end token came out: nothing is written
+    accumulator.end_run(true);
+  }
+  EXPECT_EQ(accumulator.scores(), HeadScores(1, 1, {{0.5, 0.5}}));
+}
+
+// The released code's loop as it is written: over the span's positions, adding the whole mass at each match.
+TEST(HeadScoreAccumulator, VsTheLoopOverPositions) {
+  std::mt19937_64 random(505);
+  for (int trial = 0; trial < 100; ++trial) {
+    const auto counting = trial % 2 == 0 ? TokenCounting::once_per_occurrence : TokenCounting::once_per_step;
+    const std::size_t layers = 1 + random() % 3;
+    const std::size_t heads = 1 + random() % 4;
+    HeadScoreAccumulator accumulator(layers, heads, {.counting = counting});
+    std::vector<std::vector<double>> expected(layers * heads);
+    const std::size_t runs = 1 + random() % 3;
+    for (std::size_t run = 0; run < runs; ++run) {
+      std::vector<TokenId> prompt(2 + random() % 20);
+      for (TokenId& token : prompt) {
+        token = static_cast<TokenId>(random() % 6);
+      }
+      const std::size_t first = random() % prompt.size();
+      const std::size_t last = first + 1 + random() % (prompt.size() - first);
+      const std::size_t steps = 1 + random() % 5;
+      const bool counted = run == 0 || random() % 2 == 0;
+      std::vector<double> scores(layers * heads, 0.0);
+      accumulator.begin_run(prompt, {.first = first, .last = last});
+      for (std::size_t step = 0; step < steps; ++step) {
+        const auto generated = static_cast<TokenId>(random() % 6);
+        for (std::size_t i = 0; i < layers * heads; ++i) {
+          Row row(prompt.size() + step);
+          for (float& weight : row) {
+            weight =
+                static_cast<float>(random() % 1024) / 1024.0F;  // exact, so that any order of sums agrees
+          }
+          for (std::size_t position = first; position < last; ++position) {
+            if (prompt[position] == generated) {
+              for (std::size_t j = first; j < last; ++j) {
+                scores[i] += static_cast<double>(row[j]);
+              }
+              if (counting == TokenCounting::once_per_step) {
+                break;
+              }
+            }
+          }
+          accumulator.add_attention(i / heads, i % heads, row);
+        }
+        accumulator.add_token(generated);
+      }
+      accumulator.end_run(counted);
+      for (std::size_t i = 0; counted && i < scores.size(); ++i) {
+        expected[i].push_back(scores[i]);
+      }
+    }
+    EXPECT_EQ(accumulator.scores(), HeadScores(layers, heads, expected)) << "trial " << trial;
+  }
+}
+
+// Layer l's retrieval head is planted at (2 l + 1) mod heads. Another head looks at the span harder, but only
+// while the model writes something else; a third looks at one token of the span alone, as a copying head
+// does.
+TEST(HeadScoreAccumulator, FindsPlantedHeads) {
+  constexpr std::size_t layers = 5;
+  constexpr std::size_t heads = 6;
+  std::mt19937_64 random(77);
+  HeadScoreAccumulator accumulator(layers, heads);
+  for (int run = 0; run < 4; ++run) {
+    std::vector<TokenId> prompt(64);
+    for (std::size_t i = 0; i < prompt.size(); ++i) {
+      prompt[i] = static_cast<TokenId>(i);
+    }
+    const std::size_t first = random() % 50;
+    const TokenSpan answer{.first = first, .last = first + 8};
+    accumulator.begin_run(prompt, answer);
+    for (std::size_t step = 0; step < 16; ++step) {
+      const bool writes_answer = step < answer.size();
+      for (std::size_t layer = 0; layer < layers; ++layer) {
+        for (std::size_t head = 0; head < heads; ++head) {
+          Row row(prompt.size() + step, 0.1F / static_cast<float>(prompt.size() + step));
+          const std::size_t planted = (2 * layer + 1) % heads;
+          const auto put = [&](std::size_t begin, std::size_t end, float mass) {
+            for (std::size_t j = begin; j < end; ++j) {
+              row[j] += mass / static_cast<float>(end - begin);
+            }
+          };
+          if (head == planted) {
+            put(answer.first, answer.last, 0.6F);
+          } else if (head == (planted + 1) % heads && !writes_answer) {
+            put(answer.first, answer.last, 0.9F);
+          } else if (head == (planted + 2) % heads && writes_answer) {
+            put(answer.first + step, answer.first + step + 1, 0.4F);
+          }
+          accumulator.add_attention(layer, head, row);
+        }
+      }
+      accumulator.add_token(writes_answer ? prompt[answer.first + step] : TokenId{1000});
+    }
+    accumulator.end_run(true);
+  }
+  const HeadRanking ranking = accumulator.scores().ranking();
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    EXPECT_EQ(ranking.heads(layer)[0], (2 * layer + 1) % heads) << "layer " << layer;
+    EXPECT_EQ(ranking.heads(layer)[1], (2 * layer + 3) % heads) << "layer " << layer;
+  }
+}
+
+TEST(HeadScoreAccumulator, NoCountedRunIsAnError) {
+  HeadScoreAccumulator accumulator(1, 1);
+  feed_hand_made_run(accumulator, false);
+  EXPECT_EQ(
+      message_of<Error>([&] { accumulator.scores(); }),
+      "no run counted of the 1 that ended: the model must answer at least one needle prompt; use shorter "
+      "prompts, easier needles or the model's chat template");
+}
+
+TEST(HeadScoreAccumulator, RejectsAModelWithoutHeads) {
+  EXPECT_EQ(message_of<ArgumentError>([] { HeadScoreAccumulator(2, 0); }),
+            "head score accumulator needs at least one layer and one head, got 2 layers of 0 heads");
+}
+
+TEST(HeadScoreAccumulator, RejectsASpanOutsideThePrompt) {
+  HeadScoreAccumulator accumulator(1, 1);
+  const std::vector<TokenId> prompt{1, 2, 3};
+  const auto of = [&](TokenSpan span) {
+    return message_of<ArgumentError>([&] { accumulator.begin_run(prompt, span); });
+  };
+  EXPECT_EQ(
+      of({.first = 1, .last = 4}),
+      "answer span is [1, 4), must be within the 3 tokens of the prompt and not empty: give the needle's "
+      "place");
+  EXPECT_EQ(
+      of({.first = 2, .last = 2}),
+      "answer span is [2, 2), must be within the 3 tokens of the prompt and not empty: give the needle's "
+      "place");
+}
+
+TEST(HeadScoreAccumulator, RejectsCallsOutOfOrder) {
+  HeadScoreAccumulator accumulator(1, 2);
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_attention(0, 0, Row{1.0F}); }),
+            "add_attention outside a run: call begin_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_token(1); }),
+            "add_token outside a run: call begin_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(true); }),
+            "end_run outside a run: call begin_run first");
+  const std::vector<TokenId> prompt{1};
+  accumulator.begin_run(prompt, {.first = 0, .last = 1});
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_run(prompt, {.first = 0, .last = 1}); }),
+            "begin_run within a run: call end_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(true); }),
+            "a run without a step cannot count: feed add_attention and add_token first");
+  accumulator.add_attention(0, 0, Row{1.0F});
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_attention(0, 0, Row{1.0F}); }),
+            "attention of layer 0 head 0 came twice in step 0: call add_token between two steps");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_token(1); }),
+            "add_token at step 0 without the attention of layer 0 head 1 (1 of 2 heads came): call "
+            "add_attention for "
+            "every head first");
+}
+
+TEST(HeadScoreAccumulator, RejectedAttentionChangesNothing) {
+  HeadScoreAccumulator accumulator(2, 3);
+  accumulator.begin_run(std::vector<TokenId>{1, 2, 3}, {.first = 1, .last = 3});
+  const auto of = [&](std::size_t layer, std::size_t head, const Row& row) {
+    return message_of<ArgumentError>([&] { accumulator.add_attention(layer, head, row); });
+  };
+  EXPECT_EQ(of(2, 0, {0.0F, 0.0F, 0.0F}), "layer is 2, the model has layers 0 to 1");
+  EXPECT_EQ(of(1, 3, {0.0F, 0.0F, 0.0F}), "head is 3, the model has query heads 0 to 2");
+  EXPECT_EQ(
+      of(1, 2, {0.0F, 0.0F}),
+      "attention row of layer 1 head 2 has 2 weights, the full cache has 3 tokens at step 0: give the whole "
+      "row of an uncompressed cache, and add_token after each step");
+  EXPECT_EQ(
+      of(1, 2, {0.0F, 0.0F, 0.0F, 0.0F}),
+      "attention row of layer 1 head 2 has 4 weights, the full cache has 3 tokens at step 0: give the whole "
+      "row of an uncompressed cache, and add_token after each step");
+  EXPECT_EQ(of(1, 2, {0.0F, 0.5F, 2.5F}),
+            "attention weight of layer 1 head 2 at position 2 is 2.5: give probabilities, after the softmax");
+  EXPECT_EQ(
+      of(1, 2, {0.0F, -0.5F, 0.5F}),
+      "attention weight of layer 1 head 2 at position 1 is -0.5: give probabilities, after the softmax");
+  EXPECT_EQ(of(1, 2, {0.0F, std::numeric_limits<float>::quiet_NaN(), 0.5F}),
+            "attention weight of layer 1 head 2 at position 1 is nan: give probabilities, after the softmax");
+  EXPECT_NO_THROW(accumulator.add_attention(1, 2, Row{0.0F, 0.5F, 0.5F}));
+}
+
+}  // namespace

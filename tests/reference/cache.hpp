@@ -1,0 +1,114 @@
+#pragma once
+
+#include <algorithm>
+#include <compresskv/core/element.hpp>
+#include <compresskv/core/retained.hpp>
+#include <compresskv/view/strided_kv.hpp>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "reference/random.hpp"
+
+namespace compresskv::reference {
+
+template <class T>
+bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() &&
+         std::memcmp(static_cast<const void*>(a.data()), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+/// Where the elements of a layer lie, as a choice at run time.
+enum class Arrangement {
+  head_token_dim,
+  token_head_dim,
+  padded_rows,    // gaps between rows
+  padded_heads,   // [row][head][dim] with gaps between heads and rows
+  spread_dims,    // gaps between the elements of a row
+  head_dim_token  // transposed: the elements of a row lie a whole head apart
+};
+inline const std::vector<Arrangement> all_arrangements{
+    Arrangement::head_token_dim, Arrangement::token_head_dim, Arrangement::padded_rows,
+    Arrangement::padded_heads,   Arrangement::spread_dims,    Arrangement::head_dim_token};
+
+inline layout::Strides strides_of(Arrangement arrangement, const KvShape& shape, std::size_t allocated) {
+  const std::size_t dim = shape.head_dim;
+  switch (arrangement) {
+    case Arrangement::token_head_dim:
+      return layout::token_head_dim(shape, allocated);
+    case Arrangement::padded_rows:
+      return {.head = allocated * (dim + 3), .row = dim + 3, .dim = 1};
+    case Arrangement::padded_heads:
+      return {.head = dim + 1, .row = shape.kv_heads * (dim + 1) + 5, .dim = 1};
+    case Arrangement::spread_dims:
+      return {.head = allocated * dim * 2 + 1, .row = dim * 2, .dim = 2};
+    case Arrangement::head_dim_token:
+      return {.head = allocated * dim, .row = 1, .dim = allocated};
+    case Arrangement::head_token_dim:
+      break;
+  }
+  return layout::head_token_dim(shape, allocated);
+}
+
+/// One layer's cache in exactly the memory its strides reach, so that a read past the end is one past the
+/// vector. Gaps and rows not in use hold NaN.
+template <Element Key, Element Value = Key>
+struct Cache {
+  KvShape shape;
+  layout::Strides strides;
+  std::vector<Key> keys;
+  std::vector<Value> values;
+
+  Cache(const KvShape& kv_shape, Arrangement arrangement) : shape(kv_shape) {
+    const std::size_t allocated = std::max(shape.rows, shape.allocated_rows);
+    strides = strides_of(arrangement, shape, allocated);
+    const std::size_t last = (shape.kv_heads - 1) * strides.head + (allocated - 1) * strides.row +
+                             (shape.head_dim - 1) * strides.dim;
+    keys.assign(last + 1, static_cast<Key>(std::numeric_limits<float>::quiet_NaN()));
+    values.assign(last + 1, static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
+  }
+
+  std::size_t at(std::size_t head, std::size_t row, std::size_t dim) const {
+    return head * strides.head + row * strides.row + dim * strides.dim;
+  }
+
+  /// Rows in use filled at random, keys with the given standard deviation.
+  void fill(Random& random, float key_deviation = 1.0F) { fill_rows(random, 0, shape.rows, key_deviation); }
+  void fill_rows(Random& random, std::size_t first, std::size_t last, float key_deviation = 1.0F) {
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      for (std::size_t row = first; row < last; ++row) {
+        for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
+          keys[at(head, row, dim)] = static_cast<Key>(key_deviation * random.gaussian());
+          values[at(head, row, dim)] = static_cast<Value>(random.gaussian());
+        }
+      }
+    }
+  }
+
+  StridedKv<Key, Value> view() { return {keys.data(), values.data(), shape, strides}; }
+
+  /// What the cache must be, byte for byte, once each KV head kept the rows that `rows_of(head)` lists: the
+  /// kept rows copied one by one from an untouched original, all else as it was.
+  template <class RowsOf>
+  Cache compacted(RowsOf&& rows_of) const {
+    Cache expected = *this;
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      std::size_t to = 0;
+      for (const std::size_t from : rows_of(head)) {
+        for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
+          expected.keys[at(head, to, dim)] = keys[at(head, from, dim)];
+          expected.values[at(head, to, dim)] = values[at(head, from, dim)];
+        }
+        ++to;
+      }
+    }
+    return expected;
+  }
+
+  friend bool operator==(const Cache& a, const Cache& b) {
+    return same_bytes(a.keys, b.keys) && same_bytes(a.values, b.values);
+  }
+};
+
+}  // namespace compresskv::reference
