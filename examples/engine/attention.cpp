@@ -1,147 +1,140 @@
 #include "attention.hpp"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
+#include <compresskv/kernel/decode_attention.hpp>
+#include <compresskv/view/strided_kv.hpp>
 #include <limits>
 #include <vector>
 
 namespace engine {
 namespace {
 
-using Index = Eigen::Index;
-using ConstRows = Eigen::Map<const Matrix>;
+using Index = std::ptrdiff_t;
 
-// Tile sizes: a score tile of a group of 3 heads takes 3 * 64 * 256 floats, which the second-level cache
-// holds.
+// Tile sizes: the scores of a group of 3 heads take 3 * 64 * 256 floats, which the second-level cache holds.
 constexpr Index query_tile = 64;
 constexpr Index key_tile = 256;
+static_assert(key_tile % PackedMatrix::panel == 0);
 
-// Keys or values of one KV head as floats: in place where they are floats, else a copy.
-class FloatRows {
- public:
-  template <typename T>
-  FloatRows(const T* rows, Index count, Index head_dim) {
-    if constexpr (std::is_same_v<T, float>) {
-      data_ = rows;
-    } else {
-      copy_.resize(static_cast<std::size_t>(count * head_dim));
-      std::ranges::transform(rows, rows + count * head_dim, copy_.begin(),
-                             [](T x) { return static_cast<float>(x); });
-      data_ = copy_.data();
-    }
-  }
-  const float* data() const { return data_; }
-
- private:
-  std::vector<float> copy_;
-  const float* data_ = nullptr;
+// One KV head as matrices of the two products: keys turn a query into logits, values turn weights into an
+// output.
+struct PackedHead {
+  PackedMatrix keys;    // [tokens, head_dim]
+  PackedMatrix values;  // [head_dim, tokens]
 };
 
-// One tile of queries of the `group` heads that share a KV head, [group * tile, head_dim], against keys 0 ...
-// last.
+template <typename T>
+PackedHead pack(const T* keys, const T* values, Index tokens, Index head_dim) {
+  PackedHead head{PackedMatrix(tokens, head_dim), PackedMatrix(head_dim, tokens)};
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index e = 0; e < head_dim; ++e) {
+      head.keys(t, e) = compresskv::to_float(keys[t * head_dim + e]);
+      head.values(e, t) = compresskv::to_float(values[t * head_dim + e]);
+    }
+  }
+  return head;
+}
+
+// The queries of one tile of tokens, of the heads that share a KV head: row g * tokens + t is head g's token
+// t.
 struct Tile {
   Matrix queries;
   Matrix scores;
   Matrix out;
   Vector maximum;
   Vector sum;
-};
 
-// Turns a row of logits into exp(logit - maximum so far) and rescales what the row has gathered already.
-void accumulate_row(Tile& tile, Index r, Index visible) {
-  auto row = tile.scores.row(r).array();
-  if (visible <= 0) {
-    row.setZero();
-    return;
+  // Turns a row of logits into exp(logit - maximum so far), and what the row has gathered to the new maximum.
+  void accumulate(Index r, Index visible, Index count) {
+    auto row = scores.row(r).head(count).array();
+    auto seen = row.head(visible);
+    row.tail(count - visible).setZero();
+    const float highest = std::max(maximum[r], seen.maxCoeff());
+    const float rescale = std::exp(maximum[r] - highest);
+    seen = (seen - highest).exp();
+    sum[r] = sum[r] * rescale + seen.sum();
+    out.row(r) *= rescale;
+    maximum[r] = highest;
   }
-  auto seen = row.head(visible);
-  const float maximum = std::max(tile.maximum[r], seen.maxCoeff());
-  const float rescale = std::exp(tile.maximum[r] - maximum);
-  seen = (seen - maximum).exp();
-  row.tail(row.size() - visible).setZero();
-  tile.sum[r] = tile.sum[r] * rescale + seen.sum();
-  tile.out.row(r) *= rescale;
-  tile.maximum[r] = maximum;
-}
 
-void attend(const ConstRows& keys, const ConstRows& values, Index first_query, Index queries, Tile& tile) {
-  const Index stacked = tile.queries.rows();
-  tile.out.setZero(stacked, keys.cols());
-  tile.maximum.setConstant(stacked, -std::numeric_limits<float>::infinity());
-  tile.sum.setZero(stacked);
-  const Index end = first_query + queries;
-  for (Index k = 0; k < end; k += key_tile) {
-    const Index count = std::min(key_tile, end - k);
-    tile.scores.resize(stacked, count);
-    tile.scores.noalias() = tile.queries * keys.middleRows(k, count).transpose();
-    for (Index r = 0; r < stacked; ++r) {
-      accumulate_row(tile, r, std::min(count, first_query + r % queries + 1 - k));
+  void attend(const PackedHead& head, Index first_token, Index tokens) {
+    const Index rows = queries.rows();
+    const Index head_dim = queries.cols();
+    scores.resize(rows, key_tile);
+    out.setZero(rows, head_dim);
+    maximum.setConstant(rows, -std::numeric_limits<float>::infinity());
+    sum.setZero(rows);
+    const Index end = first_token + tokens;
+    for (Index k = 0; k < end; k += key_tile) {
+      const Range keys{k, std::min(key_tile, end - k)};
+      multiply({queries.data(), head_dim}, rows, head.keys, keys, {0, head_dim}, false,
+               {scores.data(), key_tile});
+      for (Index r = 0; r < rows; ++r) {
+        const Index visible = std::clamp(first_token + r % tokens + 1 - k, Index{0}, keys.count);
+        if (visible > 0) {
+          accumulate(r, visible, keys.count);
+        } else {
+          scores.row(r).head(keys.count).setZero();
+        }
+      }
+      multiply({scores.data(), key_tile}, rows, head.values, {0, head_dim}, keys, true,
+               {out.data(), head_dim});
     }
-    tile.out.noalias() += tile.scores * values.middleRows(k, count);
+    out.array().colwise() /= sum.array();
   }
-  tile.out.array().colwise() /= tile.sum.array();
-}
+};
 
 }  // namespace
 
-void prefill_attention(const LayerCache& cache, const Matrix& queries, int threads, Matrix& out) {
+void prefill_attention(const LayerCache& cache, const Matrix& queries, ThreadPool& pool, Matrix& out) {
   const Index tokens = queries.rows();
   const Index head_dim = cache.head_dim();
-  const Index group = queries.cols() / head_dim / cache.kv_heads();
+  const Index kv_heads = cache.kv_heads();
+  const Index group = queries.cols() / head_dim / kv_heads;
   const Index tiles = (tokens + query_tile - 1) / query_tile;
   const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
   out.resize(tokens, queries.cols());
 
-  with_kv_type(cache.type(), [&]<typename T>(T*) {
-    for (int kv_head = 0; kv_head < cache.kv_heads(); ++kv_head) {
-      const FloatRows key_rows{cache.keys<T>(kv_head), tokens, head_dim};
-      const FloatRows value_rows{cache.values<T>(kv_head), tokens, head_dim};
-      const ConstRows keys{key_rows.data(), tokens, head_dim};
-      const ConstRows values{value_rows.data(), tokens, head_dim};
-      const Index first_head = kv_head * group;
-#pragma omp parallel num_threads(threads)
-      {
-        Tile tile;
-        // The last tiles see the most keys, so they go first and the short ones fill the gaps at the end.
-#pragma omp for schedule(dynamic)
-        for (Index t = tiles - 1; t >= 0; --t) {
-          const Index first = t * query_tile;
-          const Index count = std::min(query_tile, tokens - first);
-          tile.queries.resize(group * count, head_dim);
-          for (Index g = 0; g < group; ++g) {
-            tile.queries.middleRows(g * count, count) =
-                scale * queries.block(first, (first_head + g) * head_dim, count, head_dim);
-          }
-          attend(keys, values, first, count, tile);
-          for (Index g = 0; g < group; ++g) {
-            out.block(first, (first_head + g) * head_dim, count, head_dim) =
-                tile.out.middleRows(g * count, count);
-          }
-        }
-      }
+  std::vector<PackedHead> heads(static_cast<std::size_t>(kv_heads));
+  pool.parallel_for(heads.size(), [&](std::size_t h) {
+    with_kv_type(cache.type(), [&]<typename T>(T*) {
+      const int kv_head = static_cast<int>(h);
+      heads[h] = pack(cache.keys<T>(kv_head), cache.values<T>(kv_head), tokens, head_dim);
+    });
+  });
+
+  pool.parallel_for(static_cast<std::size_t>(tiles * kv_heads), [&](std::size_t piece) {
+    // The last tokens see the most keys, so they go first and the short pieces fill the gaps at the end.
+    const Index first = (tiles - 1 - static_cast<Index>(piece) / kv_heads) * query_tile;
+    const Index kv_head = static_cast<Index>(piece) % kv_heads;
+    const Index count = std::min(query_tile, tokens - first);
+    Tile tile;
+    tile.queries.resize(group * count, head_dim);
+    for (Index g = 0; g < group; ++g) {
+      tile.queries.middleRows(g * count, count) =
+          scale * queries.block(first, (kv_head * group + g) * head_dim, count, head_dim);
+    }
+    tile.attend(heads[static_cast<std::size_t>(kv_head)], first, count);
+    for (Index g = 0; g < group; ++g) {
+      out.block(first, (kv_head * group + g) * head_dim, count, head_dim) =
+          tile.out.middleRows(g * count, count);
     }
   });
 }
 
-void decode_attention(const LayerCache& cache, int kv_head, std::span<const float> query, Vector& row,
-                      std::span<float> out) {
-  const auto rows = static_cast<Index>(cache.rows(kv_head));
-  const Index head_dim = cache.head_dim();
-  const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
-  const Eigen::Map<const Vector> q{query.data(), head_dim};
-  Eigen::Map<Vector> result{out.data(), head_dim};
-
+void decode_attention(const LayerCache& cache, int kv_head, std::span<const float> query,
+                      std::vector<float>& row, std::span<float> out) {
+  const std::size_t head_dim = query.size();
+  row.resize(cache.rows(kv_head));
+  std::vector<float> scratch(2 * compresskv::kernel::round_up_to_lanes(head_dim));
   with_kv_type(cache.type(), [&]<typename T>(T*) {
-    const FloatRows key_rows{cache.keys<T>(kv_head), rows, head_dim};
-    const FloatRows value_rows{cache.values<T>(kv_head), rows, head_dim};
-    row.resize(rows);
-    row.noalias() = ConstRows{key_rows.data(), rows, head_dim} * q;
-    row *= scale;
-    row = (row.array() - row.maxCoeff()).exp();
-    row /= row.sum();
-    result.noalias() = ConstRows{value_rows.data(), rows, head_dim}.transpose() * row;
+    const compresskv::StridedKv head{
+        cache.keys<T>(kv_head), cache.values<T>(kv_head),
+        compresskv::KvShape{.kv_heads = 1, .rows = row.size(), .head_dim = head_dim},
+        compresskv::layout::head_token_dim};
+    const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
+    compresskv::kernel::decode_attention(head, 0, query.data(), scale, scratch, row, out.data());
   });
 }
 

@@ -148,14 +148,18 @@ void LayerCache::relocate(std::span<const std::size_t> allocated, CacheMeter& me
   meter.change(bytes_before, bytes());
 }
 
-void LayerCache::append(int kv_head, std::span<const float> key, std::span<const float> value) {
-  const auto h = static_cast<std::size_t>(kv_head);
-  const std::size_t offset = rows_[h]++ * static_cast<std::size_t>(head_dim_);
+void LayerCache::write(int kv_head, std::size_t row, std::span<const float> key,
+                       std::span<const float> value) {
+  const std::size_t offset = row * static_cast<std::size_t>(head_dim_);
   with_kv_type(type_, [&]<typename T>(T*) {
     const auto round = [](float x) { return static_cast<T>(x); };
     std::ranges::transform(key, keys<T>(kv_head) + offset, round);
     std::ranges::transform(value, values<T>(kv_head) + offset, round);
   });
+}
+
+void LayerCache::append(int kv_head, std::span<const float> key, std::span<const float> value) {
+  write(kv_head, rows_[static_cast<std::size_t>(kv_head)]++, key, value);
 }
 
 }  // namespace engine

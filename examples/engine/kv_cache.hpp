@@ -96,6 +96,10 @@ class LayerCache {
   /// Makes room for `extra` more rows in every KV head.
   void reserve(std::size_t extra, CacheMeter& meter);
 
+  /// Writes one of the rows of a KV head, rounded to the element type. Different rows may be written at the
+  /// same time.
+  void write(int kv_head, std::size_t row, std::span<const float> key, std::span<const float> value);
+
   /// Appends one row to a KV head, rounded to the element type; there must be room (reserve).
   void append(int kv_head, std::span<const float> key, std::span<const float> value);
 

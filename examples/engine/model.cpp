@@ -1,13 +1,13 @@
 #include "model.hpp"
 
 #include <fmt/core.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
 #include <set>
+#include <thread>
 
 #include "dequantise.hpp"
 
@@ -93,21 +93,25 @@ void read_rope(const GgufFile& file, ModelConfig& config) {
 // refused.
 class TensorReader {
  public:
-  TensorReader(const GgufFile& file, int threads) : file_{file}, threads_{threads} {}
+  TensorReader(const GgufFile& file, ThreadPool& pool) : file_{file}, pool_{pool} {}
 
   bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
 
-  Matrix matrix(const std::string& name, int outputs, int inputs) {
+  PackedMatrix matrix(const std::string& name, int outputs, int inputs) {
     const Tensor& tensor =
         find(name, {static_cast<std::uint64_t>(inputs), static_cast<std::uint64_t>(outputs)});
-    Matrix out(outputs, inputs);
+    PackedMatrix out(outputs, inputs);
     const BlockShape block = block_shape(tensor.type);
     const std::size_t row_bytes = static_cast<std::size_t>(inputs) / block.elements * block.bytes;
-#pragma omp parallel for schedule(static) num_threads(threads_)
-    for (int row = 0; row < outputs; ++row) {
-      const auto bytes = tensor.data.subspan(static_cast<std::size_t>(row) * row_bytes, row_bytes);
-      dequantise(tensor.type, bytes, {out.row(row).data(), static_cast<std::size_t>(inputs)});
-    }
+    pool_.parallel_for(static_cast<std::size_t>(out.panels()), [&](std::size_t p) {
+      Vector row(inputs);
+      const auto first = static_cast<int>(p) * static_cast<int>(PackedMatrix::panel);
+      for (int o = first; o < std::min(outputs, first + static_cast<int>(PackedMatrix::panel)); ++o) {
+        dequantise(tensor.type, tensor.data.subspan(static_cast<std::size_t>(o) * row_bytes, row_bytes),
+                   {row.data(), static_cast<std::size_t>(inputs)});
+        for (int i = 0; i < inputs; ++i) out(o, i) = row[i];
+      }
+    });
     return out;
   }
 
@@ -152,7 +156,7 @@ class TensorReader {
   }
 
   const GgufFile& file_;
-  int threads_;
+  ThreadPool& pool_;
   std::set<std::string, std::less<>> seen_;
 };
 
@@ -244,14 +248,13 @@ Model::Model(const GgufFile& file, ModelOptions options) : config_{read_config(f
     throw Error(
         fmt::format("threads is {}; give 1 to 1024, or 0 for as many as the machine has", options.threads));
   }
-  threads_ = options.threads == 0 ? omp_get_num_procs() : options.threads;
-  // Work is shared out here in pieces that do not depend on the thread count; Eigen's own split would.
-  Eigen::setNbThreads(1);
+  const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  pool_ = std::make_unique<ThreadPool>(options.threads == 0 ? processors : options.threads);
 
   const ModelConfig& c = config_;
   const int query_width = c.heads * c.head_dim;
   const int kv_width = c.kv_heads * c.head_dim;
-  TensorReader read{file, threads_};
+  TensorReader read{file, *pool_};
   embedding_ = read.matrix("token_embd.weight", c.vocabulary, c.embedding);
   for (int l = 0; l < c.layers; ++l) {
     const auto name = [l](const char* part) { return fmt::format("blk.{}.{}.weight", l, part); };

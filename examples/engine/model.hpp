@@ -5,18 +5,21 @@
 #include <Eigen/Core>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "gemm.hpp"
 #include "gguf.hpp"
+#include "thread_pool.hpp"
 
 namespace engine {
 
 using TokenId = std::int32_t;
 
-/// Row-major, as in the file: one row per output, so that a row is what one output reads.
+/// Activations: one row a token.
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using Vector = Eigen::Matrix<float, Eigen::Dynamic, 1>;
 
@@ -54,14 +57,14 @@ ModelConfig read_config(const GgufFile& file);
 /// The weights of one block. Shapes are [outputs, inputs].
 struct LayerWeights {
   Vector attention_norm;     ///< [embedding]
-  Matrix query;              ///< [heads * head_dim, embedding]
-  Matrix key;                ///< [kv_heads * head_dim, embedding]
-  Matrix value;              ///< [kv_heads * head_dim, embedding]
-  Matrix output;             ///< [embedding, heads * head_dim]
+  PackedMatrix query;        ///< [heads * head_dim, embedding]
+  PackedMatrix key;          ///< [kv_heads * head_dim, embedding]
+  PackedMatrix value;        ///< [kv_heads * head_dim, embedding]
+  PackedMatrix output;       ///< [embedding, heads * head_dim]
   Vector feed_forward_norm;  ///< [embedding]
-  Matrix gate;               ///< [feed_forward, embedding]
-  Matrix up;                 ///< [feed_forward, embedding]
-  Matrix down;               ///< [embedding, feed_forward]
+  PackedMatrix gate;         ///< [feed_forward, embedding]
+  PackedMatrix up;           ///< [feed_forward, embedding]
+  PackedMatrix down;         ///< [embedding, feed_forward]
 };
 
 struct ModelOptions {
@@ -78,11 +81,13 @@ class Model {
   explicit Model(const GgufFile& file, ModelOptions options = {});
 
   const ModelConfig& config() const { return config_; }
-  int threads() const { return threads_; }
+  int threads() const { return pool_->threads(); }
+  /// The threads that work on this model's products; loops of the caller's own may use them too.
+  ThreadPool& pool() const { return *pool_; }
   std::span<const LayerWeights> layers() const { return layers_; }
-  const Matrix& embedding() const { return embedding_; }  ///< [vocabulary, embedding]
+  const PackedMatrix& embedding() const { return embedding_; }  ///< [vocabulary, embedding]
   const Vector& output_norm() const { return output_norm_; }
-  const Matrix& output() const { return output_ ? *output_ : embedding_; }  ///< [vocabulary, embedding]
+  const PackedMatrix& output() const { return output_ ? *output_ : embedding_; }  ///< [vocabulary, embedding]
 
   /// Radians a position for each rotated pair, [rope_dimensions / 2], scaling and rope_freqs included.
   std::span<const double> rope_frequencies() const { return rope_frequencies_; }
@@ -91,11 +96,11 @@ class Model {
 
  private:
   ModelConfig config_;
-  int threads_ = 1;
-  Matrix embedding_;
+  std::unique_ptr<ThreadPool> pool_;
+  PackedMatrix embedding_;
   std::vector<LayerWeights> layers_;
   Vector output_norm_;
-  std::optional<Matrix> output_;
+  std::optional<PackedMatrix> output_;
   std::vector<double> rope_frequencies_;
   double rope_magnitude_ = 1.0;
 };

@@ -1,64 +1,41 @@
 #include "sequence.hpp"
 
 #include <fmt/core.h>
-#include <omp.h>
 
 #include <algorithm>
-#include <cmath>
+#include <initializer_list>
 
 #include "attention.hpp"
+#include "block.hpp"
 #include "error.hpp"
+#include "gemm.hpp"
 
 namespace engine {
 namespace {
 
 using Index = Eigen::Index;
 
-// Work is cut into pieces of fixed size, whatever the thread count, so that results do not depend on it.
-constexpr Index token_tile = 128;   // tokens a piece in prefill
-constexpr Index output_tile = 64;   // rows of a weight matrix a piece in decode
+// Pieces of work for the threads.
+constexpr Index token_tile = 128;   // tokens, in prefill
+constexpr Index output_tile = 64;   // outputs of a weight matrix, in decode
 constexpr Index logits_tile = 128;  // tokens a call of on_logits
 constexpr std::size_t growth = 64;  // rows that a full cache grows by in decode
 
-std::span<float> span_of(Vector& v) { return {v.data(), static_cast<std::size_t>(v.size())}; }
-
 Index tiles(Index count, Index tile) { return (count + tile - 1) / tile; }
 
-template <typename In, typename Out>
-void rms_norm(const In& x, const Vector& weight, float epsilon, Out&& out) {
-  const float mean_square = x.squaredNorm() / static_cast<float>(x.size());
-  out = x.cwiseProduct(weight.transpose()) / std::sqrt(mean_square + epsilon);
+std::span<const float> row_of(const Matrix& m, Index r) {
+  return {m.data() + r * m.cols(), static_cast<std::size_t>(m.cols())};
+}
+std::span<float> row_of(Matrix& m, Index r) {
+  return {m.data() + r * m.cols(), static_cast<std::size_t>(m.cols())};
 }
 
-// SwiGLU: gate * sigmoid(gate) * up, into gate.
-template <typename Gate, typename Up>
-void swiglu(Gate& gate, const Up& up) {
-  gate = gate.array() / (1.0F + (-gate.array()).exp()) * up.array();
+ConstRows rows_from(const Matrix& m, Index first) { return {m.data() + first * m.cols(), m.cols()}; }
+Rows rows_from(Matrix& m, Index first) { return {m.data() + first * m.cols(), m.cols()}; }
+
+void embed(const Model& model, TokenId token, std::span<float> out) {
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = model.embedding()(token, static_cast<Index>(i));
 }
-
-// Cosine and sine of each rotated pair at one position.
-struct Rotation {
-  std::vector<float> cosine;  // [rope_dimensions / 2]
-  std::vector<float> sine;
-
-  Rotation(const Model& model, std::size_t position) {
-    for (const double frequency : model.rope_frequencies()) {
-      const double angle = static_cast<double>(position) * frequency;
-      cosine.push_back(static_cast<float>(model.rope_magnitude() * std::cos(angle)));
-      sine.push_back(static_cast<float>(model.rope_magnitude() * std::sin(angle)));
-    }
-  }
-
-  // GGUF's llama keeps the two numbers of a pair side by side.
-  void apply(float* head) const {
-    for (std::size_t i = 0; i < cosine.size(); ++i) {
-      const float a = head[2 * i];
-      const float b = head[2 * i + 1];
-      head[2 * i] = a * cosine[i] - b * sine[i];
-      head[2 * i + 1] = a * sine[i] + b * cosine[i];
-    }
-  }
-};
 
 void check_token(const Model& model, TokenId token) {
   if (token < 0 || token >= model.config().vocabulary) {
@@ -67,53 +44,40 @@ void check_token(const Model& model, TokenId token) {
   }
 }
 
-// What one sequence carries through a decode step. Vectors of their own, so that each is aligned alike and
-// every sum runs in the same order whichever place in the batch the sequence has.
-struct DecodeState {
-  DecodeState(const Model& model, const DecodeStep& step)
-      : sequence{step.sequence},
-        rotation{model, step.position},
-        hidden{model.embedding().row(step.token).transpose()},
-        attention(model.config().heads * model.config().head_dim),
-        rows(static_cast<std::size_t>(model.config().heads)) {}
-
-  Sequence* sequence;
-  Rotation rotation;
-  Vector hidden;
-  Vector normed;
-  Vector query;
-  Vector key;
-  Vector value;
-  Vector attention;         // [heads * head_dim]
-  Vector shadow_attention;  // the same from the shadow cache
-  Vector block;             // [embedding], what a block adds to the hidden state
-  Vector shadow_block;
-  Vector gate;
-  Vector up;
-  std::vector<Vector> rows;         // [heads], softmax rows
-  std::vector<Vector> shadow_rows;  // [heads]
+// One product of a decode step: out = in * weights^T, one row a sequence.
+struct Product {
+  const Matrix& in;
+  const PackedMatrix& weights;
+  Matrix& out;
 };
 
-// out = weights * in, for all sequences in one pass over the weights: a piece of them stays in the cache
-// while each sequence is multiplied with it.
-void multiply(const Matrix& weights, std::span<DecodeState> batch, Vector DecodeState::*in,
-              Vector DecodeState::*out, int threads) {
-  for (DecodeState& state : batch) (state.*out).resize(weights.rows());
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (Index tile = 0; tile < tiles(weights.rows(), output_tile); ++tile) {
-    const Index first = tile * output_tile;
-    const Index count = std::min(output_tile, weights.rows() - first);
-    for (DecodeState& state : batch) {
-      (state.*out).segment(first, count).noalias() = weights.middleRows(first, count) * (state.*in);
-    }
+// Independent products in one loop over pieces of their weights, each read once for all sequences.
+void multiply_all(std::initializer_list<Product> products, ThreadPool& pool) {
+  Index pieces = 0;
+  for (const Product& product : products) {
+    product.out.resize(product.in.rows(), product.weights.outputs());
+    pieces += tiles(product.weights.outputs(), output_tile);
   }
+  pool.parallel_for(static_cast<std::size_t>(pieces), [&](std::size_t piece) {
+    auto tile = static_cast<Index>(piece);
+    for (const Product& product : products) {
+      const PackedMatrix& weights = product.weights;
+      if (const Index own = tiles(weights.outputs(), output_tile); tile >= own) {
+        tile -= own;
+        continue;
+      }
+      const Index first = tile * output_tile;
+      const Range outputs{first, std::min(output_tile, weights.outputs() - first)};
+      multiply(rows_from(product.in, 0), product.in.rows(), weights, outputs, {0, weights.inputs()}, false,
+               {product.out.data() + first, product.out.cols()});
+      return;
+    }
+  });
 }
 
-void norm_all(std::span<DecodeState> batch, const Vector& weight, float epsilon) {
-  for (DecodeState& state : batch) {
-    state.normed.resize(weight.size());
-    rms_norm(state.hidden.transpose(), weight, epsilon, state.normed.transpose());
-  }
+void norm_rows(const Matrix& in, const Vector& weight, float epsilon, Matrix& out) {
+  out.resize(in.rows(), in.cols());
+  for (Index r = 0; r < in.rows(); ++r) rms_norm(row_of(in, r), weight, epsilon, row_of(out, r));
 }
 
 }  // namespace
@@ -212,76 +176,62 @@ std::span<const float> Sequence::prefill(std::span<const TokenId> tokens, const 
 void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options) {
   const Model& model = *model_;
   const ModelConfig& c = model.config();
-  const int threads = model.threads();
+  ThreadPool& pool = model.pool();
   const auto count = static_cast<Index>(tokens.size());
   const Index head_dim = c.head_dim;
-  const Index token_tiles = tiles(count, token_tile);
+  const auto head_size = static_cast<std::size_t>(head_dim);
 
   Matrix hidden(count, c.embedding);
   std::vector<Rotation> rotations;
   rotations.reserve(tokens.size());
   for (Index t = 0; t < count; ++t) {
-    hidden.row(t) = model.embedding().row(tokens[static_cast<std::size_t>(t)]);
+    embed(model, tokens[static_cast<std::size_t>(t)], row_of(hidden, t));
     rotations.emplace_back(model, static_cast<std::size_t>(t));
   }
+  const auto for_token_tiles = [&](const auto& task) {
+    pool.parallel_for(static_cast<std::size_t>(tiles(count, token_tile)), [&](std::size_t tile) {
+      const Index first = static_cast<Index>(tile) * token_tile;
+      task(first, std::min(token_tile, count - first));
+    });
+  };
+  const auto norm_tile = [&](Index first, Index rows, const Vector& weight) {
+    Matrix normed(rows, c.embedding);
+    for (Index t = 0; t < rows; ++t)
+      rms_norm(row_of(hidden, first + t), weight, c.rms_epsilon, row_of(normed, t));
+    return normed;
+  };
 
   const auto window = static_cast<Index>(std::min(options.window, tokens.size()));
   std::vector<float> window_queries(static_cast<std::size_t>(c.heads * window * head_dim));
   Matrix queries(count, c.heads * head_dim);
   Matrix attention;
-  Vector row;
-  Vector head_out(head_dim);
 
   for (int l = 0; l < c.layers; ++l) {
     const LayerWeights& weights = model.layers()[static_cast<std::size_t>(l)];
     LayerCache& cache = caches_[static_cast<std::size_t>(l)];
     cache.reset(tokens.size(), meter_);
 
-#pragma omp parallel num_threads(threads)
-    {
-      Matrix normed;
-      Matrix keys;
-      Matrix values;
-#pragma omp for schedule(dynamic)
-      for (Index tile = 0; tile < token_tiles; ++tile) {
-        const Index first = tile * token_tile;
-        const Index rows = std::min(token_tile, count - first);
-        normed.resize(rows, c.embedding);
-        for (Index t = 0; t < rows; ++t) {
-          rms_norm(hidden.row(first + t), weights.attention_norm, c.rms_epsilon, normed.row(t));
+    for_token_tiles([&](Index first, Index rows) {
+      const Matrix normed = norm_tile(first, rows, weights.attention_norm);
+      Matrix keys(rows, c.kv_heads * head_dim);
+      Matrix values(rows, c.kv_heads * head_dim);
+      multiply(rows_from(normed, 0), rows, weights.query, false, rows_from(queries, first));
+      multiply(rows_from(normed, 0), rows, weights.key, false, rows_from(keys, 0));
+      multiply(rows_from(normed, 0), rows, weights.value, false, rows_from(values, 0));
+      for (Index t = 0; t < rows; ++t) {
+        const Rotation& rotation = rotations[static_cast<std::size_t>(first + t)];
+        rotation.apply(row_of(queries, first + t), head_size);
+        rotation.apply(row_of(keys, t), head_size);
+        for (int h = 0; h < c.kv_heads; ++h) {
+          const std::size_t at = static_cast<std::size_t>(h) * head_size;
+          cache.write(h, static_cast<std::size_t>(first + t), row_of(keys, t).subspan(at, head_size),
+                      row_of(values, t).subspan(at, head_size));
         }
-        queries.middleRows(first, rows).noalias() = normed * weights.query.transpose();
-        keys.resize(rows, c.kv_heads * head_dim);
-        values.resize(rows, c.kv_heads * head_dim);
-        keys.noalias() = normed * weights.key.transpose();
-        values.noalias() = normed * weights.value.transpose();
-        for (Index t = 0; t < rows; ++t) {
-          const Rotation& rotation = rotations[static_cast<std::size_t>(first + t)];
-          for (int h = 0; h < c.heads; ++h) rotation.apply(&queries(first + t, h * head_dim));
-          for (int h = 0; h < c.kv_heads; ++h) rotation.apply(&keys(t, h * head_dim));
-        }
-        with_kv_type(cache.type(), [&]<typename T>(T*) {
-          using Rows = Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
-          for (int h = 0; h < c.kv_heads; ++h) {
-            Rows{cache.keys<T>(h) + first * head_dim, rows, head_dim} =
-                keys.middleCols(h * head_dim, head_dim).template cast<T>();
-            Rows{cache.values<T>(h) + first * head_dim, rows, head_dim} =
-                values.middleCols(h * head_dim, head_dim).template cast<T>();
-          }
-        });
       }
-    }
+    });
 
-    prefill_attention(cache, queries, threads, attention);
-
-    if (hooks_.attention) {
-      for (int h = 0; h < c.heads; ++h) {
-        decode_attention(cache, h / c.group(),
-                         {&queries(count - 1, h * head_dim), static_cast<std::size_t>(head_dim)}, row,
-                         span_of(head_out));
-        hooks_.attention(l, h, span_of(row));
-      }
-    }
+    prefill_attention(cache, queries, pool, attention);
+    if (hooks_.attention) show_last_attention(l, row_of(queries, count - 1));
 
     if (options.on_layer) {
       for (int h = 0; h < c.heads; ++h) {
@@ -307,44 +257,22 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       }
     }
 
-#pragma omp parallel num_threads(threads)
-    {
-      Matrix normed;
-      Matrix gate;
-      Matrix up;
-#pragma omp for schedule(dynamic)
-      for (Index tile = 0; tile < token_tiles; ++tile) {
-        const Index first = tile * token_tile;
-        const Index rows = std::min(token_tile, count - first);
-        auto state = hidden.middleRows(first, rows);
-        state.noalias() += attention.middleRows(first, rows) * weights.output.transpose();
-        normed.resize(rows, c.embedding);
-        for (Index t = 0; t < rows; ++t) {
-          rms_norm(state.row(t), weights.feed_forward_norm, c.rms_epsilon, normed.row(t));
-        }
-        gate.resize(rows, c.feed_forward);
-        up.resize(rows, c.feed_forward);
-        gate.noalias() = normed * weights.gate.transpose();
-        up.noalias() = normed * weights.up.transpose();
-        swiglu(gate, up);
-        state.noalias() += gate * weights.down.transpose();
-      }
-    }
+    for_token_tiles([&](Index first, Index rows) {
+      multiply(rows_from(attention, first), rows, weights.output, true, rows_from(hidden, first));
+      const Matrix normed = norm_tile(first, rows, weights.feed_forward_norm);
+      Matrix gate(rows, c.feed_forward);
+      Matrix up(rows, c.feed_forward);
+      multiply(rows_from(normed, 0), rows, weights.gate, false, rows_from(gate, 0));
+      multiply(rows_from(normed, 0), rows, weights.up, false, rows_from(up, 0));
+      for (Index t = 0; t < rows; ++t) swiglu(row_of(gate, t), row_of(up, t));
+      multiply(rows_from(gate, 0), rows, weights.down, true, rows_from(hidden, first));
+    });
   }
 
   const auto logits_of = [&](Index first, Index rows) {
-    Matrix normed(rows, c.embedding);
-    for (Index t = 0; t < rows; ++t) {
-      rms_norm(hidden.row(first + t), model.output_norm(), c.rms_epsilon, normed.row(t));
-    }
-    Matrix logits(rows, c.vocabulary);
-    const Index columns = 16 * output_tile;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (Index tile = 0; tile < tiles(c.vocabulary, columns); ++tile) {
-      const Index from = tile * columns;
-      const Index width = std::min(columns, c.vocabulary - from);
-      logits.middleCols(from, width).noalias() = normed * model.output().middleRows(from, width).transpose();
-    }
+    const Matrix normed = norm_tile(first, rows, model.output_norm());
+    Matrix logits;
+    multiply_all({{normed, model.output(), logits}}, pool);
     return logits;
   };
   if (options.on_logits) {
@@ -357,6 +285,18 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   prompt_tokens_ = tokens.size();
   next_position_ = tokens.size();
   prefill_peak_ = meter_.peak;
+}
+
+void Sequence::show_last_attention(int layer, std::span<const float> query) const {
+  const ModelConfig& c = model_->config();
+  const auto head_size = static_cast<std::size_t>(c.head_dim);
+  std::vector<float> row;
+  std::vector<float> out(head_size);
+  for (int h = 0; h < c.heads; ++h) {
+    const std::span<const float> head = query.subspan(static_cast<std::size_t>(h) * head_size, head_size);
+    decode_attention(cache(layer), h / c.group(), head, row, out);
+    hooks_.attention(layer, h, row);
+  }
 }
 
 std::span<const float> Sequence::decode(TokenId token, std::size_t position) {
@@ -391,8 +331,9 @@ void decode_batch(std::span<const DecodeStep> steps) {
 
   const Model& model = *steps[0].sequence->model_;
   const ModelConfig& c = model.config();
-  const int threads = model.threads();
-  const auto head_dim = static_cast<std::size_t>(c.head_dim);
+  ThreadPool& pool = model.pool();
+  const auto head_size = static_cast<std::size_t>(c.head_dim);
+  const auto batch = static_cast<Index>(steps.size());
 
   const auto make_room = [](LayerCache& cache, CacheMeter& meter) {
     for (int h = 0; h < cache.kv_heads(); ++h) {
@@ -402,94 +343,103 @@ void decode_batch(std::span<const DecodeStep> steps) {
       }
     }
   };
-  std::vector<DecodeState> batch;
-  batch.reserve(steps.size());
-  for (const DecodeStep& step : steps) {
+  Matrix hidden(batch, c.embedding);
+  std::vector<Rotation> rotations;
+  for (Index b = 0; b < batch; ++b) {
+    const DecodeStep& step = steps[static_cast<std::size_t>(b)];
     for (LayerCache& cache : step.sequence->caches_) make_room(cache, step.sequence->meter_);
     for (std::optional<LayerCache>& shadow : step.sequence->shadows_) {
       if (shadow) make_room(*shadow, step.sequence->shadow_meter_);
     }
-    batch.emplace_back(model, step);
+    embed(model, step.token, row_of(hidden, b));
+    rotations.emplace_back(model, step.position);
   }
 
-  const auto attend = [&](int l, bool shadow) {
-    const auto units = static_cast<Index>(batch.size()) * c.heads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (Index unit = 0; unit < units; ++unit) {
-      DecodeState& state = batch[static_cast<std::size_t>(unit / c.heads)];
-      const auto h = static_cast<std::size_t>(unit % c.heads);
-      const auto layer = static_cast<std::size_t>(l);
-      const std::optional<LayerCache>& copy = state.sequence->shadows_[layer];
-      if (shadow && !copy) continue;
-      const LayerCache& cache = shadow ? *copy : state.sequence->caches_[layer];
-      Vector& out = shadow ? state.shadow_attention : state.attention;
-      Vector& row = shadow ? state.shadow_rows[h] : state.rows[h];
-      decode_attention(cache, static_cast<int>(h) / c.group(),
-                       span_of(state.query).subspan(h * head_dim, head_dim), row,
-                       span_of(out).subspan(h * head_dim, head_dim));
-    }
+  Matrix normed;
+  Matrix queries;
+  Matrix keys;
+  Matrix values;
+  Matrix attention(batch, c.heads * c.head_dim);
+  Matrix block;
+  Matrix shadow_block;
+  Matrix gate;
+  Matrix up;
+  std::vector<std::vector<float>> softmax(
+      static_cast<std::size_t>(batch * c.heads));  // a row a sequence and head
+
+  // Attention of every sequence and head over the caches that `cache_of` gives; it may give none.
+  const auto attend = [&](const auto& cache_of) {
+    pool.parallel_for(softmax.size(), [&](std::size_t unit) {
+      const auto b = static_cast<Index>(unit) / c.heads;
+      const auto h = static_cast<std::size_t>(static_cast<Index>(unit) % c.heads);
+      const LayerCache* cache = cache_of(*steps[static_cast<std::size_t>(b)].sequence);
+      if (cache == nullptr) return;
+      decode_attention(*cache, static_cast<int>(h) / c.group(),
+                       row_of(queries, b).subspan(h * head_size, head_size), softmax[unit],
+                       row_of(attention, b).subspan(h * head_size, head_size));
+    });
   };
 
   for (int l = 0; l < c.layers; ++l) {
-    const LayerWeights& weights = model.layers()[static_cast<std::size_t>(l)];
-    norm_all(batch, weights.attention_norm, c.rms_epsilon);
-    multiply(weights.query, batch, &DecodeState::normed, &DecodeState::query, threads);
-    multiply(weights.key, batch, &DecodeState::normed, &DecodeState::key, threads);
-    multiply(weights.value, batch, &DecodeState::normed, &DecodeState::value, threads);
+    const auto layer = static_cast<std::size_t>(l);
+    const LayerWeights& weights = model.layers()[layer];
+    norm_rows(hidden, weights.attention_norm, c.rms_epsilon, normed);
+    multiply_all(
+        {{normed, weights.query, queries}, {normed, weights.key, keys}, {normed, weights.value, values}},
+        pool);
 
     bool shadowed = false;
-    for (DecodeState& state : batch) {
-      std::optional<LayerCache>& shadow = state.sequence->shadows_[static_cast<std::size_t>(l)];
-      for (int h = 0; h < c.heads; ++h) state.rotation.apply(&state.query[h * c.head_dim]);
+    for (Index b = 0; b < batch; ++b) {
+      Sequence& sequence = *steps[static_cast<std::size_t>(b)].sequence;
+      std::optional<LayerCache>& shadow = sequence.shadows_[layer];
+      rotations[static_cast<std::size_t>(b)].apply(row_of(queries, b), head_size);
+      rotations[static_cast<std::size_t>(b)].apply(row_of(keys, b), head_size);
       for (int h = 0; h < c.kv_heads; ++h) {
-        state.rotation.apply(&state.key[h * c.head_dim]);
-        const auto at = static_cast<std::size_t>(h) * head_dim;
-        const std::span<const float> key = span_of(state.key).subspan(at, head_dim);
-        const std::span<const float> value = span_of(state.value).subspan(at, head_dim);
-        state.sequence->caches_[static_cast<std::size_t>(l)].append(h, key, value);
+        const std::size_t at = static_cast<std::size_t>(h) * head_size;
+        const std::span<const float> key = row_of(keys, b).subspan(at, head_size);
+        const std::span<const float> value = row_of(values, b).subspan(at, head_size);
+        sequence.caches_[layer].append(h, key, value);
         if (shadow) shadow->append(h, key, value);
       }
-      shadowed = shadowed || (shadow && state.sequence->hooks_.shadow);
+      shadowed = shadowed || (shadow && sequence.hooks_.shadow);
     }
 
-    attend(l, false);
-    multiply(weights.output, batch, &DecodeState::attention, &DecodeState::block, threads);
-    for (const DecodeState& state : batch) {
-      if (!state.sequence->hooks_.attention) continue;
-      for (int h = 0; h < c.heads; ++h) {
-        const Vector& row = state.rows[static_cast<std::size_t>(h)];
-        state.sequence->hooks_.attention(l, h, {row.data(), static_cast<std::size_t>(row.size())});
+    attend([&](const Sequence& sequence) { return &sequence.caches_[layer]; });
+    multiply_all({{attention, weights.output, block}}, pool);
+    for (Index b = 0; b < batch; ++b) {
+      const Hooks& hooks = steps[static_cast<std::size_t>(b)].sequence->hooks_;
+      for (int h = 0; hooks.attention && h < c.heads; ++h) {
+        hooks.attention(l, h, softmax[static_cast<std::size_t>(b * c.heads + h)]);
       }
     }
 
     if (shadowed) {
-      for (DecodeState& state : batch) {
-        state.shadow_attention.setZero(c.heads * c.head_dim);
-        state.shadow_rows.resize(static_cast<std::size_t>(c.heads));
-      }
-      attend(l, true);
-      multiply(weights.output, batch, &DecodeState::shadow_attention, &DecodeState::shadow_block, threads);
-      for (DecodeState& state : batch) {
-        if (!state.sequence->shadows_[static_cast<std::size_t>(l)] || !state.sequence->hooks_.shadow)
-          continue;
-        state.sequence->hooks_.shadow(l, span_of(state.block), span_of(state.shadow_block));
+      attend([&](const Sequence& sequence) {
+        const std::optional<LayerCache>& shadow = sequence.shadows_[layer];
+        return shadow ? &*shadow : nullptr;
+      });
+      multiply_all({{attention, weights.output, shadow_block}}, pool);
+      for (Index b = 0; b < batch; ++b) {
+        const Sequence& sequence = *steps[static_cast<std::size_t>(b)].sequence;
+        if (!sequence.shadows_[layer] || !sequence.hooks_.shadow) continue;
+        sequence.hooks_.shadow(l, row_of(block, b), row_of(shadow_block, b));
       }
     }
 
-    for (DecodeState& state : batch) state.hidden += state.block;
-    norm_all(batch, weights.feed_forward_norm, c.rms_epsilon);
-    multiply(weights.gate, batch, &DecodeState::normed, &DecodeState::gate, threads);
-    multiply(weights.up, batch, &DecodeState::normed, &DecodeState::up, threads);
-    for (DecodeState& state : batch) swiglu(state.gate, state.up);
-    multiply(weights.down, batch, &DecodeState::gate, &DecodeState::block, threads);
-    for (DecodeState& state : batch) state.hidden += state.block;
+    hidden += block;
+    norm_rows(hidden, weights.feed_forward_norm, c.rms_epsilon, normed);
+    multiply_all({{normed, weights.gate, gate}, {normed, weights.up, up}}, pool);
+    for (Index b = 0; b < batch; ++b) swiglu(row_of(gate, b), row_of(up, b));
+    multiply_all({{gate, weights.down, block}}, pool);
+    hidden += block;
   }
 
-  norm_all(batch, model.output_norm(), c.rms_epsilon);
-  multiply(model.output(), batch, &DecodeState::normed, &DecodeState::block, threads);
-  for (std::size_t b = 0; b < batch.size(); ++b) {
-    batch[b].sequence->logits_ = batch[b].block;
-    batch[b].sequence->next_position_ = steps[b].position + 1;
+  norm_rows(hidden, model.output_norm(), c.rms_epsilon, normed);
+  multiply_all({{normed, model.output(), block}}, pool);
+  for (Index b = 0; b < batch; ++b) {
+    Sequence& sequence = *steps[static_cast<std::size_t>(b)].sequence;
+    sequence.logits_ = block.row(b).transpose();
+    sequence.next_position_ = steps[static_cast<std::size_t>(b)].position + 1;
   }
 }
 

@@ -147,6 +147,7 @@ class Sequence {
   friend void decode_batch(std::span<const DecodeStep> steps);
 
   void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
+  void show_last_attention(int layer, std::span<const float> query) const;
   void clear();
 
   const Model* model_;

@@ -156,7 +156,8 @@ class Compressor {
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
     check_view(layer, kv);
     set_rows(kv);
-    if (*std::max_element(rows_.begin(), rows_.end()) <= capacities_[layer]) {
+    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
+    if (longest <= capacity(layer, longest)) {
       select_all();
     } else {
       const Scores<granularity> scores = score_rows(layer, kv, observation);
@@ -171,8 +172,9 @@ class Compressor {
   /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
   /// Throws as `compress`.
   template <class V, class O = NotGiven>
-  requires(!Observation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
-                                                      const O& observation = {}) {
+  requires(!KeylessObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
+                                                             const O& observation = {}) {
+    static_assert(!QueryObservation<V>, "queries need the keys: give the layer's view as well");
     check_view(layer, kv);
     set_rows(kv);
     return score_rows(layer, kv, observation);
@@ -188,11 +190,24 @@ class Compressor {
 
   /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them; protected
   /// tokens are marked in the scores. Valid until the next call. Throws ScoreError on a score that is NaN or
-  /// infinite, naming layer, row and token, and ArgumentError where the capacity cannot hold all that is
-  /// protected.
+  /// infinite, naming layer, row and token, and ArgumentError on scores of another shape, or where the
+  /// capacity cannot hold all that is protected.
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
-    const std::size_t capacity = std::max(capacities_[layer], scores.window());
+    const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
+    detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
+                    " rows, this plan's have ", expected, ": give the scores that score() filled");
+    std::size_t shortest = scores.tokens(0) + scores.window();
+    std::size_t longest = shortest;
+    for (std::size_t row = 1; row < scores.rows(); ++row) {
+      shortest = std::min(shortest, scores.tokens(row) + scores.window());
+      longest = std::max(longest, scores.tokens(row) + scores.window());
+    }
+    const std::size_t window = std::min(plan_->scorer().window(), shortest);
+    detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
+                    scores.window(), " rows, the plan's window is ", window,
+                    ": give the scores that score() filled");
+    const std::size_t room = capacity(layer, longest) - window;
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const auto values = scores.row(row);
       for (std::size_t token = 0; token < values.size(); ++token) {
@@ -200,9 +215,9 @@ class Compressor {
                                     " token ", token, " is ", values[token],
                                     ": scores must be finite; nothing was changed");
       }
-      mark_protected(layer, row, values, capacity - scores.window());
+      mark_protected(layer, row, values, room);
     }
-    plan_->selector().select(scores, capacity, workspace_, selection_);
+    plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
     return selection_;
   }
 
@@ -314,8 +329,8 @@ class Compressor {
                       ": view all rows of the prompt that begin() announced and those appended since");
       detail::require(kv.rows(head) - known.rows(head) == kv.rows(0) - known.rows(0), "layer ", layer,
                       " KV head ", head, " has ", kv.rows(head) - known.rows(head),
-                      " rows more than were kept, KV head 0 has ", kv.rows(0) - known.rows(0),
-                      " more: every token appends one row to each head");
+                      " rows appended, KV head 0 has ", kv.rows(0) - known.rows(0),
+                      ": append every token to all heads");
     }
   }
 
@@ -352,6 +367,12 @@ class Compressor {
     auto positions = std::make_shared<std::vector<std::uint32_t>>(count);
     std::iota(positions->begin(), positions->end(), 0U);
     all_positions_ = std::move(positions);
+  }
+
+  /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
+  /// window still stays whole.
+  std::size_t capacity(std::size_t layer, std::size_t rows) const {
+    return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
   }
 
   template <class V>
@@ -407,8 +428,6 @@ class Compressor {
           Observation<O>,
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
-      static_assert(KeylessObservation<O> || KvView<V>,
-                    "queries need the keys: give the layer's view as well");
       for (const std::size_t rows : rows_) {
         detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
       }
@@ -434,6 +453,9 @@ class Compressor {
   template <class V, class W>
   const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
     static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(
+        kernel::rows_fit<V, W>,
+        "rows move as they are: the cache written needs the element types of the cache read, not const");
     check_layer(layer);
     detail::check_view(source, plan_->shape());
     check_rows(layer, source);

@@ -24,7 +24,7 @@ constexpr std::uint32_t bits_of_zero = 0x80000000U;
 TEST(Exp, StaysWithinItsStatedErrorAndAllPathsAgree) {
   const std::uint32_t last = std::bit_cast<std::uint32_t>(-87.0F);
   // A prime stride meets all residues, so every pattern of low bits is seen.
-  constexpr std::uint32_t stride = 211;
+  constexpr std::uint32_t stride = 809;
   double worst = 0.0;
   std::size_t differing = 0;
   for (std::uint32_t bits = bits_of_zero; bits <= last; bits += 8 * stride) {

@@ -15,8 +15,9 @@ namespace compresskv::reference {
 
 template <class T>
 bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+  // memcmp may not be given the null pointer of an empty vector, not even for no bytes.
   return a.size() == b.size() &&
-         std::memcmp(static_cast<const void*>(a.data()), b.data(), a.size() * sizeof(T)) == 0;
+         (a.empty() || std::memcmp(static_cast<const void*>(a.data()), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 /// Where the elements of a layer lie, as a choice at run time.

@@ -40,7 +40,7 @@ namespace compresskv::io {
 
 namespace detail {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
 template <class... Parts>
 [[noreturn]] void fail(const std::filesystem::path& file, const Parts&... parts) {
@@ -83,24 +83,37 @@ inline std::string read_text(const std::filesystem::path& file) {
   return text;
 }
 
+/// A JSON object and its keys in the order of the file: a sorted object finds keys fast in files of any size,
+/// but forgets their order.
+struct ParsedObject {
+  Json object;
+  std::vector<std::string> keys;
+};
+
 /// Parses `text`, which must be one JSON object, not empty. `first_line` is the file's line where it starts.
 /// A key that stands twice is an error: JSON libraries silently keep one of the two.
-inline Json parse_object(const std::filesystem::path& file, std::string_view text, std::size_t first_line) {
-  std::vector<std::set<std::string>> keys;
-  const auto reject_duplicates = [&](int, Json::parse_event_t event, Json& parsed) {
+inline ParsedObject parse_object(const std::filesystem::path& file, std::string_view text,
+                                 std::size_t first_line = 1) {
+  std::vector<std::string> keys;
+  std::vector<std::set<std::string>> open_objects;
+  const auto note_keys = [&](int, Json::parse_event_t event, Json& parsed) {
     if (event == Json::parse_event_t::object_start) {
-      keys.emplace_back();
+      open_objects.emplace_back();
     } else if (event == Json::parse_event_t::object_end) {
-      keys.pop_back();
+      open_objects.pop_back();
     } else if (event == Json::parse_event_t::key) {
       const auto& key = parsed.get_ref<const std::string&>();
-      require(keys.back().insert(key).second, file, "key \"", key, "\" stands twice: remove one of the two");
+      require(open_objects.back().insert(key).second, file, "key \"", key,
+              "\" stands twice: remove one of the two");
+      if (open_objects.size() == 1) {
+        keys.push_back(key);
+      }
     }
     return true;
   };
   Json object;
   try {
-    object = Json::parse(text.begin(), text.end(), reject_duplicates);
+    object = Json::parse(text.begin(), text.end(), note_keys);
   } catch (const Json::exception& error) {
     const std::string where = first_line > 1 ? " in line " + std::to_string(first_line) + " of the file" : "";
     fail(file, "not valid JSON", where, ", ", error.what(),
@@ -109,7 +122,7 @@ inline Json parse_object(const std::filesystem::path& file, std::string_view tex
   require(object.is_object(), file, "holds ", shown(object),
           ", not an object: give a file made by calibration");
   require(!object.empty(), file, "holds an empty object: make the calibration again");
-  return object;
+  return {.object = std::move(object), .keys = std::move(keys)};
 }
 
 /// A number without sign, blanks or leading zeros, as the formats' keys are written.
@@ -135,14 +148,14 @@ inline std::optional<HeadKey> parse_head_key(std::string_view key) {
   return layer && head ? std::optional(HeadKey{*layer, *head}) : std::nullopt;
 }
 
-inline bool looks_like_ranking(const Json& object) {
-  return std::all_of(object.items().begin(), object.items().end(),
-                     [](const auto& item) { return parse_id(item.key()).has_value(); });
+inline bool looks_like_ranking(const ParsedObject& parsed) {
+  return std::all_of(parsed.keys.begin(), parsed.keys.end(),
+                     [](const std::string& key) { return parse_id(key).has_value(); });
 }
 
-inline bool looks_like_scores(const Json& object) {
-  return std::all_of(object.items().begin(), object.items().end(),
-                     [](const auto& item) { return parse_head_key(item.key()).has_value(); });
+inline bool looks_like_scores(const ParsedObject& parsed) {
+  return std::all_of(parsed.keys.begin(), parsed.keys.end(),
+                     [](const std::string& key) { return parse_head_key(key).has_value(); });
 }
 
 /// The list under `owner`, e.g. "layer 3"; neither absent nor empty.
@@ -167,20 +180,21 @@ inline std::vector<double> numbers_of(const std::filesystem::path& file, const s
   return numbers;
 }
 
-inline HeadRanking ranking_of(const std::filesystem::path& file, const Json& object) {
-  std::vector<std::vector<std::uint32_t>> layers(object.size());
-  for (const auto& [key, value] : object.items()) {
+inline HeadRanking ranking_of(const std::filesystem::path& file, const ParsedObject& parsed) {
+  std::vector<std::vector<std::uint32_t>> layers(parsed.keys.size());
+  for (const std::string& key : parsed.keys) {
     if (!parse_id(key)) {
       fail(file, "key \"", key, "\" is not a layer number",
-           object.contains("avg_score") ? "; these are layer errors: give the head ranking"
-                                        : ": a head ranking is {\"<layer>\": [heads], ...}, layers from 0");
+           parsed.object.contains("avg_score")
+               ? "; these are layer errors: give the head ranking"
+               : ": a head ranking is {\"<layer>\": [heads], ...}, layers from 0");
     }
   }
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const std::string key = std::to_string(layer);
-    const auto found = object.find(key);
-    require(found != object.end(), file, "layer \"", key, "\" is absent, though the file has ", layers.size(),
-            " layers: they must be numbered from 0 without gaps");
+    const auto found = parsed.object.find(key);
+    require(found != parsed.object.end(), file, "layer \"", key, "\" is absent, though the file has ",
+            layers.size(), " layers: they must be numbered from 0 without gaps");
     const std::string owner = "layer " + key;
     std::unordered_map<std::uint32_t, std::size_t> places;
     for (const Json& element : list_of(file, owner, *found, "heads")) {
@@ -199,10 +213,10 @@ inline HeadRanking ranking_of(const std::filesystem::path& file, const Json& obj
   return checked(file, [&] { return HeadRanking(std::move(layers)); });
 }
 
-inline HeadScores scores_of(const std::filesystem::path& file, const Json& object) {
+inline HeadScores scores_of(const std::filesystem::path& file, const ParsedObject& parsed) {
   std::size_t layers = 0;
   std::size_t heads = 0;
-  for (const auto& [key, value] : object.items()) {
+  for (const std::string& key : parsed.keys) {
     const auto id = parse_head_key(key);
     require(id.has_value(), file, "key \"", key,
             "\" is not of the form \"<layer>-<head>\": head scores are {\"<layer>-<head>\": [scores], ...}, "
@@ -210,21 +224,17 @@ inline HeadScores scores_of(const std::filesystem::path& file, const Json& objec
     layers = std::max<std::size_t>(layers, std::size_t{id->layer} + 1);
     heads = std::max<std::size_t>(heads, std::size_t{id->head} + 1);
   }
-  // Ends at the first gap, so that a wild number in a key costs no more than the file is long.
-  std::unordered_map<std::string_view, const Json*> by_key;
-  for (const auto& item : object.items()) {
-    by_key.emplace(item.key(), &item.value());
-  }
+  // The loops end at the first gap, so that a wild number in a key costs no more than the file is long.
   std::vector<std::vector<double>> runs;
-  runs.reserve(object.size());
+  runs.reserve(parsed.keys.size());
   for (std::size_t layer = 0; layer < layers; ++layer) {
     for (std::size_t head = 0; head < heads; ++head) {
-      const auto found = by_key.find(std::to_string(layer) + "-" + std::to_string(head));
+      const auto found = parsed.object.find(std::to_string(layer) + "-" + std::to_string(head));
       const std::string owner = "layer " + std::to_string(layer) + " head " + std::to_string(head);
-      require(found != by_key.end(), file, "scores of ", owner,
+      require(found != parsed.object.end(), file, "scores of ", owner,
               " are absent, though the file goes up to layer ", layers - 1, " and head ", heads - 1,
               ": every head of every layer must have its scores");
-      runs.push_back(numbers_of(file, owner, *found->second, "scores"));
+      runs.push_back(numbers_of(file, owner, *found, "scores"));
       require(runs.back().size() == runs.front().size(), file, owner, " has ", runs.back().size(),
               " scores, layer 0 head 0 has ", runs.front().size(),
               ": every head has one score per counted run");
@@ -234,7 +244,7 @@ inline HeadScores scores_of(const std::filesystem::path& file, const Json& objec
 }
 
 /// The JSON objects of a layer error file: one, or one a line.
-inline std::vector<Json> error_objects(const std::filesystem::path& file, const std::string& text) {
+inline std::vector<ParsedObject> error_objects(const std::filesystem::path& file, const std::string& text) {
   std::vector<std::pair<std::size_t, std::string_view>> lines;
   const std::string_view all = text;
   for (std::size_t begin = 0, number = 1; begin < all.size(); ++number) {
@@ -249,7 +259,8 @@ inline std::vector<Json> error_objects(const std::filesystem::path& file, const 
   if (lines.size() == 1 || !Json::accept(lines.front().second)) {
     lines = {{1, all}};
   }
-  std::vector<Json> objects;
+  std::vector<ParsedObject> objects;
+  objects.reserve(lines.size());
   for (const auto& [number, line] : lines) {
     objects.push_back(parse_object(file, line, number));
   }
@@ -309,20 +320,20 @@ class ObjectText {
 /// Throws FileError when the file is absent, no JSON, has a layer missing or too many, a key or a head twice,
 /// or a head that is no whole number from 0. Whether it fits the model is checked by the plan that uses it.
 inline HeadRanking load_head_ranking(const std::filesystem::path& file) {
-  const detail::Json object = detail::parse_object(file, detail::read_text(file), 1);
-  return detail::looks_like_scores(object) ? detail::scores_of(file, object).ranking()
-                                           : detail::ranking_of(file, object);
+  const auto parsed = detail::parse_object(file, detail::read_text(file));
+  return detail::looks_like_scores(parsed) ? detail::scores_of(file, parsed).ranking()
+                                           : detail::ranking_of(file, parsed);
 }
 
 /// Reads raw head scores, one number per counted calibration run.
 /// Throws FileError as `load_head_ranking`, and when heads have differing numbers of scores, a score is not a
 /// finite number, or the file is a ranking, which has no scores.
 inline HeadScores load_head_scores(const std::filesystem::path& file) {
-  const detail::Json object = detail::parse_object(file, detail::read_text(file), 1);
-  detail::require(!detail::looks_like_ranking(object), file,
+  const auto parsed = detail::parse_object(file, detail::read_text(file));
+  detail::require(!detail::looks_like_ranking(parsed), file,
                   "is a head ranking, which has no scores: give the file of raw scores it was made from, or "
                   "calibrate the model again");
-  return detail::scores_of(file, object);
+  return detail::scores_of(file, parsed);
 }
 
 /// Reads layer errors: one object with `avg_score`, or one object a data set a line without it, as a
@@ -330,19 +341,20 @@ inline HeadScores load_head_scores(const std::filesystem::path& file) {
 /// Throws FileError when the file is absent, no JSON, a data set stands twice or has another number of
 /// layers, or an error is negative or not a finite number, or all of a data set's are 0.
 inline LayerErrors load_layer_errors(const std::filesystem::path& file) {
-  const std::vector<detail::Json> objects = detail::error_objects(file, detail::read_text(file));
+  const std::vector<detail::ParsedObject> objects = detail::error_objects(file, detail::read_text(file));
   std::vector<LayerErrors::DataSet> data_sets;
   std::optional<std::vector<double>> average;
   std::set<std::string> names;
-  for (const detail::Json& object : objects) {
+  for (const detail::ParsedObject& parsed : objects) {
     detail::require(
-        !(detail::looks_like_ranking(object) || detail::looks_like_scores(object)), file, "key \"",
-        object.begin().key(),
+        !(detail::looks_like_ranking(parsed) || detail::looks_like_scores(parsed)), file, "key \"",
+        parsed.keys.front(),
         "\" is a layer's or a head's, so this is a head ranking or head scores: give the layer errors");
-    for (const auto& [name, value] : object.items()) {
+    for (const std::string& name : parsed.keys) {
       detail::require(names.insert(name).second, file, "data set \"", name,
                       "\" stands on two lines: remove one of the two");
-      auto errors = detail::numbers_of(file, "data set \"" + name + "\"", value, "layer errors");
+      auto errors =
+          detail::numbers_of(file, "data set \"" + name + "\"", parsed.object.at(name), "layer errors");
       if (name == "avg_score") {
         average = std::move(errors);
       } else {

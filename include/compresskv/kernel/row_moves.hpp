@@ -123,14 +123,19 @@ void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, Source
 
 }  // namespace detail
 
+/// Whether rows of one cache can be moved to the other as they are: the same elements, those written not
+/// const.
+template <KvView Source, KvView Target>
+inline constexpr bool rows_fit = std::conjunction_v<
+    std::is_same<std::remove_const_t<typename Source::key_element>, typename Target::key_element>,
+    std::is_same<std::remove_const_t<typename Source::value_element>, typename Target::value_element>>;
+
 /// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head. `rows` ascend, so
 /// `source` and `target` may be the same cache: no row is overwritten before it is read. Bytes are moved as
 /// they are.
 template <KvView Source, KvView Target>
-requires std::same_as<typename Source::key_element, typename Target::key_element> &&
-    std::same_as<typename Source::value_element, typename Target::value_element>
-void copy_rows(const Source& source, const Target& target, std::size_t kv_head,
-               std::span<const std::uint32_t> rows) {
+requires(rows_fit<Source, Target>) void copy_rows(const Source& source, const Target& target,
+                                                  std::size_t kv_head, std::span<const std::uint32_t> rows) {
   if (rows.empty()) {
     return;
   }

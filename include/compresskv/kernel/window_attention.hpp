@@ -44,7 +44,9 @@ inline constexpr std::size_t tile = 1024;
 inline std::size_t heads_at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
                                  std::size_t window) {
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
-  const std::size_t others = 4 * rows * sizeof(float);  // scores, their copy for top-k, positions, selection
+  // Scores, their copy for top-k, the selection, its positions, the positions of all tokens; and those that
+  // each layer may keep.
+  const std::size_t others = (5 + shape.layers) * rows * sizeof(float);
   const std::size_t head = window * rows * sizeof(float);
   return allowed <= others ? 1 : std::max<std::size_t>(1, (allowed - others) / head);
 }

@@ -90,6 +90,9 @@ class SemanticRetrieval {
     detail::require(shard == 0 || shard == shape.query_heads, "shard holds ", shard,
                     " query heads, ModelShape::query_heads is ", shape.query_heads,
                     ": a rank's shape counts its own heads");
+    detail::require(shard == 0 || options_.shard.first_head % shape.group() == 0,
+                    "shard starts at query head ", options_.shard.first_head, ", inside a group of ",
+                    shape.group(), " heads that share a KV head: let each rank hold whole groups");
     detail::require(shard != 0 || highest_head_ < shape.query_heads, "head ranking names head ",
                     highest_head_, ", the model has heads 0 to ", shape.query_heads - 1,
                     ": use the ranking calibrated for this model");

@@ -1,0 +1,287 @@
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "compresskv/compresskv.hpp"
+#include "compresskv/kernel/code_path.hpp"
+
+/// What the benchmarks share: shapes, seeded inputs, memory larger than the caches, counters.
+namespace bench {
+
+using Eigen::bfloat16;
+using Eigen::half;
+
+/// A layer of Llama-3.1-8B, and the method's settings in the paper.
+inline constexpr compresskv::ModelShape llama_8b{
+    .layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128};
+inline constexpr std::size_t window = 8;
+inline constexpr std::size_t heads_per_layer = 4;
+inline constexpr std::size_t capacity = 1024;
+inline constexpr std::size_t pool_width = 5;
+
+/// splitmix64: the same numbers on every platform, which the standard distributions do not promise.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+
+  std::uint64_t next() {
+    std::uint64_t z = state_ += 0x9E3779B97F4A7C15U;
+    z = (z ^ (z >> 30U)) * 0xBF58476D1CE4E5B9U;
+    z = (z ^ (z >> 27U)) * 0x94D049BB133111EBU;
+    return z ^ (z >> 31U);
+  }
+  /// Evenly spread over [-1, 1).
+  float uniform() { return static_cast<float>(next() >> 40U) * 0x1p-23F - 1.0F; }
+  std::size_t below(std::size_t bound) { return next() % bound; }
+
+ private:
+  std::uint64_t state_;
+};
+
+/// Starts on a cache line, as the caches of engines do, and leaves new memory unwritten.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t line{64};
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, line); }
+  template <class U>
+  void construct(U* place) {
+    ::new (static_cast<void*>(place)) U;
+  }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
+
+template <class T>
+void fill(std::span<T> values, std::uint64_t seed, float amplitude = 1.0F) {
+  Random random(seed);
+  for (T& value : values) {
+    value = static_cast<T>(amplitude * random.uniform());
+  }
+}
+
+template <class T>
+Buffer<T> random_buffer(std::size_t count, std::uint64_t seed, float amplitude = 1.0F) {
+  Buffer<T> values(count);
+  fill(std::span<T>(values), seed, amplitude);
+  return values;
+}
+
+/// Bytes that a working set must exceed to come from memory each time: twice the last-level cache.
+inline std::size_t beyond_caches() {
+  std::size_t largest = 16U << 20U;  // where the system does not tell
+  for (const auto& cache : benchmark::CPUInfo::Get().caches) {
+    largest = std::max(largest, static_cast<std::size_t>(cache.size));
+  }
+  return 2 * largest;
+}
+
+/// Makes the caches forget what was in them.
+inline void sweep_caches() {
+  static std::vector<std::uint64_t> memory(beyond_caches() / sizeof(std::uint64_t));
+  for (std::uint64_t& word : memory) {
+    ++word;
+  }
+  benchmark::ClobberMemory();
+}
+
+/// Equal slices of read-only data, together beyond the caches: each call of `next()` gives the one that was
+/// used longest ago.
+template <class T>
+class SliceRing {
+ public:
+  SliceRing(std::size_t elements, std::uint64_t seed, float amplitude = 1.0F)
+      : elements_(elements), slices_(beyond_caches() / (elements * sizeof(T)) + 1) {
+    memory_ = Buffer<T>(elements * slices_);
+    fill(std::span<T>(memory_).first(elements), seed, amplitude);
+    for (std::size_t i = 1; i < slices_; ++i) {
+      std::copy_n(memory_.begin(), elements, memory_.begin() + static_cast<std::ptrdiff_t>(i * elements));
+    }
+  }
+
+  std::span<T> next() {
+    last_ = (last_ + 1) % slices_;
+    return std::span<T>(memory_).subspan(last_ * elements_, elements_);
+  }
+
+ private:
+  std::size_t elements_;
+  std::size_t slices_;
+  std::size_t last_ = 0;
+  Buffer<T> memory_;
+};
+
+/// Whole layers, `[kv_head][token][dim]`, all with the same contents. Compaction overwrites the first rows of
+/// each head: once all layers are used they are restored and the caches swept, so that each call of `next()`
+/// gives a layer that is fresh and cold. Call it outside of the timed region.
+template <class T>
+class LayerRing {
+ public:
+  struct Layer {
+    Buffer<T> keys;
+    Buffer<T> values;
+  };
+
+  explicit LayerRing(std::size_t tokens) : tokens_(tokens) {
+    const std::size_t elements = llama_8b.kv_heads * tokens * llama_8b.head_dim;
+    layers_.resize(std::clamp<std::size_t>(most_bytes / (2 * elements * sizeof(T)), 1, 8));
+    layers_[0].keys = random_buffer<T>(elements, 1);
+    layers_[0].values = layers_[0].keys;  // only moved, never computed with
+    std::fill(layers_.begin() + 1, layers_.end(), layers_[0]);
+    const std::size_t row = llama_8b.head_dim;
+    for (std::size_t head = 0; head < llama_8b.kv_heads; ++head) {
+      const T* first = layers_[0].keys.data() + head * tokens * row;
+      first_rows_.insert(first_rows_.end(), first, first + std::min(capacity, tokens) * row);
+    }
+  }
+
+  std::size_t tokens() const { return tokens_; }
+
+  /// Puts back what was overwritten and makes the caches forget all of it.
+  void restore() {
+    const std::size_t count = std::min(capacity, tokens_) * llama_8b.head_dim;
+    for (Layer& layer : layers_) {
+      for (std::size_t head = 0; head < llama_8b.kv_heads; ++head) {
+        const T* from = first_rows_.data() + head * count;
+        std::copy_n(from, count, layer.keys.data() + head * tokens_ * llama_8b.head_dim);
+        std::copy_n(from, count, layer.values.data() + head * tokens_ * llama_8b.head_dim);
+      }
+    }
+    sweep_caches();
+    next_ = 0;
+  }
+
+  Layer& next() {
+    if (next_ == layers_.size()) {
+      restore();
+    }
+    return layers_[next_++];
+  }
+
+  compresskv::StridedKv<T> view(Layer& layer) const {
+    return {
+        layer.keys.data(), layer.values.data(),
+        compresskv::KvShape{.kv_heads = llama_8b.kv_heads, .rows = tokens_, .head_dim = llama_8b.head_dim},
+        compresskv::layout::head_token_dim};
+  }
+
+ private:
+  static constexpr std::size_t most_bytes = 256U << 20U;
+
+  std::size_t tokens_;
+  std::vector<Layer> layers_;
+  std::size_t next_ = 0;
+  Buffer<T> first_rows_;  // [kv_head][row][dim]
+};
+
+/// The ring for layers of `tokens`, fresh and cold. It is kept for the next benchmark of the same shape:
+/// filling it takes far longer than what is measured.
+template <class T>
+LayerRing<T>& fresh_layers(std::size_t tokens) {
+  static std::unique_ptr<LayerRing<T>> ring;
+  if (!ring || ring->tokens() != tokens) {
+    ring.reset();  // before the next is there: two may not fit
+    ring = std::make_unique<LayerRing<T>>(tokens);
+  }
+  ring->restore();
+  return *ring;
+}
+
+/// `count` rows of `tokens`, ascending, in stretches of `stretch` neighbours; any set of stretches is as
+/// likely.
+inline std::vector<std::uint32_t> ascending_rows(std::size_t tokens, std::size_t count, std::size_t stretch,
+                                                 std::uint64_t seed) {
+  Random random(seed);
+  std::vector<std::uint32_t> rows;
+  std::size_t wanted = count / stretch;
+  const std::size_t blocks = tokens / stretch;
+  for (std::size_t block = 0; block < blocks && wanted > 0; ++block) {
+    if (random.below(blocks - block) < wanted) {
+      --wanted;
+      for (std::size_t i = 0; i < stretch; ++i) {
+        rows.push_back(static_cast<std::uint32_t>(block * stretch + i));
+      }
+    }
+  }
+  return rows;
+}
+
+/// Query heads that read `kv_heads` different KV heads, as evenly as possible: 1 to `heads_per_layer`.
+inline std::vector<std::uint32_t> heads_over(std::size_t kv_heads) {
+  std::vector<std::uint32_t> heads;
+  for (std::size_t i = 0; i < heads_per_layer; ++i) {
+    const std::size_t kv_head = 2 * (i % kv_heads);
+    heads.push_back(static_cast<std::uint32_t>(kv_head * llama_8b.group() + i / kv_heads));
+  }
+  std::sort(heads.begin(), heads.end());
+  return heads;
+}
+
+/// Bytes of the keys of `kv_heads` KV heads.
+template <class T>
+constexpr std::size_t key_bytes(std::size_t tokens, std::size_t kv_heads = 1) {
+  return kv_heads * tokens * llama_8b.head_dim * sizeof(T);
+}
+
+/// Times `work()` and hands the seconds to a benchmark that uses manual time.
+template <class Work>
+void timed(benchmark::State& state, Work&& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  benchmark::ClobberMemory();
+  state.SetIterationTime(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+}
+
+/// Bytes a second from `bytes` an iteration, and the instructions in use as the label.
+inline void report(benchmark::State& state, std::size_t bytes) {
+  state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes));
+  state.SetLabel(std::string(compresskv::kernel::name(compresskv::kernel::code_path())));
+}
+
+/// Fails the benchmark where a result is not what a plain loop gives.
+inline void expect_close(benchmark::State& state, std::span<const float> got, std::span<const float> expected,
+                         float tolerance) {
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (!(std::abs(got[i] - expected[i]) <= tolerance)) {
+      state.SkipWithError(("value " + std::to_string(i) + " is " + std::to_string(got[i]) +
+                           ", a plain loop gives " + std::to_string(expected[i]))
+                              .c_str());
+      return;
+    }
+  }
+}
+
+inline std::size_t argument(const benchmark::State& state, std::size_t index) {
+  return static_cast<std::size_t>(state.range(index));
+}
+
+/// With repetitions, the quickest is reported as well: on a machine that does other work it is the one that
+/// was disturbed least.
+inline void with_minimum(benchmark::internal::Benchmark* registered) {
+  registered->Unit(benchmark::kMicrosecond)->ComputeStatistics("min", [](const std::vector<double>& values) {
+    return *std::min_element(values.begin(), values.end());
+  });
+}
+
+}  // namespace bench

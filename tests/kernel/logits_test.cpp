@@ -1,0 +1,119 @@
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <compresskv/kernel/lanes.hpp>
+#include <compresskv/kernel/logits.hpp>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "reference/cache.hpp"
+#include "reference/forced_path.hpp"
+#include "reference/random.hpp"
+
+namespace compresskv::kernel {
+namespace {
+
+TEST(Element, EveryHalfAndBfloat16IsItsFloat) {
+  for (std::uint32_t bits = 0; bits < 0x10000U; ++bits) {
+    const auto half = std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits));
+    const int exponent = static_cast<int>((bits >> 10U) & 31U);
+    const double mantissa = (bits & 1023U) / 1024.0;
+    const double sign = (bits & 0x8000U) != 0 ? -1.0 : 1.0;
+    if (exponent != 31) {
+      const double expected =
+          exponent == 0 ? std::ldexp(mantissa, -14) : std::ldexp(1.0 + mantissa, exponent - 15);
+      ASSERT_EQ(static_cast<double>(to_float(half)), sign * expected) << bits;
+    } else {
+      ASSERT_EQ(std::isinf(to_float(half)), (bits & 1023U) == 0) << bits;
+    }
+    const auto brain = std::bit_cast<Eigen::bfloat16>(static_cast<std::uint16_t>(bits));
+    ASSERT_EQ(std::bit_cast<std::uint32_t>(to_float(brain)), bits << 16U);
+  }
+}
+
+TEST(Lanes, FoldHalvesSixteenLanes) {
+  Lanes lanes{};
+  for (std::size_t i = 0; i < lane_count; ++i) {
+    lanes[i] = static_cast<float>(1U << i);
+  }
+  EXPECT_EQ(fold(lanes), 65535.0F);
+  // The order is a promise: 2^24 + 1 rounds to 2^24, so only the partner of lane 0, eight lanes on, is lost.
+  Lanes order{};
+  order[0] = 16777216.0F;
+  order[8] = 1.0F;
+  order[1] = 1.0F;
+  order[9] = 1.0F;
+  EXPECT_EQ(fold(order), 16777218.0F);
+  EXPECT_EQ(round_up_to_lanes(0), 0U);
+  EXPECT_EQ(round_up_to_lanes(1), 16U);
+  EXPECT_EQ(round_up_to_lanes(16), 16U);
+  EXPECT_EQ(round_up_to_lanes(17), 32U);
+}
+
+template <class T>
+struct Logits : testing::Test {};
+using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(Logits, Elements);
+
+/// Dot products in double, for any head_dim, number of queries, arrangement and path; every path's bits
+/// alike.
+TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
+  reference::Random random(51);
+  for (const std::size_t head_dim : {1U, 8U, 15U, 16U, 17U, 20U, 64U, 80U, 128U}) {
+    for (const std::size_t count : {1U, 3U, 4U, 5U, 8U, 32U}) {
+      constexpr std::size_t rows = 9;
+      const std::size_t padded = round_up_to_lanes(head_dim);
+      std::vector<float> queries(count * padded, 0.0F);
+      for (std::size_t q = 0; q < count; ++q) {
+        for (std::size_t e = 0; e < head_dim; ++e) {
+          queries[q * padded + e] = random.gaussian();
+        }
+      }
+      const QueryBlock block{.data = queries.data(), .count = count, .head_dim = head_dim};
+      for (const reference::Arrangement arrangement : reference::all_arrangements) {
+        reference::Cache<TypeParam> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim}, arrangement);
+        cache.fill(random);
+        // A subnormal key is a number like any other.
+        cache.keys[cache.at(0, 0, 0)] = std::bit_cast<TypeParam>(
+            static_cast<std::conditional_t<sizeof(TypeParam) == 4, std::uint32_t, std::uint16_t>>(3));
+        const Run<const TypeParam> run = cache.view().key_run(0, 0);
+        const float scale = 0.125F;
+        const std::size_t first = random.below(rows);
+        const std::size_t used = rows - first;
+        std::vector<std::vector<float>> results;
+        for (const CodePath path : {CodePath::portable, CodePath::avx2}) {
+          if (supported(path)) {
+            const reference::ForcedPath forced(path);
+            std::vector<float> row_buffer(padded, std::numeric_limits<float>::quiet_NaN());
+            results.emplace_back(count * used);
+            logits(run, first, used, block, scale, row_buffer.data(), results.back().data(), used);
+          }
+        }
+        for (const auto& result : results) {
+          EXPECT_TRUE(reference::same_bytes(result, results.front())) << head_dim << " x " << count;
+        }
+        for (std::size_t q = 0; q < count; ++q) {
+          for (std::size_t r = 0; r < used; ++r) {
+            double dot = 0.0;
+            double mass = 0.0;
+            for (std::size_t e = 0; e < head_dim; ++e) {
+              const double product = static_cast<double>(queries[q * padded + e]) *
+                                     static_cast<double>(to_float(cache.keys[cache.at(0, first + r, e)]));
+              dot += product;
+              mass += std::abs(product);
+            }
+            // d / 16 fused additions a lane, four to fold.
+            const double roundings = static_cast<double>(padded) / 16.0 + 4.0;
+            ASSERT_NEAR(results[0][q * used + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + 1e-45);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compresskv::kernel

@@ -1,0 +1,54 @@
+#include <gtest/gtest.h>
+
+#include <compresskv/kernel/top_k.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "reference/random.hpp"
+#include "reference/scores.hpp"
+
+namespace compresskv::kernel {
+namespace {
+
+std::vector<std::uint32_t> best(const std::vector<float>& scores, std::size_t count) {
+  std::vector<float> scratch(scores.size());
+  std::vector<std::uint32_t> out(count);
+  top_k(scores, scratch, out);
+  return out;
+}
+
+TEST(TopK, EqualScoresGoToTheLowerIndex) {
+  using Indices = std::vector<std::uint32_t>;
+  EXPECT_EQ(best({1, 1, 1, 1}, 2), (Indices{0, 1}));
+  EXPECT_EQ(best({1, 2, 1, 2, 1}, 3), (Indices{0, 1, 3}));
+  EXPECT_EQ(best({3, 2, 2, 2, 3}, 3), (Indices{0, 1, 4}));
+  EXPECT_EQ(best({0.0F, -0.0F, 0.0F}, 2), (Indices{0, 1})) << "zeros are equal whatever their sign";
+}
+
+TEST(TopK, TakesNothingAndAll) {
+  EXPECT_TRUE(best({1, 2, 3}, 0).empty());
+  EXPECT_TRUE(best({}, 0).empty());
+  EXPECT_EQ(best({3, 1, 2}, 3), (std::vector<std::uint32_t>{0, 1, 2}));
+}
+
+TEST(TopK, IsTheFullSorts) {
+  reference::Random random(41);
+  for (int round = 0; round < 3000; ++round) {
+    std::vector<float> scores(random.between(1, 80));
+    // Few values, so that most rounds have ties across the threshold.
+    const std::size_t values = random.pick(std::vector<std::size_t>{1, 2, 3, 10, 1000000});
+    for (float& score : scores) {
+      score = static_cast<float>(random.below(values)) - static_cast<float>(values / 2);
+    }
+    if (random.below(4) == 0) {
+      scores[random.below(scores.size())] = -std::numeric_limits<float>::max();
+    }
+    const std::size_t count = random.between(0, scores.size());
+    ASSERT_EQ(best(scores, count), reference::top_k(scores, count)) << count << " of " << scores.size();
+  }
+}
+
+}  // namespace
+}  // namespace compresskv::kernel

@@ -1,0 +1,152 @@
+// KvView and Observation: what models them, and what does not for want of one member. Each requirement of the
+// tables in view/kv_view.hpp and view/observation.hpp is a line here.
+
+#include <gtest/gtest.h>
+
+#include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/kv_view.hpp>
+#include <compresskv/view/query_window.hpp>
+#include <compresskv/view/strided_kv.hpp>
+#include <memory>
+
+#include "reference/scattered_kv.hpp"
+
+namespace compresskv {
+namespace {
+
+using Half = Eigen::half;
+using Brain = Eigen::bfloat16;
+
+// ---- KvView ----
+
+static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Half>> && KvView<StridedKv<Brain>>);
+static_assert(KvView<StridedKv<float, Half>> && KvView<StridedKv<const float>>);
+static_assert(KvView<reference::ScatteredKv<float>>);
+
+/// All that a view needs, and nothing from the library but `Run`.
+struct Kv {
+  using key_element = float;
+  using value_element = Half;
+  unsigned kv_heads() const { return 1; }
+  unsigned head_dim() const { return 1; }
+  unsigned rows(std::size_t) const { return 1; }
+  unsigned run_count(std::size_t) const { return 1; }
+  Run<float> key_run(std::size_t, std::size_t) const { return {}; }
+  Run<Half> value_run(std::size_t, std::size_t) const { return {}; }
+};
+static_assert(KvView<Kv>, "sizes may be of any unsigned type");
+
+struct DoubleKeys : Kv {
+  using key_element = double;
+  Run<double> key_run(std::size_t, std::size_t) const { return {}; }
+};
+struct IntegerValues : Kv {
+  using value_element = int;
+  Run<int> value_run(std::size_t, std::size_t) const { return {}; }
+};
+struct NoKvHeads : Kv {
+  void kv_heads() const = delete;
+};
+struct NoHeadDim : Kv {
+  void head_dim() const = delete;
+};
+struct NoRows : Kv {
+  void rows() const;
+};
+struct NoRunCount : Kv {
+  void run_count() const;
+};
+struct NoKeyRun : Kv {
+  void key_run() const;
+};
+struct NoValueRun : Kv {
+  void value_run() const;
+};
+struct RunsOfOtherElements : Kv {
+  Run<Half> key_run(std::size_t, std::size_t) const { return {}; }
+};
+struct RowsNotConst : Kv {
+  std::size_t rows(std::size_t) { return 1; }
+};
+struct NotCopyable : Kv {
+  std::unique_ptr<int> owner;
+};
+static_assert(!KvView<DoubleKeys> && !KvView<IntegerValues>);
+static_assert(!KvView<NoKvHeads> && !KvView<NoHeadDim> && !KvView<NoRows> && !KvView<NoRunCount>);
+static_assert(!KvView<NoKeyRun> && !KvView<NoValueRun> && !KvView<RunsOfOtherElements>);
+static_assert(!KvView<RowsNotConst> && !KvView<NotCopyable> && !KvView<int>);
+
+// ---- Observation by queries ----
+
+static_assert(QueryObservation<QueryWindow<float>> && QueryObservation<QueryWindow<Half>>);
+static_assert(!AttentionObservation<QueryWindow<float>>);
+
+struct Queries {
+  using element = Brain;
+  unsigned query_heads() const { return 1; }
+  unsigned queries() const { return 1; }
+  unsigned head_dim() const { return 1; }
+  double scale() const { return 1.0; }
+  Run<const Brain> query_run(std::size_t) const { return {}; }
+};
+static_assert(QueryObservation<Queries> && Observation<Queries>);
+
+struct DoubleQueries : Queries {
+  using element = double;
+  Run<const double> query_run(std::size_t) const { return {}; }
+};
+struct NoQueryHeads : Queries {
+  void query_heads() const = delete;
+};
+struct NoQueries : Queries {
+  void queries() const = delete;
+};
+struct NoQueryDim : Queries {
+  void head_dim() const = delete;
+};
+struct NoScale : Queries {
+  void scale() const = delete;
+};
+struct NoQueryRun : Queries {
+  void query_run() const;
+};
+struct WritableQueries : Queries {
+  Run<Brain> query_run(std::size_t) const { return {}; }
+};
+static_assert(!Observation<DoubleQueries> && !Observation<NoQueryHeads> && !Observation<NoQueries>);
+static_assert(!Observation<NoQueryDim> && !Observation<NoScale> && !Observation<NoQueryRun>);
+static_assert(!Observation<WritableQueries>, "the queries are only read, and say so");
+
+// ---- Observation by attention ----
+
+static_assert(AttentionObservation<AttentionMatrix<float>> && AttentionObservation<AttentionMatrix<Brain>>);
+static_assert(!QueryObservation<AttentionMatrix<float>>);
+
+struct Attention {
+  using element = float;
+  unsigned query_heads() const { return 1; }
+  unsigned queries() const { return 1; }
+  unsigned tokens() const { return 1; }
+  Run<const float> attention_run(std::size_t) const { return {}; }
+};
+static_assert(AttentionObservation<Attention> && Observation<Attention>);
+
+struct NoAttentionHeads : Attention {
+  void query_heads() const = delete;
+};
+struct NoAttentionQueries : Attention {
+  void queries() const = delete;
+};
+struct NoTokens : Attention {
+  void tokens() const = delete;
+};
+struct NoAttentionRun : Attention {
+  void attention_run() const;
+};
+static_assert(!Observation<NoAttentionHeads> && !Observation<NoAttentionQueries> && !Observation<NoTokens>);
+static_assert(!Observation<NoAttentionRun> && !Observation<Kv> && !KvView<Queries>);
+
+TEST(ViewRequirements, AreCheckedWhenThisFileCompiles) {}
+
+}  // namespace
+}  // namespace compresskv

@@ -1,0 +1,152 @@
+#include <gtest/gtest.h>
+
+#include <compresskv/view/kv_view.hpp>
+#include <compresskv/view/strided_kv.hpp>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "reference/cache.hpp"
+#include "reference/errors.hpp"
+
+namespace compresskv {
+namespace {
+
+using reference::expect_error;
+
+/// Element `e` of row `r`, by the formula that view/run.hpp states.
+template <class T>
+T* element(const Run<T>& run, std::size_t r, std::size_t e) {
+  return run.base + static_cast<std::ptrdiff_t>(r) * run.row_stride +
+         static_cast<std::ptrdiff_t>(e / run.chunk) * run.chunk_stride +
+         static_cast<std::ptrdiff_t>(e % run.chunk);
+}
+
+TEST(StridedKv, RunsReachEveryElementInEveryArrangement) {
+  for (const reference::Arrangement arrangement : reference::all_arrangements) {
+    for (const std::size_t allocated : {0U, 9U}) {
+      for (const std::size_t head_dim : {1U, 6U}) {
+        reference::Cache<float, Eigen::half> cache(
+            {.kv_heads = 3, .rows = 7, .head_dim = head_dim, .allocated_rows = allocated}, arrangement);
+        const auto view = cache.view();
+        EXPECT_EQ(view.kv_heads(), 3U);
+        EXPECT_EQ(view.head_dim(), head_dim);
+        EXPECT_EQ(kv_row_bytes(view), head_dim * 6);
+        for (std::size_t head = 0; head < 3; ++head) {
+          EXPECT_EQ(view.rows(head), 7U);
+          ASSERT_EQ(view.run_count(head), 1U);
+          const auto keys = view.key_run(head, 0);
+          const auto values = view.value_run(head, 0);
+          EXPECT_EQ(keys.rows, 7U);
+          EXPECT_EQ(values.rows, 7U);
+          for (std::size_t row = 0; row < 7; ++row) {
+            EXPECT_EQ(keys.row(row), element(keys, row, 0));
+            for (std::size_t e = 0; e < head_dim; ++e) {
+              EXPECT_EQ(element(keys, row, e), cache.keys.data() + cache.at(head, row, e));
+              EXPECT_EQ(element(values, row, e), cache.values.data() + cache.at(head, row, e));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(StridedKv, LayoutsAreWhatTheirNamesSay) {
+  std::vector<float> keys(2 * 10 * 4);
+  std::vector<float> values(2 * 10 * 4);
+  const KvShape shape{.kv_heads = 2, .rows = 6, .head_dim = 4, .allocated_rows = 10};
+  const StridedKv heads_first{keys.data(), values.data(), shape, layout::head_token_dim};
+  EXPECT_EQ(heads_first.key_run(1, 0).base, keys.data() + 10 * 4);
+  EXPECT_EQ(heads_first.key_run(1, 0).row_stride, 4);
+  const StridedKv rows_first{keys.data(), values.data(), shape, layout::token_head_dim};
+  EXPECT_EQ(rows_first.value_run(1, 0).base, values.data() + 4);
+  EXPECT_EQ(rows_first.value_run(1, 0).row_stride, 8);
+  // A layout of the user's own: any function that gives strides.
+  const auto transposed = [](const KvShape& s, std::size_t allocated) {
+    return layout::Strides{.head = allocated * s.head_dim, .row = 1, .dim = allocated};
+  };
+  const StridedKv own{keys.data(), values.data(), shape, transposed};
+  EXPECT_EQ(element(own.key_run(1, 0), 5, 3), keys.data() + 40 + 5 + 30);
+}
+
+TEST(StridedKv, RejectsNullBuffersByName) {
+  std::vector<float> buffer(64);
+  const KvShape shape{.kv_heads = 2, .rows = 4, .head_dim = 8};
+  float* null = nullptr;
+  expect_error<ArgumentError>([&] { StridedKv(null, buffer.data(), shape, layout::head_token_dim); },
+                              {"StridedKv: keys is null"});
+  expect_error<ArgumentError>([&] { StridedKv(buffer.data(), null, shape, layout::head_token_dim); },
+                              {"StridedKv: values is null", "give the layer's buffer"});
+}
+
+TEST(StridedKv, RejectsSizesOfZero) {
+  std::vector<float> buffer(64);
+  const auto make = [&](const KvShape& shape) {
+    StridedKv(buffer.data(), buffer.data(), shape, layout::head_token_dim);
+  };
+  expect_error<ArgumentError>([&] { make({.kv_heads = 0, .rows = 4, .head_dim = 8}); },
+                              {"shape has 0 KV heads, 4 rows, head_dim 8", "at least 1"});
+  expect_error<ArgumentError>([&] { make({.kv_heads = 2, .rows = 0, .head_dim = 8}); },
+                              {"shape has 2 KV heads, 0 rows, head_dim 8"});
+  expect_error<ArgumentError>([&] { make({.kv_heads = 2, .rows = 4, .head_dim = 0}); },
+                              {"shape has 2 KV heads, 4 rows, head_dim 0"});
+}
+
+TEST(StridedKv, RejectsMoreRowsThanAllocated) {
+  std::vector<float> buffer(64);
+  const KvShape shape{.kv_heads = 1, .rows = 5, .head_dim = 8, .allocated_rows = 4};
+  expect_error<ArgumentError>([&] { StridedKv(buffer.data(), buffer.data(), shape, layout::head_token_dim); },
+                              {"StridedKv: 5 rows in use, only 4 allocated"});
+}
+
+TEST(StridedKv, RejectsStridesThatLayRowsOverEachOther) {
+  std::vector<float> buffer(1000);
+  const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
+  const auto make = [&](const KvShape& s, const layout::Strides& strides) {
+    StridedKv<float>(buffer.data(), buffer.data(), s, strides);
+  };
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 7, .dim = 1}); },
+                              {"row stride is 7", "covers 8", "rows would overlap"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 39, .row = 8, .dim = 1}); },
+                              {"head stride is 39", "covers 40"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 8, .dim = 0}); }, {"dim stride is 0"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 0, .row = 8, .dim = 1}); }, {"head stride is 0"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 1, .dim = 4}); },
+                              {"dim stride is 4", "covers 5"});
+  // Of an axis with one entry the stride is never used.
+  EXPECT_NO_THROW(make({.kv_heads = 1, .rows = 5, .head_dim = 8}, {.head = 0, .row = 8, .dim = 1}));
+  EXPECT_NO_THROW(make({.kv_heads = 2, .rows = 5, .head_dim = 1}, {.head = 5, .row = 1, .dim = 0}));
+  EXPECT_NO_THROW(make(shape, {.head = 8, .row = 16, .dim = 1}));
+}
+
+TEST(StridedKv, RejectsStridesBeyondMemory) {
+  std::vector<float> buffer(1000);
+  const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
+  const std::size_t huge = std::numeric_limits<std::size_t>::max() / 4;
+  expect_error<ArgumentError>(
+      [&] { StridedKv<float>(buffer.data(), buffer.data(), shape, {.head = huge, .row = 8, .dim = 1}); },
+      {"head stride", "times 2", "does not fit in memory"});
+}
+
+TEST(KvView, IsCheckedAgainstTheModel) {
+  std::vector<float> buffer(1000);
+  const StridedKv kv{buffer.data(), buffer.data(), KvShape{.kv_heads = 2, .rows = 5, .head_dim = 8},
+                     layout::head_token_dim};
+  const ModelShape good{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 8, .kv_row_bytes = 64};
+  EXPECT_NO_THROW(detail::check_view(kv, good));
+  ModelShape shape = good;
+  shape.kv_heads = 4;
+  expect_error<ArgumentError>([&] { detail::check_view(kv, shape); },
+                              {"kv view has 2 KV heads", "model has 4", "one whole layer"});
+  shape = good;
+  shape.head_dim = 16;
+  expect_error<ArgumentError>([&] { detail::check_view(kv, shape); }, {"rows of 8", "head_dim is 16"});
+  shape = good;
+  shape.kv_row_bytes = 32;
+  expect_error<ArgumentError>([&] { detail::check_view(kv, shape); },
+                              {"64 bytes a K and V row", "kv_row_bytes is 32", "make them agree"});
+}
+
+}  // namespace
+}  // namespace compresskv
