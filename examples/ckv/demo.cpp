@@ -1,0 +1,279 @@
+// ckv demo: one question to one long text, from the full cache and from smaller and smaller ones.
+
+#include <fmt/core.h>
+
+#include <compresskv/io/calibration_files.hpp>
+#include <cstddef>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.hpp"
+#include "commands.hpp"
+#include "engine/error.hpp"
+#include "engine/sha256.hpp"
+#include "needle.hpp"
+#include "run.hpp"
+#include "terminal.hpp"
+#include "usage_error.hpp"
+
+namespace ckv {
+namespace {
+
+using Json = nlohmann::ordered_json;
+constexpr double mebibyte = 1024.0 * 1024.0;
+
+struct DemoArguments {
+  ModelArguments model;
+  CacheArguments cache;
+  std::filesystem::path prompt_file;
+  std::string question;
+  std::string expect;
+  std::filesystem::path haystack;
+  std::size_t length = 2000;
+  double depth = 0.4;
+  std::vector<double> ratios = {0.25, 0.12, 0.06, 0.03};
+  std::filesystem::path heads;
+  std::filesystem::path errors;
+  std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
+  bool uniform = false;
+  std::size_t max_new_tokens = 32;
+  std::filesystem::path json;
+};
+
+struct Calibration {
+  std::filesystem::path heads;
+  std::filesystem::path errors;
+};
+
+/// The calibration of this very file among the folders of `models`, told by its digest.
+std::optional<Calibration> find_calibration(const std::filesystem::path& models, const std::string& sha256) {
+  std::error_code failure;
+  for (const auto& folder : std::filesystem::directory_iterator{models, failure}) {
+    const std::filesystem::path record_file = folder.path() / "calibration.json";
+    if (!std::filesystem::exists(record_file, failure)) {
+      continue;
+    }
+    const Json record = Json::parse(read_text_file(record_file), nullptr, false);
+    if (record.is_object() && record.value("model_sha256", "") == sha256) {
+      const std::string name = record.value("model", "");
+      return Calibration{.heads = folder.path() / (name + "_head_idx.json"),
+                         .errors = folder.path() / (name + "_layer_score.jsonl")};
+    }
+  }
+  return std::nullopt;
+}
+
+/// The rankings to run with: the user's, else the ones found; errors only as asked for.
+Compression compression_of(const DemoArguments& arguments, const std::string& sha256) {
+  Calibration files{.heads = arguments.heads, .errors = arguments.errors};
+  if (files.heads.empty()) {
+    const std::optional<Calibration> found = find_calibration(arguments.models_dir, sha256);
+    if (!found) {
+      throw UsageError(fmt::format(
+          "no calibration of this model in '{}': make one with `ckv calibrate --model {} --out DIR` "
+          "and name it with --heads and --errors",
+          arguments.models_dir.string(), arguments.model.model.string()));
+    }
+    files.heads = found->heads;
+    files.errors = files.errors.empty() ? found->errors : files.errors;
+  }
+  Compression how{.method = Method::compresskv, .heads = compresskv::io::load_head_ranking(files.heads)};
+  if (!arguments.uniform && !files.errors.empty()) {
+    how.errors = compresskv::io::load_layer_errors(files.errors);
+  }
+  arguments.cache.apply_to(how);
+  return how;
+}
+
+struct Question {
+  std::vector<TokenId> tokens;
+  std::optional<compresskv::calibrate::TokenSpan> needle;
+  std::string text;
+  std::string expect;
+};
+
+Question ask(const DemoArguments& arguments, const LoadedModel& loaded) {
+  if (!arguments.prompt_file.empty()) {
+    const std::string text = message_text(read_text_file(arguments.prompt_file), arguments.question);
+    return {.tokens = encode_prompt(loaded, chat_prompt(loaded, text)),
+            .needle = std::nullopt,
+            .text = arguments.question,
+            .expect = arguments.expect};
+  }
+  const Needle& needle = demo_needle();
+  NeedlePrompt prompt = needle_prompt(loaded, Haystack::from(arguments.haystack), needle,
+                                      {.tokens = arguments.length, .depth = arguments.depth});
+  return {.tokens = std::move(prompt.tokens),
+          .needle = prompt.needle,
+          .text = std::string(needle.question),
+          .expect = std::string(needle.expect)};
+}
+
+/// An answer as one line of a table.
+std::string one_line(std::string_view answer, std::size_t width) {
+  std::string line;
+  for (const char c : answer) {
+    line += c == '\n' || c == '\t' ? ' ' : c;
+  }
+  if (line.size() <= width) {
+    return line;
+  }
+  std::size_t end = width - 3;
+  while (end > 0 && (static_cast<unsigned char>(line[end]) & 0xC0U) == 0x80U) {
+    --end;  // never half a character
+  }
+  return line.substr(0, end) + "...";
+}
+
+std::optional<bool> right(const Question& question, const RunResult& result) {
+  return question.expect.empty() ? std::nullopt : std::optional(holds(result.answer, question.expect));
+}
+
+void print_head() {
+  fmt::print("{:<11}{:>6}  {:<46}{:<7}{:>8}{:>8}{:>18}{:>10}\n", "method", "kept", "answer", "right",
+             "KV MiB", "peak", "compress ms", "tokens/s");
+}
+
+void print_row(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
+  const std::optional<bool> is_right = right(question, result);
+  const std::string compress = method.needs_budget
+                                   ? fmt::format("{:.1f} ({:.2f} %)", result.compress_ms,
+                                                 100.0 * result.compress_ms / result.prefill_ms)
+                                   : std::string("-");
+  fmt::print("{:<11}{:>4.0f} %  {:<46}{:<7}{:>8.2f}{:>8.2f}{:>18}{:>10.1f}\n", method.name, 100.0 * share,
+             one_line(result.answer, 44), is_right ? (*is_right ? "yes" : "no") : "-",
+             static_cast<double>(result.kv_bytes_kept) / mebibyte,
+             static_cast<double>(result.kv_bytes_peak) / mebibyte, compress,
+             result.decode_tokens_per_second());
+  std::fflush(stdout);
+}
+
+Json run_json(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
+  Json run = {{"method", method.name}, {"kept", share}, {"answer", result.answer}, {"right", nullptr}};
+  if (const std::optional<bool> is_right = right(question, result)) {
+    run["right"] = *is_right;
+  }
+  run["kv_bytes_full"] = result.kv_bytes_full;
+  run["kv_bytes_kept"] = result.kv_bytes_kept;
+  run["kv_bytes_peak"] = result.kv_bytes_peak;
+  run["prefill_ms"] = result.prefill_ms;
+  run["compress_ms"] = result.compress_ms;
+  run["decode_tokens_per_second"] = result.decode_tokens_per_second();
+  for (const auto& lists : result.kept) {
+    // Every method here keeps one set of positions for all KV heads of a layer.
+    run["kept_positions"].push_back(lists.front());
+  }
+  return run;
+}
+
+void demo(const DemoArguments& arguments) {
+  for (const double ratio : arguments.ratios) {
+    if (!(ratio > 0.0 && ratio <= 1.0)) {
+      throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
+    }
+  }
+  const std::string sha256 = engine::sha256_of_file(arguments.model.model);
+  Compression how = compression_of(arguments, sha256);
+  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  const Question question = ask(arguments, loaded);
+
+  fmt::print("{}: {} tokens", arguments.model.model.filename().string(), question.tokens.size());
+  if (question.needle) {
+    fmt::print("; hidden {:.0f} % deep: \"{}\"", 100.0 * arguments.depth, demo_needle().fact);
+  }
+  fmt::print("\nQuestion: {}\n\n", question.text.empty() ? "(the text itself)" : question.text);
+  print_head();
+
+  Json out = {{"model", arguments.model.model.filename().string()},
+              {"model_sha256", sha256},
+              {"prompt_tokens", question.tokens.size()},
+              {"layers", loaded.model.config().layers},
+              {"question", question.text},
+              {"budgets", how.errors ? "by layer error" : "uniform"},
+              {"needle", nullptr}};
+  if (question.needle) {
+    out["needle"] = {{"first", question.needle->first}, {"last", question.needle->last}};
+  }
+
+  std::vector<std::pair<Method, double>> todo = {{Method::full, 1.0}};
+  for (const Method method : {Method::compresskv, Method::streaming}) {
+    for (const double ratio : arguments.ratios) {
+      todo.emplace_back(method, ratio);
+    }
+  }
+  Progress progress{"demo", static_cast<double>(todo.size())};
+  for (std::size_t i = 0; i < todo.size(); ++i) {
+    const auto [method, share] = todo[i];
+    const auto layers = static_cast<double>(loaded.model.config().layers);
+    RunOptions options{.kv_type = arguments.cache.type(), .max_new_tokens = arguments.max_new_tokens};
+    options.on_layer = [&](std::size_t done) {
+      progress.show(static_cast<double>(i) + static_cast<double>(done) / layers, info(todo[i].first).name);
+    };
+    how.method = method;
+    how.budget = compresskv::Budget::kept_ratio(share);
+    const RunResult result = run(loaded, question.tokens, how, options);
+    progress.clear();
+    print_row(info(method), share, question, result);
+    out["runs"].push_back(run_json(info(method), share, question, result));
+  }
+  if (!arguments.json.empty()) {
+    write_text_file(arguments.json, out.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+  }
+}
+
+}  // namespace
+
+void add_demo(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "demo", "Ask for a needle in a long text, from the full cache down to a few per cent of it");
+  const auto arguments = std::make_shared<DemoArguments>();
+  arguments->model.add_to(*command);
+  CLI::Option* file =
+      command
+          ->add_option("--prompt-file", arguments->prompt_file, "A text of your own instead of the haystack")
+          ->type_name("FILE");
+  command->add_option("--question", arguments->question, "What to ask about your text")->needs(file);
+  command
+      ->add_option("--expect", arguments->expect,
+                   "What a right answer about your text holds; capitals do not matter")
+      ->needs(file);
+  command
+      ->add_option(
+          "--haystack", arguments->haystack,
+          "A long text to hide the needle in; default: the King James text, from the program `bible`")
+      ->type_name("FILE")
+      ->excludes(file);
+  command->add_option("--length", arguments->length, "Tokens of the prompt with the needle")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--depth", arguments->depth, "Where the needle lies: 0 first, 1 last")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--ratios", arguments->ratios, "Shares of the cache to keep")
+      ->delimiter(',')
+      ->capture_default_str();
+  command
+      ->add_option("--heads", arguments->heads,
+                   "Head ranking or raw scores; default: the one in --models-dir made from this model file")
+      ->type_name("FILE");
+  command->add_option("--errors", arguments->errors, "Layer errors; default: as with --heads")
+      ->type_name("FILE");
+  command->add_flag("--uniform", arguments->uniform, "Give every layer the same budget");
+  command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
+      ->type_name("DIR");
+  arguments->cache.add_to(*command);
+  command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--json", arguments->json, "Write all of it, kept positions too, to this file")
+      ->type_name("FILE");
+  command->callback([arguments] { demo(*arguments); });
+}
+
+}  // namespace ckv

@@ -1,0 +1,299 @@
+// ckv generate: one answer, and what it took.
+
+#include <fmt/core.h>
+
+#include <compresskv/io/calibration_files.hpp>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "arguments.hpp"
+#include "commands.hpp"
+#include "engine/sha256.hpp"
+#include "run.hpp"
+#include "terminal.hpp"
+#include "usage_error.hpp"
+
+namespace ckv {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct GenerateArguments {
+  ModelArguments model;
+  CacheArguments cache;
+  std::string prompt;
+  std::filesystem::path prompt_file;
+  std::string question;
+  std::string method = std::string(methods.front().name);
+  std::size_t rows = 0;
+  double ratio = 0.0;
+  std::uint64_t bytes = 0;
+  std::filesystem::path heads;
+  std::filesystem::path errors;
+  std::size_t max_new_tokens = 128;
+  engine::SamplerOptions sampling;
+  bool raw = false;
+  bool json = false;
+  bool positions = false;
+
+  // Which of the options were given
+  const CLI::Option* prompt_option = nullptr;
+  const CLI::Option* rows_option = nullptr;
+  const CLI::Option* ratio_option = nullptr;
+  const CLI::Option* bytes_option = nullptr;
+};
+
+const MethodInfo& method_named(const std::string& name) {
+  for (const MethodInfo& row : methods) {
+    if (row.name == name) {
+      return row;
+    }
+  }
+  throw UsageError(fmt::format("--method {} is not known", name));
+}
+
+std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) {
+  if (arguments.rows_option->count() > 0) {
+    return compresskv::Budget::tokens_per_layer(arguments.rows);
+  }
+  if (arguments.ratio_option->count() > 0) {
+    try {
+      return compresskv::Budget::kept_ratio(arguments.ratio);
+    } catch (const compresskv::ArgumentError& error) {
+      throw UsageError(fmt::format("--ratio: {}", error.what()));
+    }
+  }
+  if (arguments.bytes_option->count() > 0) {
+    return compresskv::Budget::bytes(arguments.bytes);
+  }
+  return std::nullopt;
+}
+
+/// What the options ask for. Throws UsageError before any file is opened where they do not go together.
+Compression compression_of(const GenerateArguments& arguments) {
+  const MethodInfo& method = method_named(arguments.method);
+  Compression how{.method = method.method, .budget = budget_of(arguments)};
+  arguments.cache.apply_to(how);
+  if (method.needs_budget && !how.budget) {
+    throw UsageError(
+        fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
+  }
+  if (method.needs_heads && arguments.heads.empty()) {
+    throw UsageError(fmt::format(
+        "--method {} needs --heads: the ranking of the model's heads, which `ckv calibrate --model "
+        "{} --out DIR` makes",
+        method.name, arguments.model.model.string()));
+  }
+  if (method.needs_heads) {
+    how.heads = compresskv::io::load_head_ranking(arguments.heads);
+    if (!arguments.errors.empty()) {
+      how.errors = compresskv::io::load_layer_errors(arguments.errors);
+    }
+  }
+  return how;
+}
+
+Json budget_json(const GenerateArguments& arguments) {
+  if (arguments.rows_option->count() > 0) {
+    return {{"rows", arguments.rows}};
+  }
+  if (arguments.ratio_option->count() > 0) {
+    return {{"ratio", arguments.ratio}};
+  }
+  if (arguments.bytes_option->count() > 0) {
+    return {{"bytes", arguments.bytes}};
+  }
+  return nullptr;
+}
+
+Json file_json(const std::filesystem::path& path) { return path.empty() ? Json() : Json(path.string()); }
+
+Json settings_json(const GenerateArguments& arguments, const LoadedModel& loaded) {
+  return {{"method", arguments.method},
+          {"budget", budget_json(arguments)},
+          {"heads", file_json(arguments.heads)},
+          {"errors", file_json(arguments.errors)},
+          {"window", arguments.cache.window},
+          {"heads_per_layer", arguments.cache.heads_per_layer},
+          {"pool", arguments.cache.pool},
+          {"kv_type", arguments.cache.kv_type},
+          {"threads", loaded.model.threads()},
+          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
+          {"temperature", arguments.sampling.temperature},
+          {"top_p", arguments.sampling.top_p},
+          {"seed", arguments.sampling.seed},
+          {"max_new_tokens", arguments.max_new_tokens},
+          {"raw", arguments.raw}};
+}
+
+/// A number or a list a layer, and one level more where KV heads differ.
+template <class Of>
+Json per_layer(const RunResult& result, Of&& of) {
+  Json layers = Json::array();
+  for (const auto& lists : result.kept) {
+    if (lists.size() == 1) {
+      layers.push_back(of(lists[0]));
+      continue;
+    }
+    Json heads = Json::array();
+    for (const auto& list : lists) {
+      heads.push_back(of(list));
+    }
+    layers.push_back(std::move(heads));
+  }
+  return layers;
+}
+
+Json result_json(const GenerateArguments& arguments, const LoadedModel& loaded,
+                 const std::vector<TokenId>& prompt, const RunResult& result) {
+  Json out;
+  out["answer"] = result.answer;
+  out["prompt_tokens"] = prompt.size();
+  if (arguments.positions) {
+    out["prompt_token_ids"] = prompt;
+  }
+  out["answer_tokens"] = result.tokens.size();
+  if (arguments.positions) {
+    out["answer_token_ids"] = result.tokens;
+  }
+  out["rows"] = per_layer(result, [](const std::vector<std::uint32_t>& list) { return Json(list.size()); });
+  if (arguments.positions) {
+    out["kept_positions"] = per_layer(result, [](const auto& list) { return Json(list); });
+  }
+  out["kv_bytes_full"] = result.kv_bytes_full;
+  out["kv_bytes_kept"] = result.kv_bytes_kept;
+  out["kv_bytes_peak"] = result.kv_bytes_peak;
+  out["prefill_ms"] = result.prefill_ms;
+  out["compress_ms"] = result.compress_ms;
+  out["decode_tokens_per_second"] = result.decode_tokens_per_second();
+  out["model_sha256"] = engine::sha256_of_file(arguments.model.model);
+  out["settings"] = settings_json(arguments, loaded);
+  return out;
+}
+
+void generate(const GenerateArguments& arguments) {
+  const Compression how = compression_of(arguments);
+  const std::string text =
+      arguments.prompt_option->count() > 0 ? arguments.prompt : read_text_file(arguments.prompt_file);
+  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  if (how.budget && how.method != Method::full) {
+    try {
+      how.budget->validate(how.window, shape_of(loaded.model.config(), arguments.cache.type()));
+    } catch (const compresskv::ArgumentError& error) {
+      throw UsageError(error.what());
+    }
+  }
+  const std::vector<TokenId> prompt = encode_prompt(
+      loaded, arguments.raw ? text : chat_prompt(loaded, message_text(text, arguments.question)));
+
+  Progress progress{"prefill", static_cast<double>(loaded.model.config().layers)};
+  RunOptions options{.kv_type = arguments.cache.type(),
+                     .max_new_tokens = arguments.max_new_tokens,
+                     .sampling = arguments.sampling};
+  options.on_layer = [&](std::size_t layers) { progress.show(static_cast<double>(layers)); };
+  options.on_text = [&](std::string_view part) {
+    progress.clear();
+    if (!arguments.json) {
+      fmt::print("{}", part);
+      std::fflush(stdout);
+    }
+  };
+  const RunResult result = run(loaded, prompt, how, options);
+  progress.clear();
+  if (arguments.json) {
+    // An answer cut off by the token limit may end inside a character.
+    fmt::print(
+        "{}\n",
+        result_json(arguments, loaded, prompt, result).dump(-1, ' ', false, Json::error_handler_t::replace));
+  } else {
+    fmt::print("\n");
+  }
+}
+
+std::string method_help() {
+  std::string help = "What is kept of the cache at the end of prefill:";
+  for (const MethodInfo& row : methods) {
+    help += fmt::format("\n{}: {}", row.name, row.summary);
+  }
+  return help;
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("generate", "Answer a prompt from a full or a compressed cache");
+  const auto arguments = std::make_shared<GenerateArguments>();
+  arguments->model.add_to(*command);
+
+  CLI::Option_group* text = command->add_option_group("Prompt", "One of these");
+  arguments->prompt_option = text->add_option("--prompt", arguments->prompt, "The text itself");
+  text->add_option("--prompt-file", arguments->prompt_file, "A file that holds the text")->type_name("FILE");
+  text->require_option(1);
+  CLI::Option* question = command->add_option(
+      "--question", arguments->question,
+      "Asked after the text, through the model's chat template; without it the text alone is the message");
+  command
+      ->add_flag(
+          "--raw", arguments->raw,
+          "Feed the text as it is, without chat template: special tokens in it are recognised, none added")
+      ->excludes(question);
+
+  std::vector<std::string> names;
+  for (const MethodInfo& row : methods) {
+    names.emplace_back(row.name);
+  }
+  command->add_option("--method", arguments->method, method_help())
+      ->check(CLI::IsMember(names))
+      ->capture_default_str();
+  CLI::Option_group* budget = command->add_option_group(
+      "Budget", "How much to keep, window included: one of these; `full` needs none");
+  arguments->rows_option =
+      budget->add_option("--rows", arguments->rows, "Tokens a layer, on average")->check(CLI::PositiveNumber);
+  arguments->ratio_option =
+      budget->add_option("--ratio", arguments->ratio, "Share of the prompt that is kept, in (0, 1]");
+  arguments->bytes_option = budget
+                                ->add_option("--bytes", arguments->bytes,
+                                             "Bytes of keys and values over all layers; 2MiB, 500kB, ...")
+                                ->transform(CLI::AsSizeValue(true));
+  budget->require_option(0, 1);
+
+  command
+      ->add_option("--heads", arguments->heads,
+                   "For compresskv: head ranking or raw head scores, as `ckv calibrate` writes them")
+      ->type_name("FILE");
+  command
+      ->add_option(
+          "--errors", arguments->errors,
+          "For compresskv: layer errors, by which layers share the budget; without: every layer the same")
+      ->type_name("FILE");
+  arguments->cache.add_to(*command);
+  command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--temperature", arguments->sampling.temperature, "0: always the likeliest token")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--top-p", arguments->sampling.top_p, "Sample among the likeliest that make up this share")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--seed", arguments->sampling.seed, "Of the sampling")->capture_default_str();
+  CLI::Option* json = command->add_flag("--json", arguments->json,
+                                        "Print one JSON object: the answer, rows, bytes, times, settings");
+  command
+      ->add_flag("--positions", arguments->positions,
+                 "With --json: token ids, and which positions each layer kept")
+      ->needs(json);
+  command->footer(
+      "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
+      "0.12 "
+      "--heads M_head_idx.json --errors M_layer_score.jsonl");
+  command->callback([arguments] { generate(*arguments); });
+}
+
+}  // namespace ckv

@@ -1,0 +1,193 @@
+// ckv inspect: what a model file holds, and what a budget saves.
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "commands.hpp"
+#include "engine/chat_template.hpp"
+#include "engine/error.hpp"
+#include "engine/gguf.hpp"
+#include "engine/sha256.hpp"
+#include "engine/tokenizer.hpp"
+#include "run.hpp"
+
+namespace ckv {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::array kv_types = {engine::KvType::f32, engine::KvType::f16, engine::KvType::bf16};
+constexpr std::array shares = {0.25, 0.12, 0.06, 0.03};
+constexpr double mebibyte = 1024.0 * 1024.0;
+
+struct InspectArguments {
+  std::filesystem::path model;
+  std::vector<std::size_t> lengths = {2048, 8192, 32768};
+  std::string kv_type = "f32";
+  bool json = false;
+};
+
+struct TypeCount {
+  std::size_t tensors = 0;
+  std::uint64_t elements = 0;
+};
+
+/// A short file may hold no vocabulary or template that we know; that is worth a line, not a failure.
+std::string chat_family(const engine::Tokenizer& tokenizer) {
+  try {
+    return std::string(engine::name(engine::ChatTemplate{tokenizer}.family()));
+  } catch (const engine::Error& error) {
+    return fmt::format("none ({})", error.what());
+  }
+}
+
+/// Rows a layer that a share keeps of a prompt, as the library resolves it.
+std::size_t rows_kept(const compresskv::ModelShape& shape, double share, std::size_t length) {
+  const std::size_t window = compresskv::score::SemanticRetrieval::Options{}.window;
+  return compresskv::Budget::kept_ratio(share).resolve(length, window, shape);
+}
+
+Json inspect_json(const InspectArguments& arguments, const engine::GgufFile& file,
+                  const engine::ModelConfig& config, const engine::Tokenizer& tokenizer,
+                  const std::map<std::string, TypeCount>& types) {
+  Json out;
+  out["file"] = arguments.model.string();
+  out["file_bytes"] = file.file_bytes();
+  out["gguf_version"] = file.version();
+  out["model_sha256"] = engine::sha256_of_file(arguments.model);
+  out["name"] = config.name;
+  out["architecture"] = file.get<std::string>("general.architecture");
+  out["layers"] = config.layers;
+  out["query_heads"] = config.heads;
+  out["kv_heads"] = config.kv_heads;
+  out["head_dim"] = config.head_dim;
+  out["embedding"] = config.embedding;
+  out["feed_forward"] = config.feed_forward;
+  out["vocabulary"] = config.vocabulary;
+  out["context"] = config.context;
+  out["rope_base"] = config.rope_base;
+  out["rope_scaling"] = config.rope_scaling;
+  out["tied_output"] = config.tied_output;
+  out["tokenizer"] = {{"model", file.get<std::string>("tokenizer.ggml.model")},
+                      {"pre", file.find<std::string>("tokenizer.ggml.pre").value_or("")},
+                      {"tokens", tokenizer.size()},
+                      {"chat", chat_family(tokenizer)}};
+  for (const auto& [name, count] : types) {
+    out["tensors"][name] = {{"tensors", count.tensors}, {"elements", count.elements}};
+  }
+  for (const engine::KvType type : kv_types) {
+    out["kv_bytes_per_token"][std::string(engine::kv_type_name(type))] =
+        engine::Sequence::full_cache_bytes(config, type, 1);
+  }
+  const engine::KvType type = engine::parse_kv_type(arguments.kv_type);
+  const compresskv::ModelShape shape = shape_of(config, type);
+  out["savings"] = Json::array();
+  for (const std::size_t length : arguments.lengths) {
+    for (const double share : shares) {
+      const std::size_t rows = rows_kept(shape, share, length);
+      out["savings"].push_back({{"tokens", length},
+                                {"kv_type", arguments.kv_type},
+                                {"kept", share},
+                                {"rows", rows},
+                                {"kv_bytes_full", engine::Sequence::full_cache_bytes(config, type, length)},
+                                {"kv_bytes_kept", engine::Sequence::full_cache_bytes(config, type, rows)}});
+    }
+  }
+  return out;
+}
+
+void print_savings(const InspectArguments& arguments, const engine::ModelConfig& config) {
+  const engine::KvType type = engine::parse_kv_type(arguments.kv_type);
+  const compresskv::ModelShape shape = shape_of(config, type);
+  const auto mib = [&](std::size_t tokens) {
+    return static_cast<double>(engine::Sequence::full_cache_bytes(config, type, tokens)) / mebibyte;
+  };
+  fmt::print("\nKV cache of one sequence in {}, MiB\n{:>10}{:>11}", arguments.kv_type, "tokens", "full");
+  for (const double share : shares) {
+    fmt::print("{:>9.0f} %", 100.0 * share);
+  }
+  fmt::print("{:>16}\n", "saved at 12 %");
+  for (const std::size_t length : arguments.lengths) {
+    fmt::print("{:>10}{:>11.1f}", length, mib(length));
+    for (const double share : shares) {
+      fmt::print("{:>11.1f}", mib(rows_kept(shape, share, length)));
+    }
+    fmt::print("{:>16.1f}{}\n", mib(length) - mib(rows_kept(shape, 0.12, length)),
+               length > config.context ? "   beyond the model's context" : "");
+  }
+}
+
+void inspect(const InspectArguments& arguments) {
+  const engine::GgufFile file = engine::GgufFile::open(arguments.model);
+  const engine::ModelConfig config = engine::read_config(file);
+  const engine::Tokenizer tokenizer{engine::tokenizer_spec(file)};
+  std::map<std::string, TypeCount> types;
+  std::uint64_t parameters = 0;
+  for (const engine::Tensor& tensor : file.tensors()) {
+    TypeCount& count = types[engine::type_name(tensor.type)];
+    count.tensors += 1;
+    count.elements += tensor.elements;
+    parameters += tensor.elements;
+  }
+  if (arguments.json) {
+    fmt::print("{}\n", inspect_json(arguments, file, config, tokenizer, types)
+                           .dump(-1, ' ', false, Json::error_handler_t::replace));
+    return;
+  }
+
+  const auto line = [](const char* what, const std::string& value) { fmt::print("{:<14}{}\n", what, value); };
+  line("file", fmt::format("{} (GGUF v{}, {:.1f} MiB)", arguments.model.string(), file.version(),
+                           static_cast<double>(file.file_bytes()) / mebibyte));
+  line("model",
+       fmt::format("{}, architecture {}, {:.1f} million parameters", config.name,
+                   file.get<std::string>("general.architecture"), static_cast<double>(parameters) / 1e6));
+  line("shape", fmt::format("{} layers of {} query heads and {} KV heads (groups of {}), head dimension {}",
+                            config.layers, config.heads, config.kv_heads, config.group(), config.head_dim));
+  line("", fmt::format("embedding {}, feed forward {}, output {}", config.embedding, config.feed_forward,
+                       config.tied_output ? "tied to the embedding" : "of its own"));
+  line("context", fmt::format("{} tokens, RoPE base {}, scaling {}", config.context, config.rope_base,
+                              config.rope_scaling));
+  for (const auto& [name, count] : types) {
+    line("tensors", fmt::format("{:<5} {:>5} tensors, {:>8.1f} million elements", name, count.tensors,
+                                static_cast<double>(count.elements) / 1e6));
+  }
+  line("tokenizer", fmt::format("{} {}, {} tokens", file.get<std::string>("tokenizer.ggml.model"),
+                                file.find<std::string>("tokenizer.ggml.pre").value_or(""), tokenizer.size()));
+  line("chat", chat_family(tokenizer));
+  for (const engine::KvType type : kv_types) {
+    line("KV a token", fmt::format("{:<5} {:>7} bytes", engine::kv_type_name(type),
+                                   engine::Sequence::full_cache_bytes(config, type, 1)));
+  }
+  print_savings(arguments, config);
+}
+
+}  // namespace
+
+void add_inspect(CLI::App& app) {
+  CLI::App* command =
+      app.add_subcommand("inspect", "What a model file holds, KV bytes a token, and what a budget saves");
+  const auto arguments = std::make_shared<InspectArguments>();
+  command->add_option("model", arguments->model, "The GGUF file")->required()->type_name("M.gguf");
+  command
+      ->add_option("--length", arguments->lengths,
+                   "Lengths, in tokens, at which the saving is shown: 2048,8192")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--kv-type", arguments->kv_type, "Element type of the cache: f32, f16 or bf16")
+      ->check(CLI::IsMember({"f32", "f16", "bf16"}))
+      ->capture_default_str();
+  command->add_flag("--json", arguments->json, "Print one JSON object");
+  command->callback([arguments] { inspect(*arguments); });
+}
+
+}  // namespace ckv

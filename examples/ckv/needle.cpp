@@ -1,0 +1,219 @@
+#include "needle.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+
+#include "arguments.hpp"
+#include "engine/error.hpp"
+
+namespace ckv {
+namespace {
+
+constexpr std::array<Needle, 6> calibration_table = {{
+    {.fact = "The lighthouse at Pellam Point was painted green by a retired dentist named Oswald.",
+     .question = "Who painted the lighthouse at Pellam Point green?",
+     .expect = "Oswald"},
+    {.fact = "The secret ingredient in Marta's famous soup is a spoonful of roasted barley.",
+     .question = "What is the secret ingredient in Marta's famous soup?",
+     .expect = "barley"},
+    {.fact = "The best remedy for a squeaking bicycle is a drop of walnut oil on the chain.",
+     .question = "What is the best remedy for a squeaking bicycle?",
+     .expect = "walnut oil"},
+    {.fact = "The spare key of the bakery hangs behind the blue clock in the kitchen.",
+     .question = "Where does the spare key of the bakery hang?",
+     .expect = "blue clock"},
+    {.fact = "The night train to Varnholm leaves from platform seventeen at midnight.",
+     .question = "From which platform does the night train to Varnholm leave?",
+     .expect = "seventeen"},
+    {.fact = "Professor Lindqvist keeps her tame otter in the library of the old observatory.",
+     .question = "Where does Professor Lindqvist keep her tame otter?",
+     .expect = "library"},
+}};
+
+constexpr Needle demo_row = {.fact = "The password of the greenhouse computer is crimson pelican.",
+                             .question = "What is the password of the greenhouse computer?",
+                             .expect = "crimson pelican"};
+
+bool is_space(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0; }
+
+std::string lower(std::string_view text) {
+  std::string out(text);
+  std::transform(out.begin(), out.end(), out.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  return out;
+}
+
+struct ClosePipe {
+  void operator()(std::FILE* pipe) const { pclose(pipe); }
+};
+
+std::string join(std::span<const std::string> sentences) {
+  std::string text;
+  for (const std::string& sentence : sentences) {
+    text += text.empty() ? "" : " ";
+    text += sentence;
+  }
+  return text;
+}
+
+}  // namespace
+
+std::span<const Needle> calibration_needles() { return calibration_table; }
+
+const Needle& demo_needle() { return demo_row; }
+
+bool holds(std::string_view answer, std::string_view expect) {
+  return lower(answer).find(lower(expect)) != std::string::npos;
+}
+
+Haystack::Haystack(std::string_view text) {
+  std::string sentence;
+  const auto end_sentence = [&] {
+    if (!sentence.empty()) {
+      sentences_.push_back(std::move(sentence));
+      sentence.clear();
+    }
+  };
+  bool space = false;
+  for (const char c : text) {
+    if (is_space(c)) {
+      space = true;
+      continue;
+    }
+    if (space && !sentence.empty()) {
+      const char last = sentence.back();
+      if (last == '.' || last == '?' || last == '!') {
+        end_sentence();
+      } else {
+        sentence += ' ';
+      }
+    }
+    space = false;
+    sentence += c;
+  }
+  end_sentence();
+}
+
+Haystack Haystack::from_bible() {
+  // One verse a line, each after its place: "Ge1:1 In the beginning ...".
+  const std::unique_ptr<std::FILE, ClosePipe> pipe{
+      popen("bible -f 'Gen1:1-Rev22:21' 2>/dev/null </dev/null", "r")};
+  std::string lines;
+  if (pipe) {
+    std::array<char, 1 << 16> buffer{};
+    while (const std::size_t count = std::fread(buffer.data(), 1, buffer.size(), pipe.get())) {
+      lines.append(buffer.data(), count);
+    }
+  }
+  std::string text;
+  for (std::size_t begin = 0; begin < lines.size();) {
+    const std::size_t end = std::min(lines.find('\n', begin), lines.size());
+    const std::size_t verse = lines.find(' ', begin);
+    if (verse < end) {
+      text.append(lines, verse, end - verse);
+    }
+    begin = end + 1;
+  }
+  Haystack haystack{text};
+  if (haystack.sentences().empty()) {
+    throw engine::Error(
+        "the King James text is not there: the program `bible` gave nothing; install Debian's package "
+        "bible-kjv, or give a text of your own");
+  }
+  return haystack;
+}
+
+Haystack Haystack::from_file(const std::filesystem::path& path) { return Haystack{read_text_file(path)}; }
+
+Haystack Haystack::from(const std::filesystem::path& path) {
+  return path.empty() ? from_bible() : from_file(path);
+}
+
+compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::string_view text,
+                                            std::span<const TokenId> tokens, std::string_view part) {
+  // Byte-level vocabularies give the text back byte by byte, so that places in it can be counted out.
+  const std::size_t begin = text.find(part);
+  std::string bytes;
+  std::optional<std::size_t> first;
+  std::optional<std::size_t> last;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    bytes += loaded.tokenizer.token_bytes(tokens[i]);
+    if (!first && bytes.size() > begin) {
+      first = i;
+    }
+    if (!last && bytes.size() >= begin + part.size()) {
+      last = i + 1;
+    }
+  }
+  if (begin != std::string_view::npos && bytes == text && first && last) {
+    return {.first = *first, .last = *last};
+  }
+  const auto alone = loaded.tokenizer.encode(part, {.add_bos = false, .parse_special = false});
+  const auto found = compresskv::calibrate::find_answer_span(tokens, alone);
+  if (!found) {
+    throw engine::Error(fmt::format("'{}' was not found among the tokens of the prompt", part));
+  }
+  return *found;
+}
+
+NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
+                           const NeedlePlace& place) {
+  const auto sentences = haystack.sentences();
+  const auto skipped =
+      static_cast<std::size_t>(std::floor(place.start * static_cast<double>(sentences.size())));
+  const auto text_of = [&](std::span<const std::string> before, std::span<const std::string> after) {
+    std::string text = join(before);
+    text += text.empty() ? "" : " ";
+    text += needle.fact;
+    if (!after.empty()) {
+      text += " " + join(after);
+    }
+    return chat_prompt(loaded, message_text(text, needle.question));
+  };
+  const std::size_t bare = encode_prompt(loaded, text_of({}, {})).size();
+  if (bare > place.tokens) {
+    throw engine::Error(
+        fmt::format("a prompt of {} tokens was asked for, the question alone takes {}", place.tokens, bare));
+  }
+
+  std::vector<std::size_t> ends;  // tokens of the haystack up to the end of each sentence
+  std::size_t count = 0;
+  while (true) {
+    if (skipped + ends.size() == sentences.size()) {
+      throw engine::Error(fmt::format(
+          "the haystack ends after {} tokens, {} are needed: give a longer text or a shorter length", count,
+          place.tokens - bare));
+    }
+    const std::string& sentence = sentences[skipped + ends.size()];
+    const std::size_t length =
+        loaded.tokenizer.encode(" " + sentence, {.add_bos = false, .parse_special = true}).size();
+    if (bare + count + length > place.tokens) {
+      break;
+    }
+    count += length;
+    ends.push_back(count);
+  }
+
+  const double wanted = place.depth * static_cast<double>(count);
+  const auto above = std::find_if(ends.begin(), ends.end(),
+                                  [&](std::size_t end) { return static_cast<double>(end) > wanted; });
+  auto before = static_cast<std::size_t>(above - ends.begin());
+  // The sentence that reaches over the place goes to the nearer side.
+  if (above != ends.end()) {
+    const double from = before == 0 ? 0.0 : static_cast<double>(ends[before - 1]);
+    before += static_cast<double>(*above) - wanted < wanted - from ? 1 : 0;
+  }
+  const auto used = sentences.subspan(skipped, ends.size());
+  const std::string text = text_of(used.first(before), used.subspan(before));
+  NeedlePrompt prompt{.tokens = encode_prompt(loaded, text), .needle = {}};
+  prompt.needle = token_span(loaded, text, prompt.tokens, needle.fact);
+  return prompt;
+}
+
+}  // namespace ckv

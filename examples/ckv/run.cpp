@@ -1,0 +1,161 @@
+#include "run.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <optional>
+#include <utility>
+
+#include "engine/error.hpp"
+#include "terminal.hpp"
+
+namespace ckv {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+using Positions = std::vector<std::vector<std::uint32_t>>;  // [list][row]
+
+Positions positions_of(const compresskv::Retained& kept, std::size_t kv_heads) {
+  Positions lists(kept.shared() ? 1 : kv_heads);
+  for (std::size_t head = 0; head < lists.size(); ++head) {
+    const auto positions = kept.positions(head);
+    lists[head].assign(positions.begin(), positions.end());
+  }
+  return lists;
+}
+
+/// Reads the prompt and fills what `result` says about it; the position where the sequence goes on.
+std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> prompt,
+                    const Compression& how, const RunOptions& options, RunResult& result) {
+  const auto start = Clock::now();
+  std::size_t next_position = prompt.size();
+  const auto layer_done = [&](const engine::LayerView& layer) {
+    if (options.on_layer) {
+      options.on_layer(static_cast<std::size_t>(layer.layer) + 1);
+    }
+    check_interrupt();
+  };
+  if (how.method == Method::full) {
+    sequence.prefill(prompt, {.on_layer = layer_done, .on_logits = {}});
+    Positions all(1, std::vector<std::uint32_t>(prompt.size()));
+    std::iota(all[0].begin(), all[0].end(), 0U);
+    result.kept.assign(static_cast<std::size_t>(loaded.model.config().layers), all);
+  } else {
+    with_plan(how, shape_of(loaded.model.config(), options.kv_type), [&](const auto& plan) {
+      compresskv::Compressor compressor{plan, engine::PoolExecutor{&loaded.model.pool()}};
+      auto began = Clock::now();
+      compressor.begin(prompt.size());
+      result.compress_ms += milliseconds_since(began);
+      sequence.prefill(
+          prompt, {.window = how.window,
+                   .on_layer =
+                       [&](engine::LayerView& layer) {
+                         began = Clock::now();
+                         const compresskv::Retained& kept = compress_layer(compressor, layer);
+                         result.compress_ms += milliseconds_since(began);
+                         next_position = kept.next_position();
+                         result.kept.push_back(positions_of(kept, static_cast<std::size_t>(layer.kv_heads)));
+                         layer_done(layer);
+                       },
+                   .on_logits = {}});
+    });
+  }
+  result.prefill_ms = milliseconds_since(start);
+  return next_position;
+}
+
+}  // namespace
+
+LoadedModel load_model(const std::filesystem::path& path, int threads) {
+  engine::GgufFile file = engine::GgufFile::open(path);
+  engine::Model model{file, {.threads = threads}};
+  engine::Tokenizer tokenizer{engine::tokenizer_spec(file)};
+  return {
+      .path = path, .file = std::move(file), .model = std::move(model), .tokenizer = std::move(tokenizer)};
+}
+
+compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvType type) {
+  const auto head_dim = static_cast<std::size_t>(config.head_dim);
+  return {.layers = static_cast<std::size_t>(config.layers),
+          .query_heads = static_cast<std::size_t>(config.heads),
+          .kv_heads = static_cast<std::size_t>(config.kv_heads),
+          .head_dim = head_dim,
+          .kv_row_bytes = 2 * head_dim * engine::kv_element_bytes(type)};
+}
+
+compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer) {
+  return {layer.queries, compresskv::QueryShape{.query_heads = static_cast<std::size_t>(layer.heads),
+                                                .queries = layer.window,
+                                                .head_dim = static_cast<std::size_t>(layer.head_dim)}};
+}
+
+std::string message_text(std::string_view text, std::string_view question) {
+  return question.empty() ? std::string(text) : fmt::format("{}\n\n{}", text, question);
+}
+
+std::string chat_prompt(const LoadedModel& loaded, const std::string& message) {
+  const engine::ChatMessage user{.role = "user", .content = message};
+  return engine::ChatTemplate{loaded.tokenizer}.render({&user, 1});
+}
+
+std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text) {
+  return loaded.tokenizer.encode(text, {.add_bos = false, .parse_special = true});
+}
+
+RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
+              const RunOptions& options) {
+  const engine::ModelConfig& config = loaded.model.config();
+  engine::Sequence sequence{loaded.model, {.kv_type = options.kv_type}};
+  RunResult result;
+  std::size_t position = prefill(loaded, sequence, prompt, how, options, result);
+
+  const std::uint64_t row_bytes = shape_of(config, options.kv_type).kv_row_bytes;
+  for (int layer = 0; layer < config.layers; ++layer) {
+    for (int head = 0; head < config.kv_heads; ++head) {
+      result.kv_bytes_kept += row_bytes * sequence.rows(layer, head);
+    }
+  }
+  result.kv_bytes_full = engine::Sequence::full_cache_bytes(config, options.kv_type, prompt.size());
+  result.kv_bytes_peak = sequence.prefill_peak_cache_bytes();
+
+  engine::Sampler sampler{options.sampling};
+  engine::StreamDecoder text{loaded.tokenizer};
+  const auto say = [&](const std::string& part) {
+    result.answer += part;
+    if (options.on_text && !part.empty()) {
+      options.on_text(part);
+    }
+  };
+  std::span<const float> logits = sequence.logits();
+  const auto start = Clock::now();
+  while (result.tokens.size() < options.max_new_tokens) {
+    if (options.on_logits) {
+      options.on_logits(logits);
+    }
+    const TokenId token = sampler.next(logits);
+    if (loaded.tokenizer.is_end_of_generation(token)) {
+      break;
+    }
+    result.tokens.push_back(token);
+    say(text.push(token));
+    // The last token asked for is not fed: its logits would go unread. Nor does a full context go on.
+    if (result.tokens.size() == options.max_new_tokens || position == config.context) {
+      break;
+    }
+    logits = sequence.decode(token, position++);
+    ++result.decode_steps;
+    check_interrupt();
+  }
+  result.decode_ms = milliseconds_since(start);
+  say(text.finish());
+  return result;
+}
+
+}  // namespace ckv

@@ -1,0 +1,117 @@
+// What every subcommand does: load a model, read a prompt, shrink each layer as it ends its prefill, decode.
+#pragma once
+
+#include <compresskv/compresskv.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/chat_template.hpp"
+#include "engine/gguf.hpp"
+#include "engine/kv_cache.hpp"
+#include "engine/model.hpp"
+#include "engine/sampler.hpp"
+#include "engine/sequence.hpp"
+#include "engine/thread_pool.hpp"
+#include "engine/tokenizer.hpp"
+#include "method.hpp"
+
+namespace ckv {
+
+using engine::TokenId;
+
+/// A model file with all that is read from it.
+struct LoadedModel {
+  std::filesystem::path path;
+  engine::GgufFile file;
+  engine::Model model;
+  engine::Tokenizer tokenizer;
+};
+
+/// Throws engine::Error. `threads` 0: as many as the machine has.
+LoadedModel load_model(const std::filesystem::path& path, int threads);
+
+/// The model's shape as the library wants it, with the bytes of a row of this element type.
+compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvType type);
+
+/// Keys and values of a layer that has ended its prefill, as the library sees them.
+template <typename T>
+compresskv::StridedKv<T> view_of(const engine::LayerView& layer) {
+  return {layer.keys<T>(), layer.values<T>(),
+          compresskv::KvShape{.kv_heads = static_cast<std::size_t>(layer.kv_heads),
+                              .rows = layer.rows,
+                              .head_dim = static_cast<std::size_t>(layer.head_dim),
+                              .allocated_rows = layer.allocated_rows},
+          compresskv::layout::head_token_dim};
+}
+
+/// The layer's last queries, as the library sees them.
+compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer);
+
+/// Compresses one layer where it lies and gives its memory back.
+template <class Compressor>
+const compresskv::Retained& compress_layer(Compressor& compressor, engine::LayerView& layer) {
+  return engine::with_kv_type(layer.type, [&]<typename T>(T*) -> const compresskv::Retained& {
+    const compresskv::Retained& kept =
+        compressor.compress(static_cast<std::size_t>(layer.layer), view_of<T>(layer), queries_of(layer));
+    std::vector<std::size_t> rows(static_cast<std::size_t>(layer.kv_heads));
+    for (std::size_t head = 0; head < rows.size(); ++head) {
+      rows[head] = kept.rows(head);
+    }
+    layer.shrink(rows);
+    return kept;
+  });
+}
+
+/// A user's message as the model's chat template lays it out, ready for the answer.
+std::string chat_prompt(const LoadedModel& loaded, const std::string& message);
+
+/// A text with a question under it, as one message; without a question the text alone.
+std::string message_text(std::string_view text, std::string_view question);
+
+/// Tokens of a text that holds its special tokens already.
+std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text);
+
+/// How to run one prompt.
+struct RunOptions {
+  engine::KvType kv_type = engine::KvType::f32;
+  std::size_t max_new_tokens = 128;
+  engine::SamplerOptions sampling = {};
+  /// Parts of the answer as they come.
+  std::function<void(std::string_view)> on_text = {};
+  /// Logits of each step, before a token is picked.
+  std::function<void(std::span<const float>)> on_logits = {};
+  /// After each layer of prefill: how many are done.
+  std::function<void(std::size_t)> on_layer = {};
+};
+
+struct RunResult {
+  std::vector<TokenId> tokens;  ///< generated, without the end token
+  std::string answer;           ///< their text
+  /// Positions kept at the end of prefill: [layer][list][row], one list where all KV heads share it, else one
+  /// a KV head.
+  std::vector<std::vector<std::vector<std::uint32_t>>> kept;
+  std::uint64_t kv_bytes_full = 0;  ///< prompt tokens x bytes a token
+  std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
+  std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill
+  double prefill_ms = 0.0;          ///< compression included
+  double compress_ms = 0.0;         ///< the library's calls alone
+  double decode_ms = 0.0;
+  std::size_t decode_steps = 0;
+
+  double decode_tokens_per_second() const {
+    return decode_steps == 0 ? 0.0 : 1000.0 * static_cast<double>(decode_steps) / decode_ms;
+  }
+};
+
+/// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
+/// answer. Throws Interrupted after Ctrl-C, engine::Error and compresskv::Error as they do.
+RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
+              const RunOptions& options);
+
+}  // namespace ckv

@@ -1,0 +1,170 @@
+// Two promises: from the second sequence of the same shape on nothing is allocated, and all that a compressor
+// holds stays within 1 % of the model's cache.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <compresskv/compresskv.hpp>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "reference/cache.hpp"
+#include "reference/random.hpp"
+
+namespace {
+
+std::atomic<std::size_t> allocations{0};
+
+void* counted(std::size_t size, std::size_t alignment) {
+  ++allocations;
+  const std::size_t rounded = (std::max<std::size_t>(size, 1) + alignment - 1) / alignment * alignment;
+  if (void* memory = std::aligned_alloc(alignment, rounded)) {
+    return memory;
+  }
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+// The whole test program allocates through these. The array forms and those with sizes end up here as well.
+void* operator new(std::size_t size) { return counted(size, alignof(std::max_align_t)); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return counted(size, static_cast<std::size_t>(alignment));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+
+namespace compresskv {
+namespace {
+
+using reference::Cache;
+using reference::Random;
+
+template <class T>
+struct Memory : testing::Test {};
+using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(Memory, Elements);
+
+HeadRanking ranking_of(const ModelShape& shape) {
+  std::vector<std::uint32_t> heads(shape.query_heads);
+  std::iota(heads.begin(), heads.end(), 0U);
+  return HeadRanking(std::vector<std::vector<std::uint32_t>>(shape.layers, heads));
+}
+
+TYPED_TEST(Memory, TheSecondSequenceAllocatesNothing) {
+  constexpr ModelShape shape{.layers = 3, .query_heads = 6, .kv_heads = 2, .head_dim = 24};
+  constexpr std::size_t tokens = 300;
+  const LayerErrors errors({0.6, 0.3, 0.1}, {});
+  // One capacity is above the prompt's length, so that a layer stays whole; one has the least.
+  for (const std::size_t mean : {40U, 200U, 299U}) {
+    const Plan plan{shape, score::SemanticRetrieval{ranking_of(shape), {}}, select::SharedTopK{},
+                    budget::ErrorAware{errors, Budget::tokens_per_layer(mean)}};
+    Cache<TypeParam> original({.kv_heads = 2, .rows = tokens, .head_dim = 24, .allocated_rows = tokens + 20},
+                              reference::Arrangement::head_token_dim);
+    Random random(1);
+    original.fill(random);
+    std::vector<TypeParam> queries(6 * 8 * 24, static_cast<TypeParam>(0.5F));
+    const QueryWindow<TypeParam> observation(queries.data(),
+                                             {.query_heads = 6, .queries = 8, .head_dim = 24});
+    std::vector<float> weights(6 * 8 * tokens, 0.01F);
+    const AttentionMatrix<float> attention(weights.data(),
+                                           {.query_heads = 6, .queries = 8, .tokens = tokens});
+    Cache<TypeParam> cache = original;
+    const auto view_of = [&](std::size_t rows) {
+      KvShape now = cache.shape;
+      now.rows = rows;
+      return StridedKv<TypeParam>(cache.keys.data(), cache.values.data(), now, cache.strides);
+    };
+    // By queries; the same layer again after it has grown; by attention; by a selection from outside.
+    const auto sequence = [&](Compressor<std::remove_const_t<decltype(plan)>>& compressor,
+                              const Selection& selection) {
+      compressor.begin(tokens);
+      const std::size_t rows = compressor.compress(0, view_of(tokens), observation).rows();
+      compressor.compress(0, view_of(std::min(rows + 10, tokens)), observation);
+      compressor.compress(1, view_of(tokens), attention);
+      compressor.score(2, view_of(tokens), observation);
+      compressor.compact(2, view_of(tokens), selection);
+    };
+    std::vector<std::uint32_t> best(30);
+    std::iota(best.begin(), best.end(), 100U);
+    const Selection shared = Selection::shared_by_heads(best);
+    const Selection split = Selection::per_head(std::vector<std::vector<std::uint32_t>>(2, best));
+    Compressor compressor{plan};
+    for (const Selection* selection : {&shared, &split}) {
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        std::copy(original.keys.begin(), original.keys.end(), cache.keys.begin());
+        const std::size_t before = allocations;
+        sequence(compressor, *selection);
+        const std::size_t made = allocations - before;
+        if (repeat == 0) {
+          continue;
+        }
+        EXPECT_EQ(made, 0U) << "mean " << mean << ", repeat " << repeat;
+      }
+    }
+  }
+}
+
+TEST(Memory, CountingCounts) {
+  const std::size_t before = allocations;
+  void* memory = ::operator new(3);  // a call of the function, which no compiler may leave out
+  EXPECT_EQ(allocations - before, 1U);
+  ::operator delete(memory);
+}
+
+struct Model {
+  const char* name;
+  ModelShape shape;
+};
+
+/// Compresses every layer of a prompt and gives what the compressor holds, as a share of the model's cache.
+template <class T>
+double share_held(const ModelShape& shape, std::size_t tokens, std::size_t mean) {
+  const Plan plan{shape, score::SemanticRetrieval{ranking_of(shape), {}}, select::SharedTopK{},
+                  budget::Uniform{Budget::tokens_per_layer(mean)}};
+  // All layers share one cache of zeros, and only the first is scored: what is held depends on neither.
+  const std::size_t elements = shape.kv_heads * tokens * shape.head_dim;
+  std::vector<T> keys(elements, T(0));
+  std::vector<T> values(elements, T(0));
+  std::vector<float> queries(shape.query_heads * 8 * shape.head_dim, 0.0F);
+  const StridedKv kv{keys.data(), values.data(),
+                     KvShape{.kv_heads = shape.kv_heads, .rows = tokens, .head_dim = shape.head_dim},
+                     layout::head_token_dim};
+  const QueryWindow observation{
+      queries.data(), QueryShape{.query_heads = shape.query_heads, .queries = 8, .head_dim = shape.head_dim}};
+  Compressor compressor{plan};
+  compressor.begin(tokens);
+  compressor.compress(0, kv, observation);
+  std::vector<std::uint32_t> rows(mean);
+  std::iota(rows.begin(), rows.end(), 0U);  // rows that lie where they go: nothing is copied
+  const Selection selection = Selection::shared_by_heads(rows);
+  for (std::size_t layer = 1; layer < shape.layers; ++layer) {
+    compressor.compact(layer, kv, selection);
+  }
+  const std::size_t cache = shape.layers * tokens * shape.kv_heads * kv_row_bytes(kv);
+  return static_cast<double>(compressor.memory_bytes()) / static_cast<double>(cache);
+}
+
+TEST(Memory, StaysWithinAHundredthOfTheModelsCache) {
+  const Model models[] = {
+      {"SmolLM2-135M", {.layers = 30, .query_heads = 9, .kv_heads = 3, .head_dim = 64}},
+      {"Llama-3.1-8B", {.layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128}}};
+  for (const Model& model : models) {
+    for (const std::size_t tokens : {4096U, 32768U}) {
+      for (const std::size_t mean : {std::size_t{256}, tokens / 8, tokens / 2, tokens - 1}) {
+        EXPECT_LE(share_held<Eigen::bfloat16>(model.shape, tokens, mean), 0.01)
+            << model.name << " S " << tokens << " rows a layer " << mean;
+      }
+      EXPECT_LE(share_held<float>(model.shape, tokens, tokens - 1), 0.01) << model.name << " S " << tokens;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compresskv
