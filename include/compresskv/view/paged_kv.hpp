@@ -88,7 +88,8 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
 
   /// Throws ArgumentError where rows [first, last) lie in a shared block.
   void check_writable(std::size_t kv_head, std::size_t first, std::size_t last) const {
-    for (std::size_t i = std::max(first, untouched_rows_) / shape_.block_rows; i < blocks_of(last); ++i) {
+    const std::size_t from = std::max(first, untouched_rows_);
+    for (std::size_t i = from / shape_.block_rows; from < last && i < blocks_of(last); ++i) {
       detail::require(!shared(i), "PagedKv: block ", table_[i], " (rows from ", i * shape_.block_rows,
                       " of KV head ", kv_head, ") is shared by ", references_[block(i)],
                       " sequences and would be written: use copy_on_write()");
@@ -232,8 +233,9 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
       const std::size_t moved = detail::first_moved(kept);
       if (moved < kept.size()) {
         first = std::min(first, moved);
-        last = std::max(last, kept.size());
       }
+      // A copy takes the rows of the heads that stay in place along: its blocks serve all heads.
+      last = std::max(last, kept.size());
     }
     for (std::size_t i = first / shape_.block_rows; i < blocks_of(last); ++i) {
       visit(i);
