@@ -81,6 +81,14 @@ void fill(std::span<T> values, std::uint64_t seed, float amplitude = 1.0F) {
   }
 }
 
+/// Zeros: memory that was written once, so that no page fault is measured.
+template <class T>
+Buffer<T> zeros(std::size_t count) {
+  Buffer<T> values(count);
+  std::fill(values.begin(), values.end(), T(0));
+  return values;
+}
+
 template <class T>
 Buffer<T> random_buffer(std::size_t count, std::uint64_t seed, float amplitude = 1.0F) {
   Buffer<T> values(count);

@@ -48,9 +48,9 @@ void decode_attention(benchmark::State& state) {
   const std::size_t rows = argument(state, 0);
   SliceRing<T> layers(2 * rows * head_dim, 1);
   const Buffer<float> query = random_buffer<float>(head_dim, 2);
-  Buffer<float> scratch(2 * head_dim);
-  Buffer<float> attention(rows);
-  Buffer<float> out(head_dim);
+  Buffer<float> scratch = zeros<float>(2 * head_dim);
+  Buffer<float> attention = zeros<float>(rows);
+  Buffer<float> out = zeros<float>(head_dim);
   const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
   const auto attend = [&](std::span<T> slice) {
     compresskv::kernel::decode_attention(one_head(slice, rows), 0, query.data(), scale, scratch, attention,
@@ -72,7 +72,7 @@ template <class T>
 void memcpy_rows(benchmark::State& state) {
   const std::size_t rows = argument(state, 0);
   SliceRing<T> layers(2 * rows * head_dim, 1);
-  Buffer<T> copy(2 * rows * head_dim);
+  Buffer<T> copy = zeros<T>(2 * rows * head_dim);
   for (auto _ : state) {
     std::memcpy(static_cast<void*>(copy.data()), layers.next().data(), 2 * key_bytes<T>(rows));
     benchmark::ClobberMemory();

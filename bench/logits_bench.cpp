@@ -51,7 +51,7 @@ void run_logits(benchmark::State& state, RunOf&& as_run, Kernel&& kernel) {
   const std::size_t count = argument(state, 1);
   SliceRing<T> keys(tokens * head_dim, 1);
   const Buffer<float> queries = random_buffer<float>(count * head_dim, 2);
-  Buffer<float> out(count * tokens);
+  Buffer<float> out = zeros<float>(count * tokens);
   const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
   for (auto _ : state) {
     kernel(as_run(std::span<const T>(keys.next())), queries, count, scale, out);
@@ -101,7 +101,7 @@ template <class T>
 void memcpy_keys(benchmark::State& state) {
   const std::size_t tokens = argument(state, 0);
   SliceRing<T> keys(tokens * head_dim, 1);
-  Buffer<T> copy(tokens * head_dim);
+  Buffer<T> copy = zeros<T>(tokens * head_dim);
   for (auto _ : state) {
     std::memcpy(static_cast<void*>(copy.data()), keys.next().data(), key_bytes<T>(tokens));
     benchmark::ClobberMemory();

@@ -30,8 +30,7 @@ template <class Kernel>
 void run_pooling(benchmark::State& state, Kernel&& kernel) {
   const std::size_t tokens = argument(state, 0);
   const Buffer<float> in = random_buffer<float>(tokens, 1);
-  Buffer<float> out(tokens);
-  std::fill(out.begin(), out.end(), 0.0F);
+  Buffer<float> out = zeros<float>(tokens);
   for (auto _ : state) {
     kernel(std::span<const float>(in), std::span<float>(out));
     benchmark::ClobberMemory();

@@ -50,8 +50,7 @@ void plain_exp_row(benchmark::State& state) {
 void add_scaled(benchmark::State& state) {
   const std::size_t tokens = argument(state, 0);
   const Buffer<float> row = random_buffer<float>(tokens, 1);
-  Buffer<float> sums(tokens);
-  std::fill(sums.begin(), sums.end(), 0.0F);
+  Buffer<float> sums = zeros<float>(tokens);
   for (auto _ : state) {
     compresskv::kernel::add_scaled(row.data(), 0.5F, tokens, sums.data());
     benchmark::ClobberMemory();
@@ -62,8 +61,7 @@ void add_scaled(benchmark::State& state) {
 void plain_add_scaled(benchmark::State& state) {
   const std::size_t tokens = argument(state, 0);
   const Buffer<float> row = random_buffer<float>(tokens, 1);
-  Buffer<float> sums(tokens);
-  std::fill(sums.begin(), sums.end(), 0.0F);
+  Buffer<float> sums = zeros<float>(tokens);
   for (auto _ : state) {
     for (std::size_t t = 0; t < tokens; ++t) {
       sums[t] += 0.5F * row[t];

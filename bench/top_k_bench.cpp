@@ -22,7 +22,7 @@ void sorted_top_k(std::span<const float> scores, std::span<std::uint32_t> order,
 }
 
 void run_top_k(benchmark::State& state, const std::vector<Buffer<float>>& scores) {
-  Buffer<float> scratch(scores[0].size());
+  Buffer<float> scratch = zeros<float>(scores[0].size());
   std::vector<std::uint32_t> out(kept);
   std::vector<std::uint32_t> order(scores[0].size());
   std::vector<std::uint32_t> expected(kept);

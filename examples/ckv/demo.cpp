@@ -136,8 +136,8 @@ std::optional<bool> right(const Question& question, const RunResult& result) {
 }
 
 void print_head() {
-  fmt::print("{:<11}{:>6}  {:<46}{:<7}{:>8}{:>8}{:>18}{:>10}\n", "method", "kept", "answer", "right",
-             "KV MiB", "peak", "compress ms", "tokens/s");
+  fmt::print("{:<11}{:>6}{:>7}{:>9}{:>9}{:>18}{:>10}  {}\n", "method", "kept", "right", "KV MiB", "peak MiB",
+             "compress ms", "tokens/s", "answer");
 }
 
 void print_row(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
@@ -146,11 +146,11 @@ void print_row(const MethodInfo& method, double share, const Question& question,
                                    ? fmt::format("{:.1f} ({:.2f} %)", result.compress_ms,
                                                  100.0 * result.compress_ms / result.prefill_ms)
                                    : std::string("-");
-  fmt::print("{:<11}{:>4.0f} %  {:<46}{:<7}{:>8.2f}{:>8.2f}{:>18}{:>10.1f}\n", method.name, 100.0 * share,
-             one_line(result.answer, 44), is_right ? (*is_right ? "yes" : "no") : "-",
+  fmt::print("{:<11}{:>4.0f} %{:>7}{:>9.2f}{:>9.2f}{:>18}{:>10.1f}  {}\n", method.name, 100.0 * share,
+             is_right ? (*is_right ? "yes" : "no") : "-",
              static_cast<double>(result.kv_bytes_kept) / mebibyte,
              static_cast<double>(result.kv_bytes_peak) / mebibyte, compress,
-             result.decode_tokens_per_second());
+             result.decode_tokens_per_second(), one_line(result.answer, 100));
   std::fflush(stdout);
 }
 
@@ -222,6 +222,8 @@ void demo(const DemoArguments& arguments) {
     print_row(info(method), share, question, result);
     out["runs"].push_back(run_json(info(method), share, question, result));
   }
+  fmt::print(
+      "\ncompress ms: all the library's work and giving the memory back; in brackets its share of prefill\n");
   if (!arguments.json.empty()) {
     write_text_file(arguments.json, out.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
   }

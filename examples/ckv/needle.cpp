@@ -36,9 +36,10 @@ constexpr std::array<Needle, 6> calibration_table = {{
      .expect = "library"},
 }};
 
-constexpr Needle demo_row = {.fact = "The password of the greenhouse computer is crimson pelican.",
-                             .question = "What is the password of the greenhouse computer?",
-                             .expect = "crimson pelican"};
+constexpr Needle demo_row = {
+    .fact = "The best thing to do in the city of Larnow is to eat a plum cake on the old stone bridge.",
+    .question = "What is the best thing to do in the city of Larnow?",
+    .expect = "plum cake"};
 
 bool is_space(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0; }
 
@@ -172,7 +173,8 @@ NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, 
     text += text.empty() ? "" : " ";
     text += needle.fact;
     if (!after.empty()) {
-      text += " " + join(after);
+      text += ' ';
+      text += join(after);
     }
     return chat_prompt(loaded, message_text(text, needle.question));
   };

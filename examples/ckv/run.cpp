@@ -66,6 +66,7 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
                        },
                    .on_logits = {}});
     });
+    result.compress_ms += sequence.shrink_time().count();
   }
   result.prefill_ms = milliseconds_since(start);
   return next_position;

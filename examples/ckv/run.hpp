@@ -100,7 +100,7 @@ struct RunResult {
   std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
   std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill
   double prefill_ms = 0.0;          ///< compression included
-  double compress_ms = 0.0;         ///< the library's calls alone
+  double compress_ms = 0.0;         ///< the library's calls, and giving the memory back
   double decode_ms = 0.0;
   std::size_t decode_steps = 0;
 

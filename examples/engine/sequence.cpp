@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <chrono>
 #include <initializer_list>
 
 #include "attention.hpp"
@@ -128,6 +129,7 @@ void Sequence::clear() {
   prompt_tokens_ = 0;
   next_position_ = 0;
   prefill_peak_ = 0;
+  shrink_time_ = {};
   logits_.resize(0);
 }
 
@@ -148,6 +150,7 @@ Sequence Sequence::clone() const {
   copy.prompt_tokens_ = prompt_tokens_;
   copy.next_position_ = next_position_;
   copy.prefill_peak_ = prefill_peak_;
+  copy.shrink_time_ = shrink_time_;
   copy.logits_ = logits_;
   return copy;
 }
@@ -250,7 +253,11 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       view.queries = window_queries.data();
       view.cache_ = &cache;
       options.on_layer(view);
-      if (!view.kept_.empty()) cache.shrink(view.kept_, meter_);
+      if (!view.kept_.empty()) {
+        const auto start = std::chrono::steady_clock::now();
+        cache.shrink(view.kept_, meter_);
+        shrink_time_ += std::chrono::steady_clock::now() - start;
+      }
       if (view.shadow_) {
         if (!view.shadow_->kept_.empty()) view.shadow_cache_->shrink(view.shadow_->kept_, shadow_meter_);
         shadows_[static_cast<std::size_t>(l)] = std::move(view.shadow_cache_);

@@ -9,6 +9,7 @@
 // what the callback gives up is freed before the next layer starts: one full layer is alive at a time.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -101,7 +102,7 @@ struct DecodeStep {
 /// Advances several sequences of one model with one pass over the weights. Each sequence's logits() are then
 /// those of its token, bit for bit what decoding it alone gives. Throws Error before anything changes: no
 /// steps, a null or repeated sequence, different models, a token out of the vocabulary, a position out of the
-/// context, no prefill.
+/// context, no prefill. Where a hook throws, the step is half done and its sequences are of no more use.
 void decode_batch(std::span<const DecodeStep> steps);
 
 /// Movable; the model must outlive it. Not for use by two threads at once.
@@ -136,6 +137,8 @@ class Sequence {
   std::size_t cache_bytes() const { return meter_.current; }
   std::size_t peak_cache_bytes() const { return meter_.peak; }
   std::size_t prefill_peak_cache_bytes() const { return prefill_peak_; }
+  /// Time that prefill took to cut layers to what `LayerView::shrink` asked for.
+  std::chrono::duration<double, std::milli> shrink_time() const { return shrink_time_; }
 
   /// Bytes of cache that `tokens` tokens take in all layers when nothing is evicted.
   static std::size_t full_cache_bytes(const ModelConfig& config, KvType type, std::size_t tokens);
@@ -160,6 +163,7 @@ class Sequence {
   std::size_t prompt_tokens_ = 0;
   std::size_t next_position_ = 0;
   std::size_t prefill_peak_ = 0;
+  std::chrono::duration<double, std::milli> shrink_time_{};
   Vector logits_;  // [vocabulary]
 };
 

@@ -1,4 +1,42 @@
-// The same command line as the cases beside this file, on good code.
+// The same command line as the cases beside this file, on what they do wrong, done right.
 #include <compresskv/compresskv.hpp>
+
+namespace ckv = compresskv;
+
+struct Scorer {
+  static constexpr ckv::Granularity granularity = ckv::Granularity::layer;
+  static constexpr ckv::Needs needs = ckv::Needs::nothing;
+  static constexpr ckv::Reach reach = ckv::Reach::own_layer;
+  std::size_t window() const { return 1; }
+  void validate(const ckv::ModelShape&) const {}
+  template <class Kv, class O, class X>
+  void score(const ckv::kernel::LayerInput<Kv, O>&, ckv::Workspace&, X&,
+             const ckv::Scores<granularity>&) const {}
+};
+
+const ckv::ModelShape shape{.layers = 1, .query_heads = 2, .kv_heads = 1, .head_dim = 8};
+const ckv::budget::Uniform uniform{ckv::Budget::tokens_per_layer(16)};
+
+const ckv::Plan own_scorer{shape, Scorer{}, ckv::select::SharedTopK{}, uniform};
+const ckv::Plan plan{shape, ckv::score::SemanticRetrieval{ckv::HeadRanking{{{0, 1}}}, {.heads_per_layer = 1}},
+                     ckv::select::SharedTopK{}, uniform};
+
+void all_of_it(const ckv::StridedKv<float>& kv, const ckv::StridedKv<const float>& read_only,
+               const ckv::QueryWindow<float>& queries, const ckv::AttentionMatrix<float>& attention,
+               const ckv::AttentionSums& sums, const ckv::StridedKv<ckv::BlockQ8_0>& quantised,
+               const ckv::PagedKv<float>& paged, const ckv::Selection& selection) {
+  ckv::Compressor compressor{plan, ckv::SerialExecutor{}};
+  compressor.compress(0, kv, queries);
+  compressor.compress(0, kv, attention);
+  compressor.score(0, read_only, queries);
+  compressor.score(0, attention);
+  compressor.compact(0, kv, selection);
+  compressor.gather(0, read_only, selection, kv);
+  compressor.compress(0, quantised, queries);
+  compressor.compress(0, paged, sums);
+  compressor.rerotate(0, kv, ckv::kernel::Rotary{});
+  ckv::Compressor other{own_scorer};
+  other.compress(0, kv);
+}
 
 int main() {}

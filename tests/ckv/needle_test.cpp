@@ -1,0 +1,242 @@
+// End to end: the real model answers from what the methods keep of its cache.
+
+#include "ckv/needle.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <compresskv/io/calibration_files.hpp>
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ckv/method.hpp"
+#include "ckv/run.hpp"
+#include "engine/error.hpp"
+#include "evaluation_needles.hpp"
+#include "model_fixture.hpp"
+
+namespace ckv_test {
+namespace {
+
+constexpr std::size_t needles_wanted = 20;
+
+class Needles : public RealModel {
+ protected:
+  void SetUp() override {
+    RealModel::SetUp();
+    if (IsSkipped()) {
+      return;
+    }
+    try {
+      haystack_ = ckv::Haystack::from_bible();
+    } catch (const engine::Error& error) {
+      GTEST_SKIP() << error.what();
+    }
+  }
+
+  ckv::NeedlePrompt prompt(std::size_t needle) const {
+    return ckv::needle_prompt(model(), *haystack_, evaluation_needles[needle], evaluation_place(needle));
+  }
+
+  static bool right(const ckv::Compression& how, std::size_t needle, const ckv::NeedlePrompt& prompt) {
+    const ckv::RunResult result = ckv::run(model(), prompt.tokens, how, {.max_new_tokens = 20});
+    const bool is_right = ckv::holds(result.answer, evaluation_needles[needle].expect);
+    std::printf("  needle %2zu, %zu tokens, %-10s %s: %s\n", needle, prompt.tokens.size(),
+                std::string(ckv::info(how.method).name).c_str(), is_right ? "right" : "wrong",
+                result.answer.c_str());
+    return is_right;
+  }
+
+  std::optional<ckv::Haystack> haystack_;
+};
+
+ckv::Compression compresskv_at(double share) {
+  return {.method = ckv::Method::compresskv,
+          .budget = compresskv::Budget::kept_ratio(share),
+          .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json")),
+          .errors = compresskv::io::load_layer_errors(calibration("_layer_score.jsonl"))};
+}
+
+// The first twenty needles that the full cache answers are asked of the smaller caches: what the methods do
+// with them has no say in which they are.
+TEST_F(Needles, CompressKvFindsWhatStreamingLosesAt12PerCent) {
+  const ckv::Compression full{.method = ckv::Method::full};
+  const ckv::Compression streaming{.method = ckv::Method::streaming,
+                                   .budget = compresskv::Budget::kept_ratio(0.12)};
+  const ckv::Compression compressed = compresskv_at(0.12);
+
+  std::size_t asked = 0;
+  std::size_t compressed_right = 0;
+  std::size_t streaming_right = 0;
+  for (std::size_t needle = 0; needle < evaluation_needles.size() && asked < needles_wanted; ++needle) {
+    const ckv::NeedlePrompt text = prompt(needle);
+    if (!right(full, needle, text)) {
+      continue;
+    }
+    ++asked;
+    compressed_right += right(compressed, needle, text) ? 1 : 0;
+    streaming_right += right(streaming, needle, text) ? 1 : 0;
+  }
+  RecordProperty("compresskv_right", static_cast<int>(compressed_right));
+  RecordProperty("streaming_right", static_cast<int>(streaming_right));
+  std::printf("  of %zu: compresskv %zu, streaming %zu\n", asked, compressed_right, streaming_right);
+  ASSERT_EQ(asked, needles_wanted) << "the full cache answers too few needles";
+  EXPECT_GE(compressed_right, 10U);
+  EXPECT_LE(streaming_right, 5U);
+}
+
+TEST_F(Needles, TokenSpanIsTheFactsOwn) {
+  for (const std::size_t needle : {std::size_t{0}, std::size_t{7}, std::size_t{13}}) {
+    const ckv::NeedlePrompt text = prompt(needle);
+    ASSERT_LE(text.needle.last, text.tokens.size());
+    const auto tokens = std::span(text.tokens).subspan(text.needle.first, text.needle.size());
+    const std::string found = model().tokenizer.decode(tokens);
+    EXPECT_EQ(found, std::string(" ").append(evaluation_needles[needle].fact));
+  }
+}
+
+TEST_F(Needles, LieWhereAsked) {
+  for (const double depth : {0.0, 0.25, 0.5, 1.0}) {
+    const ckv::NeedlePrompt text = ckv::needle_prompt(model(), *haystack_, evaluation_needles[0],
+                                                      {.tokens = 1500, .depth = depth, .start = 0.3});
+    EXPECT_LE(text.tokens.size(), 1500U);
+    EXPECT_GT(text.tokens.size(), 1350U);  // a sentence short of it at the most
+    const double place = static_cast<double>(text.needle.first) / static_cast<double>(text.tokens.size());
+    EXPECT_NEAR(place, depth, 0.06);
+  }
+}
+
+TEST_F(Needles, PromptTooShortForTheQuestionSaysBothNumbers) {
+  try {
+    ckv::needle_prompt(model(), *haystack_, evaluation_needles[0], {.tokens = 20});
+    FAIL() << "no error";
+  } catch (const engine::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("a prompt of 20 tokens was asked for"), std::string::npos)
+        << error.what();
+  }
+}
+
+TEST_F(Needles, ShortHaystackIsAnError) {
+  const ckv::Haystack little{"In the beginning. There was little!"};
+  EXPECT_THROW(ckv::needle_prompt(model(), little, evaluation_needles[0], {.tokens = 500}), engine::Error);
+}
+
+// With nothing to evict the library must leave no trace: the same tokens, and the same logits to the last
+// bit.
+class Uncompressed : public RealModel {
+ protected:
+  struct Trace {
+    std::vector<engine::TokenId> tokens;
+    std::vector<std::vector<float>> logits;
+    std::size_t rows = 0;
+  };
+
+  static std::vector<engine::TokenId> prompt() {
+    std::string text;
+    for (int i = 0; i < 12; ++i) {
+      text += "Item " + std::to_string(i) + ": the box number " + std::to_string(i * i) + " holds " +
+              std::to_string(100 - i) + " nails. ";
+    }
+    return ckv::encode_prompt(
+        model(), ckv::chat_prompt(model(), ckv::message_text(text, "How many nails are in box number 25?")));
+  }
+
+  static Trace trace(const ckv::Compression& how, engine::KvType type) {
+    Trace out;
+    ckv::RunOptions options{.kv_type = type, .max_new_tokens = 24};
+    options.on_logits = [&](std::span<const float> logits) {
+      out.logits.emplace_back(logits.begin(), logits.end());
+    };
+    const ckv::RunResult result = ckv::run(model(), prompt(), how, options);
+    out.tokens = result.tokens;
+    out.rows = result.kept.front().front().size();
+    return out;
+  }
+};
+
+TEST_F(Uncompressed, DecodesBitForBitAsWithoutTheLibrary) {
+  for (const engine::KvType type : {engine::KvType::f32, engine::KvType::bf16}) {
+    const Trace full = trace({.method = ckv::Method::full}, type);
+    ASSERT_GT(full.tokens.size(), 3U);
+    for (ckv::Method method : {ckv::Method::compresskv, ckv::Method::streaming}) {
+      ckv::Compression how = compresskv_at(1.0);
+      how.method = method;
+      for (const compresskv::Budget budget :
+           {compresskv::Budget::kept_ratio(1.0), compresskv::Budget::tokens_per_layer(100'000)}) {
+        how.budget = budget;
+        const Trace kept = trace(how, type);
+        EXPECT_EQ(kept.rows, full.rows);
+        EXPECT_EQ(kept.tokens, full.tokens);
+        EXPECT_TRUE(kept.logits == full.logits) << ckv::info(method).name;
+      }
+    }
+  }
+}
+
+TEST_F(Uncompressed, AnEvictionDoesChangeTheLogits) {
+  const Trace full = trace({.method = ckv::Method::full}, engine::KvType::f32);
+  const Trace kept = trace(compresskv_at(0.5), engine::KvType::f32);
+  EXPECT_EQ(kept.logits.front(), full.logits.front());  // the prompt itself was read from the full cache
+  EXPECT_FALSE(kept.logits == full.logits);
+}
+
+TEST_F(Uncompressed, BytesAreThoseOfTheRows) {
+  const auto tokens = prompt();
+  ckv::Compression how = compresskv_at(0.3);
+  const ckv::RunResult result =
+      ckv::run(model(), tokens, how, {.kv_type = engine::KvType::f16, .max_new_tokens = 2});
+  const auto& config = model().model.config();
+  const auto layers = static_cast<std::size_t>(config.layers);
+  ASSERT_EQ(result.kept.size(), layers);
+  std::size_t rows = 0;
+  std::size_t most = 0;
+  for (const auto& lists : result.kept) {
+    ASSERT_EQ(lists.size(), 1U);
+    rows += lists[0].size();
+    most = std::max(most, lists[0].size());
+    EXPECT_TRUE(std::is_sorted(lists[0].begin(), lists[0].end()));
+    EXPECT_EQ(lists[0].back(), tokens.size() - 1);
+  }
+  const auto mean = static_cast<std::size_t>(0.3 * static_cast<double>(tokens.size()));
+  EXPECT_EQ(rows, mean * layers);
+  EXPECT_GT(most, mean);  // by layer error, so not all alike
+  const auto row_bytes =
+      2 * static_cast<std::size_t>(config.kv_heads) * static_cast<std::size_t>(config.head_dim) * 2;
+  EXPECT_EQ(result.kv_bytes_kept, rows * row_bytes);
+  EXPECT_EQ(result.kv_bytes_full, tokens.size() * layers * row_bytes);
+  // At the most one layer is whole while the others are small.
+  EXPECT_LE(result.kv_bytes_peak, result.kv_bytes_kept + tokens.size() * row_bytes);
+  EXPECT_GT(result.kv_bytes_peak, result.kv_bytes_kept);
+}
+
+TEST(Haystack, SplitsAtSentences) {
+  const ckv::Haystack haystack{"One  two.\nThree: four!  Five?\n\nSix. 1.5 seven"};
+  const std::vector<std::string> expected = {"One two.", "Three: four!", "Five?", "Six.", "1.5 seven"};
+  EXPECT_EQ(std::vector<std::string>(haystack.sentences().begin(), haystack.sentences().end()), expected);
+}
+
+TEST(Haystack, MissingFileIsNamed) {
+  try {
+    ckv::Haystack::from_file("/nowhere/book.txt");
+    FAIL() << "no error";
+  } catch (const engine::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("/nowhere/book.txt"), std::string::npos) << error.what();
+  }
+}
+
+TEST(NeedleTables, CalibrationDemoAndEvaluationAreDisjoint) {
+  EXPECT_GE(ckv::calibration_needles().size(), 6U);
+  for (const ckv::Needle& needle : evaluation_needles) {
+    EXPECT_NE(needle.fact, ckv::demo_needle().fact);
+    EXPECT_TRUE(ckv::holds(needle.fact, needle.expect)) << needle.fact;
+    EXPECT_FALSE(ckv::holds(needle.question, needle.expect)) << needle.question;
+    for (const ckv::Needle& other : ckv::calibration_needles()) {
+      EXPECT_NE(needle.fact, other.fact);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ckv_test

@@ -1,0 +1,6 @@
+// expect: Stored
+#include <compresskv/compresskv.hpp>
+
+using View = compresskv::StridedKv<double>;
+
+View* view;
