@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -61,35 +62,38 @@ ckv::Compression compresskv_at(double share) {
           .errors = compresskv::io::load_layer_errors(calibration("_layer_score.jsonl"))};
 }
 
-// The first twenty needles that the full cache answers are asked of the smaller caches: what the methods do
-// with them has no say in which they are.
-TEST_F(Needles, CompressKvFindsWhatStreamingLosesAt12PerCent) {
+// Twenty needles that the full cache answers. It is asked again here, as another processor rounds otherwise;
+// the list has two to spare.
+TEST_F(Needles, CompressKvFindsHalfOfThemIn12PerCent) {
   const ckv::Compression full{.method = ckv::Method::full};
-  const ckv::Compression streaming{.method = ckv::Method::streaming,
-                                   .budget = compresskv::Budget::kept_ratio(0.12)};
   const ckv::Compression compressed = compresskv_at(0.12);
-
   std::size_t asked = 0;
-  std::size_t compressed_right = 0;
-  std::size_t streaming_right = 0;
+  std::size_t found = 0;
   for (const std::size_t needle : answered_by_full) {
     if (asked == needles_wanted) {
       break;
     }
     const ckv::NeedlePrompt text = prompt(needle);
-    if (!right(full, needle, text)) {
-      continue;
+    if (right(full, needle, text)) {
+      ++asked;
+      found += right(compressed, needle, text) ? 1 : 0;
     }
-    ++asked;
-    compressed_right += right(compressed, needle, text) ? 1 : 0;
-    streaming_right += right(streaming, needle, text) ? 1 : 0;
   }
-  RecordProperty("compresskv_right", static_cast<int>(compressed_right));
-  RecordProperty("streaming_right", static_cast<int>(streaming_right));
-  std::printf("  of %zu: compresskv %zu, streaming %zu\n", asked, compressed_right, streaming_right);
+  std::printf("  compresskv: %zu of %zu\n", found, asked);
   ASSERT_EQ(asked, needles_wanted) << "the full cache answers too few needles";
-  EXPECT_GE(compressed_right, 10U);
-  EXPECT_LE(streaming_right, 5U);
+  EXPECT_GE(found, 10U);
+}
+
+// Apart from the test above, so that no test takes too long.
+TEST_F(Needles, StreamingLosesMostOfThemIn12PerCent) {
+  const ckv::Compression streaming{.method = ckv::Method::streaming,
+                                   .budget = compresskv::Budget::kept_ratio(0.12)};
+  std::size_t found = 0;
+  for (const std::size_t needle : std::span(answered_by_full).first(needles_wanted)) {
+    found += right(streaming, needle, prompt(needle)) ? 1 : 0;
+  }
+  std::printf("  streaming: %zu of %zu\n", found, needles_wanted);
+  EXPECT_LE(found, 5U);
 }
 
 TEST_F(Needles, TokenSpanIsTheFactsOwn) {
