@@ -244,6 +244,7 @@ void add_generate(CLI::App& app) {
       ->excludes(question);
 
   std::vector<std::string> names;
+  names.reserve(methods.size());
   for (const MethodInfo& row : methods) {
     names.emplace_back(row.name);
   }
