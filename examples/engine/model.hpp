@@ -14,10 +14,9 @@
 #include "gemm.hpp"
 #include "gguf.hpp"
 #include "thread_pool.hpp"
+#include "token.hpp"
 
 namespace engine {
-
-using TokenId = std::int32_t;
 
 /// Activations: one row a token.
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;

@@ -8,11 +8,11 @@
 #include <string_view>
 #include <vector>
 
+#include "token.hpp"
+
 namespace engine {
 
 class GgufFile;
-
-using TokenId = std::int32_t;
 
 /// What an entry of the vocabulary is, numbered as in GGUF (`tokenizer.ggml.token_type`).
 enum class TokenType : std::int32_t {

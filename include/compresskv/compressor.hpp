@@ -207,13 +207,6 @@ class Compressor {
   const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
     static_assert(KvView<W>, "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
     detail::check_view(target, plan_->shape());
-    check_layer(layer);
-    selection.validate(source.kv_heads(), [&](std::size_t head) { return source.rows(head); });
-    for (std::size_t head = 0; head < source.kv_heads(); ++head) {
-      detail::require(target.rows(head) >= selection.rows(head).size(), "gather's target has ",
-                      target.rows(head), " rows of KV head ", head, ", the selection keeps ",
-                      selection.rows(head).size());
-    }
     return keep(layer, source, target, selection);
   }
 
@@ -323,8 +316,11 @@ class Compressor {
     std::size_t before = 0;
     std::size_t after = 0;
     for (std::size_t head = 0; head < kv_heads; ++head) {
+      const std::size_t kept = selection.rows(head).size();
+      detail::require(target.rows(head) >= kept, "gather's target has ", target.rows(head),
+                      " rows of KV head ", head, ", the selection keeps ", kept);
       before += source.rows(head);
-      after += selection.rows(head).size();
+      after += kept;
     }
     const std::size_t appended = source.rows(0) - retained.rows(0);
     const bool whole = retained.whole_ && before == after;

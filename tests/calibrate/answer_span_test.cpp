@@ -7,7 +7,7 @@
 #include <set>
 #include <vector>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

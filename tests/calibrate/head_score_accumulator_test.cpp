@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

@@ -1,22 +1,9 @@
 // The same command line as the cases beside this file, on what they do wrong, done right.
-#include <compresskv/compresskv.hpp>
+#include "scorer.hpp"
 
-namespace ckv = compresskv;
+using CaseScorer = Scorer<ckv::Granularity::layer, ckv::Needs::nothing, ckv::Reach::own_layer>;
 
-struct Scorer {
-  static constexpr ckv::Granularity granularity = ckv::Granularity::layer;
-  static constexpr ckv::Needs needs = ckv::Needs::nothing;
-  static constexpr ckv::Reach reach = ckv::Reach::own_layer;
-  std::size_t window() const { return 1; }
-  void validate(const ckv::ModelShape&) const {}
-  template <class Kv, class O, class X>
-  void score(const ckv::kernel::LayerInput<Kv, O>&, ckv::Workspace&, X&, std::span<float>) const {}
-};
-
-const ckv::ModelShape shape{.layers = 1, .query_heads = 2, .kv_heads = 1, .head_dim = 8};
-const ckv::budget::Uniform uniform{ckv::Budget::tokens_per_layer(16)};
-
-const ckv::Plan own_scorer{shape, Scorer{}, ckv::select::SharedTopK{}, uniform};
+const ckv::Plan own_scorer{shape, CaseScorer{}, ckv::select::SharedTopK{}, uniform};
 const ckv::Plan plan{shape, ckv::score::SemanticRetrieval{ckv::HeadRanking{{{0, 1}}}, {.heads_per_layer = 1}},
                      ckv::select::SharedTopK{}, uniform};
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

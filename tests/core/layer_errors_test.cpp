@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

@@ -13,10 +13,13 @@
 
 #include "engine/gguf_writer.hpp"
 #include "engine/sha256.hpp"
+#include "message_of.hpp"
 
 namespace engine {
 namespace {
 
+using compresskv::test::message_of;
+using compresskv::test::says;
 using test::Bytes;
 using test::GgufWriter;
 
@@ -46,25 +49,6 @@ GgufWriter small_file() {
 }
 
 GgufFile parse(const GgufWriter& writer) { return GgufFile::from_bytes(writer.bytes(), "test.gguf"); }
-
-template <typename Call>
-std::string message_of(Call&& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "(no error)";
-}
-
-testing::AssertionResult says(const std::string& message, std::initializer_list<std::string_view> parts) {
-  for (const std::string_view part : parts) {
-    if (message.find(part) == std::string::npos) {
-      return testing::AssertionFailure() << "\"" << part << "\" is not in: " << message;
-    }
-  }
-  return testing::AssertionSuccess();
-}
 
 TEST(Gguf, ReadsMetadataOfEveryType) {
   for (const std::uint32_t version : {2U, 3U}) {
@@ -96,13 +80,13 @@ TEST(Gguf, ReadsMetadataOfEveryType) {
 
 TEST(Gguf, RefusesValuesOfAnotherKindAndThoseThatDoNotFit) {
   const GgufFile file = parse(small_file());
-  EXPECT_TRUE(says(message_of([&] { file.get<int>("a.u32"); }), {"a.u32", "4000000000"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<unsigned>("a.i8"); }), {"a.i8", "-7"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<int>("a.f32"); }), {"a.f32", "real number"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<bool>("a.u8"); }), {"a.u8", "unsigned integer"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<std::string>("list.text"); }), {"list.text", "array"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<std::vector<unsigned>>("list.i32"); }), {"list.i32"}));
-  EXPECT_TRUE(says(message_of([&] { file.get<int>("a.none"); }), {"a.none", "missing"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<int>("a.u32"); }), {"a.u32", "4000000000"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<unsigned>("a.i8"); }), {"a.i8", "-7"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<int>("a.f32"); }), {"a.f32", "real number"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<bool>("a.u8"); }), {"a.u8", "unsigned integer"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<std::string>("list.text"); }), {"list.text", "array"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<std::vector<unsigned>>("list.i32"); }), {"list.i32"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { file.get<int>("a.none"); }), {"a.none", "missing"}));
 }
 
 TEST(Gguf, FindsTensorsAndTheirBytes) {
@@ -259,7 +243,7 @@ TEST_P(BrokenGguf, IsRefusedWithItsReason) {
   GgufWriter writer = small_file();
   ASSERT_NO_THROW(parse(writer));
   GetParam().change(writer);
-  const std::string message = message_of([&] { parse(writer); });
+  const std::string message = message_of<Error>([&] { parse(writer); });
   EXPECT_TRUE(says(message, {"test.gguf"}));
   for (const std::string_view part : GetParam().message) EXPECT_TRUE(says(message, {part}));
 }
@@ -328,10 +312,11 @@ TEST(Gguf, OpensFilesAndNamesThoseItCannotOpen) {
   EXPECT_EQ(file.get<std::string>("general.architecture"), "llama");
 
   std::ofstream{path, std::ios::binary | std::ios::trunc};
-  EXPECT_TRUE(says(message_of([&] { GgufFile::open(path); }), {path.string(), "empty"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { GgufFile::open(path); }), {path.string(), "empty"}));
   std::filesystem::remove(path);
-  EXPECT_TRUE(says(message_of([&] { GgufFile::open(path); }), {path.string(), "cannot open"}));
-  EXPECT_TRUE(says(message_of([&] { GgufFile::open(folder); }), {folder.string(), "not a regular file"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { GgufFile::open(path); }), {path.string(), "cannot open"}));
+  EXPECT_TRUE(
+      says(message_of<Error>([&] { GgufFile::open(folder); }), {folder.string(), "not a regular file"}));
 }
 
 TEST(Sha256, GivesTheStandardsExamples) {
@@ -348,7 +333,7 @@ TEST(Sha256, GivesTheStandardsExamples) {
   // Longer than one piece of the reader.
   EXPECT_EQ(digest_of(std::string((1U << 20) + 1, 'a')).size(), 64U);
   std::filesystem::remove(path);
-  EXPECT_TRUE(says(message_of([&] { sha256_of_file(path); }), {path.string()}));
+  EXPECT_TRUE(says(message_of<Error>([&] { sha256_of_file(path); }), {path.string()}));
 }
 
 }  // namespace

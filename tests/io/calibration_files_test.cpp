@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "calibrate/message_of.hpp"
+#include "message_of.hpp"
 
 namespace {
 

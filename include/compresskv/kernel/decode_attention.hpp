@@ -43,6 +43,18 @@ template <Element T>
 }  // namespace avx2
 #endif
 
+/// `out[e] += weight * value[e]`, one rounding each.
+template <Element T>
+void add_row(const T* value, float weight, std::size_t count, float* out) {
+#if defined(__x86_64__)
+  if (code_path() == CodePath::avx2) {
+    avx2::add_row(value, weight, count, out);
+    return;
+  }
+#endif
+  portable::add_row(value, weight, 0, count, out);
+}
+
 /// Attention of one query over one KV head's rows, as they stand in the cache: full or compressed alike.
 ///
 /// `query` and `out` have `head_dim` floats, `attention` one float a row; on return it holds the softmax
@@ -69,18 +81,12 @@ void decode_attention(const V& kv, std::size_t kv_head, const float* query, floa
     const Run<const typename V::value_element> run = kv.value_run(kv_head, i);
     for (std::size_t r = 0; r < run.rows; ++r, ++t) {
       attention[t] *= inverse;
-      if (run.chunk < head_dim) {
+      if (run.chunk >= head_dim) {
+        add_row(run.row(r), attention[t], head_dim, out);
+      } else {
         decode_row(run, r, head_dim, row_buffer);
-        portable::add_row(row_buffer, attention[t], 0, head_dim, out);
-        continue;
+        add_row(row_buffer, attention[t], head_dim, out);
       }
-#if defined(__x86_64__)
-      if (code_path() == CodePath::avx2) {
-        avx2::add_row(run.row(r), attention[t], head_dim, out);
-        continue;
-      }
-#endif
-      portable::add_row(run.row(r), attention[t], 0, head_dim, out);
     }
   }
 }
