@@ -17,6 +17,8 @@ void window_attention(benchmark::State& state) {
   const compresskv::QueryWindow<T> observation(
       queries.data(),
       {.query_heads = llama_8b.query_heads, .queries = window, .head_dim = llama_8b.head_dim});
+  const std::vector<std::size_t> rows(llama_8b.kv_heads, tokens);
+  const compresskv::Retained retained;
   compresskv::Workspace workspace;
   compresskv::SerialExecutor executor;
   float total = 0.0F;
@@ -24,8 +26,9 @@ void window_attention(benchmark::State& state) {
     const compresskv::kernel::LayerInput<compresskv::StridedKv<T>, compresskv::QueryWindow<T>> input{
         .shape = llama_8b,
         .layer = 0,
-        .rows = tokens,
+        .rows = rows,
         .window = window,
+        .retained = retained,
         .kv = kv,
         .observation = observation};
     total = 0.0F;

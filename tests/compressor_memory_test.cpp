@@ -122,6 +122,58 @@ TYPED_TEST(Memory, TheSecondSequenceAllocatesNothing) {
   }
 }
 
+TEST(Memory, TurnsOnPagedCachesAllocateNothingOnceTheirSizesWereSeen) {
+  constexpr std::size_t tokens = 120;
+  constexpr std::size_t block_rows = 16;
+  const Plan plan{ModelShape{.layers = 1, .query_heads = 6, .kv_heads = 2, .head_dim = 24},
+                  score::GroupedRetrieval{HeadRanking{{{0, 4, 1, 2}}}, {.heads_per_layer = 3}},
+                  select::GroupedTopK{}, budget::Uniform{Budget::kept_ratio(0.25)}};
+  std::vector<std::int32_t> table(tokens / block_rows + 1);
+  std::iota(table.rbegin(), table.rend(), 0);
+  std::vector<float> original(table.size() * 2 * block_rows * 24);
+  Random random(2);
+  for (float& x : original) {
+    x = random.gaussian();
+  }
+  std::vector<float> queries(6 * 8 * 24, 0.5F);
+  const QueryShape query_shape{.query_heads = 6, .queries = 8, .head_dim = 24, .sliding_window = 50};
+  const QueryWindow<float> observation(queries.data(), query_shape);
+  const std::vector<std::uint32_t> listed{7, 30};
+  std::vector<float> keys;
+  const auto view_of = [&](std::size_t rows) {
+    return PagedKv<float>(keys.data(), keys.data(),
+                          PagedShape{.kv_heads = 2,
+                                     .rows = rows,
+                                     .head_dim = 24,
+                                     .block_rows = block_rows,
+                                     .pool_blocks = table.size()},
+                          table, layout::SplitDim{8});
+  };
+  Compressor compressor{plan};
+  RecentQueries<float> recent(query_shape);
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    keys = original;
+    const std::size_t before = allocations;
+    recent.clear();
+    recent.append(queries.data(), 5, {.head = 8 * 24, .query = 24});
+    recent.append(queries.data(), 8, {.head = 8 * 24, .query = 24});
+    compressor.begin(100, {.keep_first = 2, .positions = listed});
+    std::size_t rows = compressor.compress(0, view_of(100), recent.view()).rows();
+    for (const std::size_t total : {120U, 160U, 200U}) {
+      const std::size_t appended = total - compressor.retained(0).next_position();
+      compressor.begin_turn(total, {.keep_first = 1, .keep_last = 10, .positions = listed});
+      const Retained& kept = compressor.compress(0, view_of(rows + appended), observation);
+      rows = kept.rows();
+      EXPECT_EQ(view_of(rows).free_blocks(kept).size(), 0U);
+    }
+    compressor.truncate(195);
+    const std::size_t made = allocations - before;
+    if (repeat > 0) {
+      EXPECT_EQ(made, 0U) << "repeat " << repeat;
+    }
+  }
+}
+
 TEST(Memory, CountingCounts) {
   const std::size_t before = allocations;
   void* memory = ::operator new(3);  // a call of the function, which no compiler may leave out

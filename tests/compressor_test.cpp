@@ -463,7 +463,8 @@ TEST_F(Refusal, AViewThatLacksRowsOrHasThemUneven) {
   longer.append(3);
   const UnevenKv uneven(longer.view(), {40, 43});
   refuses([&] { compressor_.compress(0, uneven, sequence_.observation()); },
-          {"KV head 1 of layer 0 has 43 rows, KV head 0 has 40", "same number of rows"});
+          {"KV head 1 of layer 0 has 43 rows, KV head 0 has 40", "one set of rows for all heads",
+           "scores a KV head"});
 }
 
 TEST_F(Refusal, AnObservationOfAnotherShape) {
@@ -484,7 +485,7 @@ TEST_F(Refusal, AnObservationOfAnotherShape) {
       {"queries have 9 elements", "head_dim is 8"});
   const AttentionMatrix<float> attention(memory_.data(), {.query_heads = 4, .queries = 4, .tokens = 39});
   refuses([&] { compressor_.compress(0, sequence_.view(), attention); },
-          {"attention matrix has 39 columns", "40 rows"});
+          {"attention has 39 columns", "40 rows"});
 }
 
 TEST_F(Refusal, KeysAndQueriesThatHoldNoNumbers) {
@@ -517,12 +518,14 @@ TEST_F(Refusal, ScoresThatHoldNoNumbers) {
 
 TEST_F(Refusal, ScoresOfAnotherShape) {
   std::vector<float> values(36);
+  const std::vector<std::size_t> one{36};
+  const std::vector<std::size_t> two{18, 36};
   using LayerScores = Scores<Granularity::layer>;
-  refuses([&] { compressor_.select(0, LayerScores(values, 2, window)); },
+  refuses([&] { compressor_.select(0, LayerScores(values, two, window)); },
           {"scores of layer 0 have 2 rows", "this plan's have 1"});
-  refuses([&] { compressor_.select(0, LayerScores(values, 1, 20)); },
+  refuses([&] { compressor_.select(0, LayerScores(values, one, 20)); },
           {"window of 20 rows", "the plan's window is 4"});
-  refuses([&] { compressor_.select(2, LayerScores(values, 1, window)); }, {"layer is 2"});
+  refuses([&] { compressor_.select(2, LayerScores(values, one, window)); }, {"layer is 2"});
 }
 
 TEST_F(Refusal, SelectionsThatDoNotFit) {

@@ -14,23 +14,30 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/protection.hpp"
 #include "compresskv/core/shape.hpp"
 
 // The engine's memory, and what shows the window's attention
 #include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/int8_kv.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
+#include "compresskv/view/paged_kv.hpp"
 #include "compresskv/view/query_window.hpp"
+#include "compresskv/view/recent_queries.hpp"
 #include "compresskv/view/strided_kv.hpp"
 
 // Methods
 #include "compresskv/budget/error_aware.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/streaming_llm.hpp"
+#include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
 
 // The calls that an engine makes
+#include "compresskv/batch.hpp"
 #include "compresskv/compressor.hpp"
 
 // Attention over a cache, full or compressed

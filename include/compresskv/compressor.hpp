@@ -17,11 +17,13 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/policy.hpp"
+#include "compresskv/core/protection.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/rotary.hpp"
 #include "compresskv/kernel/row_moves.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -91,21 +93,11 @@ class Compressor {
   explicit Compressor(const P& plan, X executor = X{})
       : plan_(&plan), executor_(std::move(executor)), layers_(plan.shape().layers) {}
 
-  /// Starts a sequence whose prompt has `prompt_tokens` tokens: budgets resolve here.
-  /// Throws ArgumentError when the budget cannot be met. Cost: a few operations a layer.
-  void begin(std::size_t prompt_tokens) {
-    detail::require(prompt_tokens > 0, "prompt_tokens is 0: begin() needs a prompt of at least one token");
-    detail::require(prompt_tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ",
-                    prompt_tokens, ", positions are held in 32 bits");
-    const std::size_t window = plan_->scorer().window();
-    const std::size_t mean = plan_->allocator().budget().resolve(prompt_tokens, window, plan_->shape());
-    std::vector<std::size_t>& capacities = pending_capacities_;
-    capacities.assign(plan_->shape().layers, prompt_tokens);
-    if (mean < prompt_tokens) {
-      plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = prompt_tokens}, capacities);
-    }
-    grow_all_positions(prompt_tokens);
-    capacities_ = capacities;
+  /// Starts a sequence whose prompt has `prompt_tokens` tokens: budgets resolve here. `protection` names
+  /// tokens that stay whatever the scores. Throws ArgumentError when the budget cannot be met. Cost: a few
+  /// operations a layer.
+  void begin(std::size_t prompt_tokens, const Protection& protection = {}) {
+    resolve(prompt_tokens, protection);
     for (Retained& layer : layers_) {
       layer.whole_ = true;
       layer.whole_rows_ = prompt_tokens;
@@ -115,7 +107,34 @@ class Compressor {
     }
   }
 
-  /// Rows that each layer may keep, window included, as of `begin()`.
+  /// Goes on with the sequence: a new user turn, or the next chunk of a long prompt. `total_tokens` counts
+  /// all its tokens so far, evicted ones too; budgets resolve anew. Each layer then holds the rows that were
+  /// kept and those that the engine appended since. Throws as `begin`.
+  void begin_turn(std::size_t total_tokens, const Protection& protection = {}) {
+    detail::require(!capacities_.empty(),
+                    "begin() was not called: a sequence starts with begin(), not begin_turn()");
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+      const std::size_t known = layers_[layer].next_position_;
+      detail::require(total_tokens >= known, "total_tokens is ", total_tokens, ", layer ", layer,
+                      " has seen ", known,
+                      " tokens: count all tokens of the sequence; truncate() takes tokens back");
+    }
+    resolve(total_tokens, protection);
+  }
+
+  /// Takes back all tokens from `position` on (rejected speculative tokens): the sequence goes on there.
+  /// Their rows are the last of each KV head; `retained(layer)` says how many are left, and the engine
+  /// shortens its cache. Throws ArgumentError for position 0. Cost: a pass over the positions.
+  void truncate(std::size_t position) {
+    check_layer(0);
+    detail::require(position > 0,
+                    "truncate position is 0: nothing would be left; begin() starts a new sequence");
+    for (Retained& layer : layers_) {
+      layer.truncate(position);
+    }
+  }
+
+  /// Rows that each layer may keep, window included, as of `begin()` or `begin_turn()`.
   std::span<const std::size_t> capacities() const { return capacities_; }
 
   /// What a layer holds now.
@@ -128,7 +147,7 @@ class Compressor {
   ///
   /// `kv` views all rows of the layer, `observation` the last queries, the last of which belongs to the last
   /// row. `reduce` is called with the scores before anything is selected: in a tensor-parallel engine it adds
-  /// the ranks' scores. Where the layer has no more rows than its capacity nothing is computed and nothing
+  /// the ranks' scores. Where no KV head has more rows than the capacity nothing is computed and nothing
   /// moves.
   ///
   /// Throws ArgumentError naming what does not fit, ScoreError when keys or queries hold NaN; the layer is
@@ -136,49 +155,59 @@ class Compressor {
   template <class V, class O = NotGiven, class Reduce = NotGiven>
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
     check_view(layer, kv);
-    Selection& selection = selection_;
-    if (kv.rows(0) <= capacity(layer, kv.rows(0))) {
-      select_all(kv.rows(0), selection);
+    set_rows(kv);
+    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
+    if (longest <= capacity(layer, longest)) {
+      select_all();
     } else {
-      const Scores<granularity> scores = score(layer, kv, observation);
+      const Scores<granularity> scores = score_rows(layer, kv, observation);
       if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
         reduce(scores.values());
       }
       select(layer, scores);
     }
-    return compact(layer, kv, selection);
+    return compact(layer, kv, selection_);
   }
 
   /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
   /// Throws as `compress`.
   template <class V, class O = NotGiven>
-  requires(!AttentionObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
-                                                               const O& observation = {}) {
+  requires(!KeylessObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
+                                                             const O& observation = {}) {
     static_assert(!QueryObservation<V>, "queries need the keys: give the layer's view as well");
     check_view(layer, kv);
-    return score_rows(layer, kv.rows(0), kv, observation);
+    set_rows(kv);
+    return score_rows(layer, kv, observation);
   }
 
   /// The same from attention alone, for engines that keep their cache elsewhere.
-  template <AttentionObservation O>
+  template <KeylessObservation O>
   Scores<granularity> score(std::size_t layer, const O& attention) {
     check_layer(layer);
-    return score_rows(layer, attention.tokens(), NotGiven{}, attention);
+    rows_.assign(plan_->shape().kv_heads, attention.tokens());
+    return score_rows(layer, NotGiven{}, attention);
   }
 
-  /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them. Valid until the
-  /// next call. Throws ScoreError on a score that is NaN or infinite, naming layer, row and token, and
-  /// ArgumentError on scores of another shape.
+  /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them; protected
+  /// tokens are marked in the scores. Valid until the next call. Throws ScoreError on a score that is NaN or
+  /// infinite, naming layer, row and token, and ArgumentError on scores of another shape, or where the
+  /// capacity cannot hold all that is protected.
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
     const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
     detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
                     " rows, this plan's have ", expected, ": give the scores that score() filled");
-    const std::size_t rows = scores.tokens() + scores.window();
-    const std::size_t window = std::min(plan_->scorer().window(), rows);
+    std::size_t shortest = scores.tokens(0) + scores.window();
+    std::size_t longest = shortest;
+    for (std::size_t row = 1; row < scores.rows(); ++row) {
+      shortest = std::min(shortest, scores.tokens(row) + scores.window());
+      longest = std::max(longest, scores.tokens(row) + scores.window());
+    }
+    const std::size_t window = std::min(plan_->scorer().window(), shortest);
     detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
                     scores.window(), " rows, the plan's window is ", window,
                     ": give the scores that score() filled");
+    const std::size_t room = capacity(layer, longest) - window;
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const auto values = scores.row(row);
       for (std::size_t token = 0; token < values.size(); ++token) {
@@ -186,12 +215,9 @@ class Compressor {
                                     " token ", token, " is ", values[token],
                                     ": scores must be finite; nothing was changed");
       }
+      mark_protected(layer, row, values, room);
     }
-    if (rows <= capacity(layer, rows)) {
-      select_all(rows, selection_);
-    } else {
-      plan_->selector().select(scores, capacity(layer, rows), workspace_, selection_);
-    }
+    plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
     return selection_;
   }
 
@@ -202,7 +228,8 @@ class Compressor {
     return keep(layer, kv, kv, selection);
   }
 
-  /// As `compact`, to the first rows of another cache; `source` is not written. `target` must have room.
+  /// As `compact`, to the first rows of another cache; `source` is not written, unless `target` shares memory
+  /// with it. `target` must have room.
   template <class V, class W>
   const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
     static_assert(KvView<W>, "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
@@ -210,10 +237,56 @@ class Compressor {
     return keep(layer, source, target, selection);
   }
 
+  /// For engines that need contiguous positions: turns the keys of a compressed layer from their true
+  /// positions to their row indices; the sequence then goes on at the row count. By default nothing is turned
+  /// and positions stay true.
+  ///
+  /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
+  /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
+  /// never re-quantised.
+  template <class V>
+  const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
+    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(Element<typename V::key_element>,
+                  "only plain keys can be turned: quantised rows are never re-quantised");
+    check_layer(layer);
+    detail::check_view(kv, plan_->shape());
+    check_rows(layer, kv);
+    rotary.validate(kv.head_dim());
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " has ", kv.rows(head),
+                      " rows, KV head 0 ", kv.rows(0), ": contiguous positions need equal lengths");
+      detail::check_writable(kv, head, 0, kv.rows(head));
+    }
+    grow_all_positions(kv.rows(0));
+    const std::span<float> buffers =
+        workspace_.take(Workspace::Slot::key_rows, kv.kv_heads() * kv.head_dim());
+    Retained& retained = layers_[layer];
+    executor_.parallel_for(kv.kv_heads(), [&](std::size_t head) {
+      std::size_t row = 0;
+      for (std::size_t i = 0; i < kv.run_count(head); ++i) {
+        const auto run = kv.key_run(head, i);
+        for (std::size_t r = 0; r < run.rows; ++r, ++row) {
+          const std::size_t position = retained.position(row, head);
+          if (position != row) {
+            kernel::rotate_row(run, r, kv.head_dim(), rotary,
+                               static_cast<double>(row) - static_cast<double>(position),
+                               buffers.data() + head * kv.head_dim());
+          }
+        }
+      }
+    });
+    retained.all_positions_ = all_positions_;
+    retained.whole_ = true;
+    retained.whole_rows_ = kv.rows(0);
+    retained.next_position_ = kv.rows(0);
+    return retained;
+  }
+
   /// Bytes of scratch and of positions held by this compressor now.
   std::size_t memory_bytes() const {
     std::size_t total = workspace_.bytes() + selection_.memory_bytes() + pending_positions_.memory_bytes() +
-                        all_positions_->capacity() * sizeof(std::uint32_t);
+                        (all_positions_->capacity() + protected_.capacity()) * sizeof(std::uint32_t);
     for (const Retained& layer : layers_) {
       total += layer.lists_.memory_bytes();
     }
@@ -236,15 +309,17 @@ class Compressor {
         "finish(), not compress()");
     check_layer(layer);
     detail::check_view(kv, plan_->shape());
-    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
-      detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " of layer ", layer, " has ",
-                      kv.rows(head), " rows, KV head 0 has ", kv.rows(0),
-                      ": all heads must have the same number of rows here");
+    for (std::size_t head = 0; granularity == Granularity::layer && head < kv.kv_heads(); ++head) {
+      detail::require(
+          kv.rows(head) == kv.rows(0), "KV head ", head, " of layer ", layer, " has ", kv.rows(head),
+          " rows, KV head 0 has ", kv.rows(0),
+          ": one set of rows for all heads needs equal lengths; use a policy with scores a KV head");
     }
     check_rows(layer, kv);
   }
 
-  /// The view must hold what the compressor knows of, and may hold rows that the engine appended since.
+  /// The view must hold what the compressor knows of, and may hold rows that the engine appended since, the
+  /// same number in each KV head.
   template <class V>
   void check_rows(std::size_t layer, const V& kv) const {
     const Retained& known = layers_[layer];
@@ -257,6 +332,32 @@ class Compressor {
                       " rows appended, KV head 0 has ", kv.rows(0) - known.rows(0),
                       ": append every token to all heads");
     }
+  }
+
+  void resolve(std::size_t tokens, const Protection& protection) {
+    detail::require(tokens > 0, "prompt_tokens is 0: a prompt has at least one token");
+    detail::require(tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ", tokens,
+                    ", positions are held in 32 bits");
+    const auto listed = protection.positions;
+    for (std::size_t i = 0; i < listed.size(); ++i) {
+      detail::require(i == 0 || listed[i] > listed[i - 1], "protected position ", listed[i], " comes after ",
+                      listed[i == 0 ? 0 : i - 1], ": positions must ascend, each once");
+      detail::require(listed[i] < tokens, "protected position is ", listed[i],
+                      ", the sequence has positions 0 to ", tokens - 1);
+    }
+    const std::size_t window = plan_->scorer().window();
+    const std::size_t mean = plan_->allocator().budget().resolve(tokens, window, plan_->shape());
+    pending_capacities_.assign(plan_->shape().layers, tokens);
+    if (mean < tokens) {
+      plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = tokens},
+                                  pending_capacities_);
+    }
+    grow_all_positions(tokens);
+    protected_.assign(listed.begin(), listed.end());
+    keep_first_ = protection.keep_first;
+    keep_last_from_ = protection.keep_last == 0 ? std::numeric_limits<std::size_t>::max()
+                                                : tokens - std::min(protection.keep_last, tokens);
+    capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
   }
 
   void grow_all_positions(std::size_t count) {
@@ -274,15 +375,52 @@ class Compressor {
     return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
   }
 
-  static void select_all(std::size_t rows, Selection& selection) {
-    const auto list = selection.assign_shared(rows);
-    std::iota(list.begin(), list.end(), 0U);
+  template <class V>
+  void set_rows(const V& kv) {
+    rows_.resize(kv.kv_heads());
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      rows_[head] = kv.rows(head);
+    }
+  }
+
+  void select_all() {
+    const auto fill = [](std::span<std::uint32_t> list) { std::iota(list.begin(), list.end(), 0U); };
+    if (std::all_of(rows_.begin(), rows_.end(), [&](std::size_t rows) { return rows == rows_[0]; })) {
+      fill(selection_.assign_shared(rows_[0]));
+      return;
+    }
+    selection_.assign_per_head();
+    for (const std::size_t rows : rows_) {
+      fill(selection_.append_head(rows));
+    }
+  }
+
+  /// Gives protected tokens the highest finite score, which no attention reaches: any selector then keeps
+  /// them.
+  void mark_protected(std::size_t layer, std::size_t row, std::span<float> scores, std::size_t room) const {
+    const Retained& retained = layers_[layer];
+    if (keep_first_ == 0 && protected_.empty() &&
+        keep_last_from_ == std::numeric_limits<std::size_t>::max()) {
+      return;  // the usual case costs nothing
+    }
+    std::size_t count = 0;
+    for (std::size_t token = 0; token < scores.size(); ++token) {
+      const std::size_t position = retained.position(token, row);
+      if (position < keep_first_ || position >= keep_last_from_ ||
+          std::binary_search(protected_.begin(), protected_.end(), position)) {
+        scores[token] = std::numeric_limits<float>::max();
+        ++count;
+      }
+    }
+    detail::require(count <= room, "layer ", layer, " has room for ", room, " tokens beside the window, ",
+                    count, " are protected: raise the budget or its minimum, or protect fewer");
   }
 
   template <class V, class O>
-  Scores<granularity> score_rows(std::size_t layer, std::size_t rows, const V& kv, const O& observation) {
+  Scores<granularity> score_rows(std::size_t layer, const V& kv, const O& observation) {
     const ModelShape& shape = plan_->shape();
-    const std::size_t window = std::min(plan_->scorer().window(), rows);
+    const std::size_t window =
+        std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
     static_assert(S::needs != Needs::keys || KvView<V>,
                   "this scorer reads the keys: give it the layer's view");
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
@@ -290,14 +428,26 @@ class Compressor {
           Observation<O>,
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
-      detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
+      for (const std::size_t rows : rows_) {
+        detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
+      }
     }
-    const std::size_t score_rows = granularity == Granularity::layer ? 1 : shape.kv_heads;
-    const std::span<float> values = workspace_.take(Workspace::Slot::scores, score_rows * (rows - window));
-    const kernel::LayerInput<V, O> input{
-        .shape = shape, .layer = layer, .rows = rows, .window = window, .kv = kv, .observation = observation};
-    plan_->scorer().score(input, workspace_, executor_, values);
-    return Scores<granularity>(values, score_rows, window);
+    score_ends_.resize(granularity == Granularity::layer ? 1 : shape.kv_heads);
+    std::size_t end = 0;
+    for (std::size_t row = 0; row < score_ends_.size(); ++row) {
+      end += rows_[row] - window;
+      score_ends_[row] = end;
+    }
+    const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, end), score_ends_, window);
+    const kernel::LayerInput<V, O> input{.shape = shape,
+                                         .layer = layer,
+                                         .rows = rows_,
+                                         .window = window,
+                                         .retained = layers_[layer],
+                                         .kv = kv,
+                                         .observation = observation};
+    plan_->scorer().score(input, workspace_, executor_, scores);
+    return scores;
   }
 
   template <class V, class W>
@@ -311,17 +461,19 @@ class Compressor {
     check_rows(layer, source);
     const std::size_t kv_heads = source.kv_heads();
     selection.validate(kv_heads, [&](std::size_t head) { return source.rows(head); });
-
-    Retained& retained = layers_[layer];
+    const bool in_place = static_cast<const void*>(&source) == static_cast<const void*>(&target);
     std::size_t before = 0;
     std::size_t after = 0;
     for (std::size_t head = 0; head < kv_heads; ++head) {
-      const std::size_t kept = selection.rows(head).size();
-      detail::require(target.rows(head) >= kept, "gather's target has ", target.rows(head),
-                      " rows of KV head ", head, ", the selection keeps ", kept);
+      const auto rows = selection.rows(head);
       before += source.rows(head);
-      after += kept;
+      after += rows.size();
+      detail::require(rows.size() <= target.rows(head), "gather's target has ", target.rows(head),
+                      " rows of KV head ", head, ", the selection keeps ", rows.size(), ": give it room");
+      detail::check_writable(target, head, in_place ? detail::first_moved(rows) : 0, rows.size());
     }
+
+    Retained& retained = layers_[layer];
     const std::size_t appended = source.rows(0) - retained.rows(0);
     const bool whole = retained.whole_ && before == after;
     if (whole) {
@@ -374,6 +526,11 @@ class Compressor {
   std::vector<std::size_t> capacities_;          // [layer]
   std::vector<std::size_t> pending_capacities_;  // of a begin() under way
   std::vector<Retained> layers_;
+  std::vector<std::size_t> rows_;        // [kv_head], of the layer at hand
+  std::vector<std::size_t> score_ends_;  // [row of scores]
+  std::vector<std::uint32_t> protected_;
+  std::size_t keep_first_ = 0;
+  std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();
   Selection selection_;
   HeadLists pending_positions_;
   std::shared_ptr<const std::vector<std::uint32_t>> all_positions_ =

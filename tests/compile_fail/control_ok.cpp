@@ -9,7 +9,8 @@ const ckv::Plan plan{shape, ckv::score::SemanticRetrieval{ckv::HeadRanking{{{0, 
 
 void all_of_it(const ckv::StridedKv<float>& kv, const ckv::StridedKv<const float>& read_only,
                const ckv::QueryWindow<float>& queries, const ckv::AttentionMatrix<float>& attention,
-               const ckv::Selection& selection) {
+               const ckv::AttentionSums& sums, const ckv::StridedKv<ckv::BlockQ8_0>& quantised,
+               const ckv::PagedKv<float>& paged, const ckv::Selection& selection) {
   ckv::Compressor compressor{plan, ckv::SerialExecutor{}};
   compressor.compress(0, kv, queries);
   compressor.compress(0, kv, attention);
@@ -17,6 +18,9 @@ void all_of_it(const ckv::StridedKv<float>& kv, const ckv::StridedKv<const float
   compressor.score(0, attention);
   compressor.compact(0, kv, selection);
   compressor.gather(0, read_only, selection, kv);
+  compressor.compress(0, quantised, queries);
+  compressor.compress(0, paged, sums);
+  compressor.rerotate(0, kv, ckv::kernel::Rotary{});
   ckv::Compressor other{own_scorer};
   other.compress(0, kv);
 }

@@ -1,4 +1,4 @@
-// expect: Element
+// expect: Stored
 #include <compresskv/compresskv.hpp>
 
 using View = compresskv::StridedKv<double>;

@@ -13,7 +13,7 @@ struct Scorer {
   std::size_t window() const { return 1; }
   void validate(const ckv::ModelShape&) const {}
   template <class Kv, class O, class X>
-  void score(const ckv::kernel::LayerInput<Kv, O>&, ckv::Workspace&, X&, std::span<float>) const {}
+  void score(const ckv::kernel::LayerInput<Kv, O>&, ckv::Workspace&, X&, const ckv::Scores<G>&) const {}
 };
 
 const ckv::ModelShape shape{.layers = 1, .query_heads = 2, .kv_heads = 1, .head_dim = 8};

@@ -47,10 +47,13 @@ struct Inputs {
     const auto kv = cache.view();
     const QueryWindow<float> observation(
         queries.data(), {.query_heads = shape.query_heads, .queries = window, .head_dim = head_dim});
+    const std::vector<std::size_t> rows(2, cache.shape.rows);
+    const Retained retained;  // of a sequence that nothing was evicted from
     const LayerInput<StridedKv<float>, QueryWindow<float>> input{.shape = shape,
                                                                  .layer = 3,
-                                                                 .rows = cache.shape.rows,
+                                                                 .rows = rows,
                                                                  .window = window,
+                                                                 .retained = retained,
                                                                  .kv = kv,
                                                                  .observation = observation};
     SerialExecutor executor;
@@ -154,8 +157,15 @@ TEST(WindowAttention, AttentionThatIsNotFiniteIsNamedToo) {
   weights[(0 * 3 + 2) * 10 + 9] = std::numeric_limits<float>::quiet_NaN();  // a window column: dropped
   const AttentionMatrix<float> matrix(weights.data(), {.query_heads = 2, .queries = 3, .tokens = 10});
   const int no_keys = 0;
-  const LayerInput<int, AttentionMatrix<float>> input{
-      .shape = shape, .layer = 8, .rows = 10, .window = 3, .kv = no_keys, .observation = matrix};
+  const std::vector<std::size_t> rows{10};
+  const Retained retained;
+  const LayerInput<int, AttentionMatrix<float>> input{.shape = shape,
+                                                      .layer = 8,
+                                                      .rows = rows,
+                                                      .window = 3,
+                                                      .retained = retained,
+                                                      .kv = no_keys,
+                                                      .observation = matrix};
   Workspace workspace;
   SerialExecutor executor;
   const auto sums_of = [&](std::uint32_t head) {

@@ -35,21 +35,22 @@ inline const std::vector<Arrangement> all_arrangements{
 
 inline layout::Strides strides_of(Arrangement arrangement, const KvShape& shape, std::size_t allocated) {
   const std::size_t dim = shape.head_dim;
+  const layout::Extents extents{.kv_heads = shape.kv_heads, .rows = allocated, .units = dim};
   switch (arrangement) {
     case Arrangement::token_head_dim:
-      return layout::token_head_dim(shape, allocated);
+      return layout::token_head_dim(extents);
     case Arrangement::padded_rows:
-      return {.head = allocated * (dim + 3), .row = dim + 3, .dim = 1};
+      return {.head = allocated * (dim + 3), .row = dim + 3};
     case Arrangement::padded_heads:
-      return {.head = dim + 1, .row = shape.kv_heads * (dim + 1) + 5, .dim = 1};
+      return {.head = dim + 1, .row = shape.kv_heads * (dim + 1) + 5};
     case Arrangement::spread_dims:
-      return {.head = allocated * dim * 2 + 1, .row = dim * 2, .dim = 2};
+      return {.head = allocated * dim * 2 + 1, .row = dim * 2, .chunk = 1, .chunk_stride = 2};
     case Arrangement::head_dim_token:
-      return {.head = allocated * dim, .row = 1, .dim = allocated};
+      return layout::head_dim_token(extents);
     case Arrangement::head_token_dim:
       break;
   }
-  return layout::head_token_dim(shape, allocated);
+  return layout::head_token_dim(extents);
 }
 
 /// One layer's cache in exactly the memory its strides reach, so that a read past the end is one past the
@@ -64,14 +65,14 @@ struct Cache {
   Cache(const KvShape& kv_shape, Arrangement arrangement) : shape(kv_shape) {
     const std::size_t allocated = std::max(shape.rows, shape.allocated_rows);
     strides = strides_of(arrangement, shape, allocated);
-    const std::size_t last = (shape.kv_heads - 1) * strides.head + (allocated - 1) * strides.row +
-                             (shape.head_dim - 1) * strides.dim;
+    const std::size_t last = at(shape.kv_heads - 1, allocated - 1, shape.head_dim - 1);
     keys.assign(last + 1, static_cast<Key>(std::numeric_limits<float>::quiet_NaN()));
     values.assign(last + 1, static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
   }
 
   std::size_t at(std::size_t head, std::size_t row, std::size_t dim) const {
-    return head * strides.head + row * strides.row + dim * strides.dim;
+    const std::size_t chunk = strides.chunk == 0 ? shape.head_dim : strides.chunk;
+    return head * strides.head + row * strides.row + dim / chunk * strides.chunk_stride + dim % chunk;
   }
 
   /// Rows in use filled at random, keys with the given standard deviation.

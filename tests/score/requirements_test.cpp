@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <compresskv/score/grouped_retrieval.hpp>
 #include <compresskv/score/scorer.hpp>
 #include <compresskv/score/semantic_retrieval.hpp>
 #include <compresskv/score/streaming_llm.hpp>
@@ -15,6 +16,7 @@ static_assert(SemanticRetrieval::granularity == Granularity::layer &&
               SemanticRetrieval::needs == Needs::window_attention &&
               SemanticRetrieval::reach == Reach::own_layer);
 static_assert(StreamingLlm::needs == Needs::nothing);
+static_assert(Scorer<GroupedRetrieval> && GroupedRetrieval::granularity == Granularity::kv_head);
 
 struct Own {
   static constexpr Granularity granularity = Granularity::kv_head;

@@ -16,7 +16,8 @@ using Rows = std::vector<std::uint32_t>;
 Rows selected(std::vector<float> scores, std::size_t window, std::size_t capacity) {
   Workspace workspace;
   Selection selection;
-  SharedTopK{}.select(Scores<Granularity::layer>(scores, 1, window), capacity, workspace, selection);
+  const std::vector<std::size_t> ends{scores.size()};
+  SharedTopK{}.select(Scores<Granularity::layer>(scores, ends, window), capacity, workspace, selection);
   EXPECT_TRUE(selection.shared());
   return {selection.rows().begin(), selection.rows().end()};
 }

@@ -109,7 +109,7 @@ TEST(Observation, IsCheckedAgainstTheModelAndTheCache) {
   };
   EXPECT_NO_THROW(attention(4, 8, 20));
   expect_error<ArgumentError>([&] { attention(4, 8, 19); },
-                              {"attention matrix has 19 columns", "20 rows", "one column a cached row"});
+                              {"attention has 19 columns", "20 rows", "one column a cached row"});
   expect_error<ArgumentError>([&] { attention(4, 3, 20); }, {"observation shows 3 queries"});
   expect_error<ArgumentError>([&] { attention(5, 8, 20); }, {"observation has 5 query heads"});
 }

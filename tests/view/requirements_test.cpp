@@ -4,10 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/int8_kv.hpp>
 #include <compresskv/view/kv_view.hpp>
+#include <compresskv/view/paged_kv.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <compresskv/view/strided_kv.hpp>
+#include <limits>
 #include <memory>
+#include <span>
 
 #include "reference/scattered_kv.hpp"
 
@@ -22,6 +26,8 @@ using Brain = Eigen::bfloat16;
 static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Half>> && KvView<StridedKv<Brain>>);
 static_assert(KvView<StridedKv<float, Half>> && KvView<StridedKv<const float>>);
 static_assert(KvView<reference::ScatteredKv<float>>);
+static_assert(KvView<StridedKv<BlockQ8_0>> && KvView<StridedKv<BlockQ4_0, Half>> && KvView<Int8Kv>);
+static_assert(KvView<PagedKv<float>> && KvView<PagedKv<BlockQ4_0, Brain>>);
 
 /// All that a view needs, and nothing from the library but `Run`.
 struct Kv {
@@ -145,6 +151,58 @@ struct NoAttentionRun : Attention {
 };
 static_assert(!Observation<NoAttentionHeads> && !Observation<NoAttentionQueries> && !Observation<NoTokens>);
 static_assert(!Observation<NoAttentionRun> && !Observation<Kv> && !KvView<Queries>);
+
+// ---- Observation by sums ----
+
+static_assert(SumsObservation<AttentionSums> && KeylessObservation<AttentionSums>);
+static_assert(KeylessObservation<AttentionMatrix<float>> && !KeylessObservation<QueryWindow<float>>);
+
+struct Sums {
+  unsigned query_heads() const { return 1; }
+  unsigned queries() const { return 1; }
+  unsigned tokens() const { return 1; }
+  std::span<const float> sums(std::size_t) const { return {}; }
+};
+static_assert(SumsObservation<Sums> && Observation<Sums> && !AttentionObservation<Sums>);
+
+struct NoSumHeads : Sums {
+  void query_heads() const = delete;
+};
+struct NoSumQueries : Sums {
+  void queries() const = delete;
+};
+struct NoSumTokens : Sums {
+  void tokens() const = delete;
+};
+struct HalfSums : Sums {
+  std::span<const Half> sums(std::size_t) const { return {}; }
+};
+static_assert(!Observation<NoSumHeads> && !Observation<NoSumQueries> && !Observation<NoSumTokens>);
+static_assert(!Observation<HalfSums>);
+
+// ---- optional members of an observation by queries ----
+
+struct CappedQueries : Queries {
+  float soft_cap() const { return 30.0F; }
+  std::size_t sliding_window() const { return 7; }
+  float sink_logit(std::size_t head) const { return static_cast<float>(head); }
+};
+static_assert(QueryObservation<CappedQueries>);
+
+TEST(ViewRequirements, WhatAnObservationDoesNotSayIsNone) {
+  EXPECT_EQ(detail::soft_cap(Queries{}), 0.0F);
+  EXPECT_EQ(detail::sliding_window(Queries{}), 0U);
+  EXPECT_EQ(detail::sink_logit(Queries{}, 0), -std::numeric_limits<float>::infinity());
+  EXPECT_EQ(detail::soft_cap(CappedQueries{}), 30.0F);
+  EXPECT_EQ(detail::sliding_window(CappedQueries{}), 7U);
+  EXPECT_EQ(detail::sink_logit(CappedQueries{}, 3), 3.0F);
+}
+
+// ---- layouts ----
+
+static_assert(layout::Layout<layout::HeadTokenDim> && layout::Layout<layout::SplitDim> &&
+              layout::Layout<layout::Strides>);
+static_assert(!layout::Layout<int> && !layout::Layout<layout::Extents>);
 
 TEST(ViewRequirements, AreCheckedWhenThisFileCompiles) {}
 

@@ -63,11 +63,15 @@ TEST(StridedKv, LayoutsAreWhatTheirNamesSay) {
   EXPECT_EQ(rows_first.value_run(1, 0).base, values.data() + 4);
   EXPECT_EQ(rows_first.value_run(1, 0).row_stride, 8);
   // A layout of the user's own: any function that gives strides.
-  const auto transposed = [](const KvShape& s, std::size_t allocated) {
-    return layout::Strides{.head = allocated * s.head_dim, .row = 1, .dim = allocated};
+  const auto odd = [](const layout::Extents& e) {
+    return layout::Strides{.head = e.rows * e.units, .row = e.units / 2, .chunk = 2, .chunk_stride = 20};
   };
-  const StridedKv own{keys.data(), values.data(), shape, transposed};
-  EXPECT_EQ(element(own.key_run(1, 0), 5, 3), keys.data() + 40 + 5 + 30);
+  const StridedKv own{keys.data(), values.data(), shape, odd};
+  EXPECT_EQ(element(own.key_run(1, 0), 5, 3), keys.data() + 40 + 5 * 2 + 20 + 1);
+  // Keys and values each their own: values transposed, keys split as paged pools split them.
+  const StridedKv mixed{keys.data(), values.data(), shape, layout::SplitDim{2}, layout::head_dim_token};
+  EXPECT_EQ(element(mixed.key_run(1, 0), 5, 3), keys.data() + 40 + 5 * 2 + 20 + 1);
+  EXPECT_EQ(element(mixed.value_run(1, 0), 5, 3), values.data() + 40 + 5 + 30);
 }
 
 TEST(StridedKv, RejectsNullBuffersByName) {
@@ -106,18 +110,74 @@ TEST(StridedKv, RejectsStridesThatLayRowsOverEachOther) {
   const auto make = [&](const KvShape& s, const layout::Strides& strides) {
     StridedKv<float>(buffer.data(), buffer.data(), s, strides);
   };
-  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 7, .dim = 1}); },
-                              {"row stride is 7", "covers 8", "rows would overlap"});
-  expect_error<ArgumentError>([&] { make(shape, {.head = 39, .row = 8, .dim = 1}); },
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 7}); },
+                              {"StridedKv keys: row stride is 7", "covers 8", "rows would overlap"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 39, .row = 8}); },
                               {"head stride is 39", "covers 40"});
-  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 8, .dim = 0}); }, {"dim stride is 0"});
-  expect_error<ArgumentError>([&] { make(shape, {.head = 0, .row = 8, .dim = 1}); }, {"head stride is 0"});
-  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 1, .dim = 4}); },
-                              {"dim stride is 4", "covers 5"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 8, .chunk = 1}); },
+                              {"chunk stride is 0"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 0, .row = 8}); }, {"head stride is 0"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 1, .chunk = 1, .chunk_stride = 4}); },
+                              {"chunk stride is 4", "covers 5"});
+  expect_error<ArgumentError>([&] { make(shape, {.head = 40, .row = 8, .chunk = 3, .chunk_stride = 3}); },
+                              {"chunks of 3 do not divide a row of 8 units"});
   // Of an axis with one entry the stride is never used.
-  EXPECT_NO_THROW(make({.kv_heads = 1, .rows = 5, .head_dim = 8}, {.head = 0, .row = 8, .dim = 1}));
-  EXPECT_NO_THROW(make({.kv_heads = 2, .rows = 5, .head_dim = 1}, {.head = 5, .row = 1, .dim = 0}));
-  EXPECT_NO_THROW(make(shape, {.head = 8, .row = 16, .dim = 1}));
+  EXPECT_NO_THROW(make({.kv_heads = 1, .rows = 5, .head_dim = 8}, {.head = 0, .row = 8}));
+  EXPECT_NO_THROW(
+      make({.kv_heads = 2, .rows = 5, .head_dim = 1}, {.head = 5, .row = 1, .chunk = 1, .chunk_stride = 0}));
+  EXPECT_NO_THROW(make(shape, {.head = 8, .row = 16}));
+}
+
+TEST(StridedKv, RejectsRowsThatLeaveTheirBuffer) {
+  std::vector<float> keys(79);
+  std::vector<float> values(80);
+  const KvShape shape{.kv_heads = 2, .rows = 4, .head_dim = 8, .allocated_rows = 5};
+  const auto make = [&](const KvShape& s) {
+    StridedKv(std::span(keys), std::span(values), s, layout::head_token_dim);
+  };
+  EXPECT_NO_THROW(make(shape)) << "the row that is not there is not in use";
+  KvShape full = shape;
+  full.rows = 5;
+  expect_error<ArgumentError>(
+      [&] { make(full); },
+      {"StridedKv keys: 2 KV heads of 5 rows reach 80 units, the buffer has 79", "give the whole buffer"});
+  keys.resize(80);
+  EXPECT_NO_THROW(make(full));
+}
+
+TEST(StridedKv, HeadsMayHoldDifferentNumbersOfRows) {
+  std::vector<float> buffer(2 * 6 * 8);
+  const std::vector<std::size_t> head_rows{2, 6};
+  const KvShape shape{.kv_heads = 2, .head_dim = 8, .head_rows = head_rows};
+  const StridedKv ragged{buffer.data(), buffer.data(), shape, layout::head_token_dim};
+  EXPECT_EQ(ragged.rows(0), 2U);
+  EXPECT_EQ(ragged.rows(1), 6U);
+  EXPECT_EQ(ragged.key_run(0, 0).rows, 2U);
+  EXPECT_EQ(ragged.value_run(1, 0).rows, 6U);
+  EXPECT_EQ(ragged.key_run(1, 0).base, buffer.data() + 48)
+      << "room for the longest, where nothing else is said";
+  const auto make = [&](const KvShape& s) {
+    StridedKv(buffer.data(), buffer.data(), s, layout::head_token_dim);
+  };
+  KvShape three = shape;
+  three.kv_heads = 3;
+  expect_error<ArgumentError>([&] { make(three); }, {"2 head_rows for 3 KV heads", "one length a head"});
+  const std::vector<std::size_t> empty{2, 0};
+  expect_error<ArgumentError>([&] { make({.kv_heads = 2, .head_dim = 8, .head_rows = empty}); },
+                              {"head_rows of KV head 1 is 0"});
+  expect_error<ArgumentError>(
+      [&] { make({.kv_heads = 2, .head_dim = 8, .allocated_rows = 5, .head_rows = head_rows}); },
+      {"6 rows in use, only 5 allocated"});
+}
+
+TEST(StridedKv, RejectsRowsThatBlocksDoNotDivide) {
+  std::vector<BlockQ8_0> blocks(64);
+  expect_error<ArgumentError>(
+      [&] {
+        StridedKv(blocks.data(), blocks.data(), KvShape{.kv_heads = 1, .rows = 4, .head_dim = 48},
+                  layout::head_token_dim);
+      },
+      {"StridedKv keys: head_dim is 48", "the 32 elements of a quantised block"});
 }
 
 TEST(StridedKv, RejectsStridesBeyondMemory) {
@@ -125,7 +185,7 @@ TEST(StridedKv, RejectsStridesBeyondMemory) {
   const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
   const std::size_t huge = std::numeric_limits<std::size_t>::max() / 4;
   expect_error<ArgumentError>(
-      [&] { StridedKv<float>(buffer.data(), buffer.data(), shape, {.head = huge, .row = 8, .dim = 1}); },
+      [&] { StridedKv<float>(buffer.data(), buffer.data(), shape, layout::Strides{.head = huge, .row = 8}); },
       {"head stride", "times 2", "does not fit in memory"});
 }
 

@@ -64,6 +64,14 @@ class Retained {
   template <class, class>
   friend class Compressor;
 
+  void truncate(std::size_t position) {
+    if (position < next_position_) {
+      whole_rows_ = std::min(whole_rows_, position);
+      lists_.truncate(static_cast<std::uint32_t>(position));
+      next_position_ = position;
+    }
+  }
+
   // Layers left whole share one list 0, 1, 2, ...: thirty lists of a long prompt would exceed the memory
   // promise.
   bool whole_ = true;

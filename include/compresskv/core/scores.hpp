@@ -11,27 +11,32 @@ namespace compresskv {
 /// the cache (all rows but the window). Higher means keep. A view of the compressor's memory, valid until its
 /// next call.
 ///
+/// Rows differ in length where KV heads hold different numbers of rows.
 /// Writable on purpose: tensor-parallel ranks add their values here before they select.
 template <Granularity G>
 class Scores {
  public:
   static constexpr Granularity granularity = G;
 
-  Scores(std::span<float> values, std::size_t rows, std::size_t window)
-      : values_(values), rows_(rows), window_(window) {}
+  /// `ends[row]` is where a row ends in `values`.
+  Scores(std::span<float> values, std::span<const std::size_t> ends, std::size_t window)
+      : values_(values), ends_(ends), window_(window) {}
 
-  /// All values, `rows() * tokens()` of them.
+  /// All values, row after row.
   std::span<float> values() const { return values_; }
-  std::span<float> row(std::size_t index) const { return values_.subspan(index * tokens(), tokens()); }
-  std::size_t rows() const { return rows_; }
-  /// Evictable tokens, S - w.
-  std::size_t tokens() const { return values_.size() / rows_; }
+  std::span<float> row(std::size_t index) const {
+    const std::size_t begin = index == 0 ? 0 : ends_[index - 1];
+    return values_.subspan(begin, ends_[index] - begin);
+  }
+  std::size_t rows() const { return ends_.size(); }
+  /// Evictable tokens of a row, S - w.
+  std::size_t tokens(std::size_t index = 0) const { return row(index).size(); }
   /// Rows of the cache behind the evictable ones, which are kept whatever the scores.
   std::size_t window() const { return window_; }
 
  private:
   std::span<float> values_;
-  std::size_t rows_;
+  std::span<const std::size_t> ends_;
   std::size_t window_;
 };
 

@@ -48,6 +48,21 @@ class HeadLists {
     return std::span(values_).subspan(begin);
   }
 
+  /// Drops from every list the values from `limit` on.
+  void truncate(std::uint32_t limit) {
+    std::size_t kept = 0;
+    std::size_t begin = 0;
+    for (std::size_t& end : ends_) {
+      const std::size_t list_end = end;
+      for (std::size_t i = begin; i < list_end && values_[i] < limit; ++i) {
+        values_[kept++] = values_[i];
+      }
+      begin = list_end;
+      end = kept;
+    }
+    values_.resize(kept);
+  }
+
   /// Makes room, so that a later `assign(other)` does not allocate.
   void reserve_for(const HeadLists& other) {
     values_.reserve(other.values_.size());
@@ -72,6 +87,19 @@ class HeadLists {
   std::vector<std::uint32_t> values_;
   std::vector<std::size_t> ends_ = {0};  // [list], where each list ends in values_
 };
+
+namespace detail {
+
+/// Rows before it stay where they are when a cache is compacted in place.
+inline std::size_t first_moved(std::span<const std::uint32_t> rows) {
+  std::size_t first = 0;
+  while (first < rows.size() && rows[first] == first) {
+    ++first;
+  }
+  return first;
+}
+
+}  // namespace detail
 
 /// Which rows of a layer's cache stay. A value: it may come from another rank, another engine or a file, and
 /// be given to `Compressor::compact`.

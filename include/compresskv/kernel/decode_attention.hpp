@@ -81,12 +81,14 @@ void decode_attention(const V& kv, std::size_t kv_head, const float* query, floa
     const Run<const typename V::value_element> run = kv.value_run(kv_head, i);
     for (std::size_t r = 0; r < run.rows; ++r, ++t) {
       attention[t] *= inverse;
-      if (run.chunk >= head_dim) {
-        add_row(run.row(r), attention[t], head_dim, out);
-      } else {
-        decode_row(run, r, head_dim, row_buffer);
-        add_row(row_buffer, attention[t], head_dim, out);
+      if constexpr (Element<typename V::value_element>) {
+        if (run.chunk >= head_dim) {
+          add_row(run.row(r), attention[t], head_dim, out);
+          continue;
+        }
       }
+      decode_row(run, r, head_dim, row_buffer);
+      add_row(row_buffer, attention[t], head_dim, out);
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/kernel/code_path.hpp"
+#include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/kernel/lanes.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -19,30 +20,17 @@ struct QueryBlock {
   std::size_t head_dim = 0;
 };
 
-/// Copies row `index` of a run to float32, whatever its layout.
-template <Element T>
-void decode_row(const Run<const T>& run, std::size_t index, std::size_t head_dim, float* out) {
-  const T* row = run.row(index);
-  for (std::size_t e = 0; e < head_dim; e += run.chunk) {
-    const T* chunk = row + static_cast<std::ptrdiff_t>(e / run.chunk) * run.chunk_stride;
-    const std::size_t count = std::min(run.chunk, head_dim - e);
-    for (std::size_t i = 0; i < count; ++i) {
-      out[e + i] = to_float(chunk[i]);
-    }
-  }
-}
-
 namespace portable {
 
-/// `out[q * out_stride] = scale * (query q . key)` for one key whose elements lie side by side.
-template <Element T>
-void dot_row(const T* key, const QueryBlock& queries, float scale, float* out, std::size_t out_stride) {
+/// `out[q * out_stride] = scale * (query q . key)` for one decoded key.
+inline void dot_row(const float* key, const QueryBlock& queries, float scale, float* out,
+                    std::size_t out_stride) {
   const std::size_t padded = round_up_to_lanes(queries.head_dim);
   for (std::size_t q = 0; q < queries.count; ++q) {
     const float* query = queries.data + q * padded;
     Lanes lanes{};
     for (std::size_t e = 0; e < queries.head_dim; ++e) {
-      lanes[e % lane_count] = std::fma(query[e], to_float(key[e]), lanes[e % lane_count]);
+      lanes[e % lane_count] = std::fma(query[e], key[e], lanes[e % lane_count]);
     }
     out[q * out_stride] = kernel::fold(lanes) * scale;
   }
@@ -126,34 +114,32 @@ template <Element T>
 /// Attention logits of every query with `count` keys from row `first` of a run:
 /// `out[q * out_stride + i] = scale * (query q . key first + i)`.
 ///
-/// `row_buffer` has `round_up_to_lanes(head_dim)` floats, for layouts that do not hold a row side by side.
-/// Cost: each key is read once, 2 * head_dim flops a query and key.
-template <Element T>
+/// `row_buffer` has `round_up_to_lanes(head_dim)` floats, for keys that must be decoded first: quantised
+/// ones, and layouts that do not hold a row side by side. Cost: each key is read once, 2 * head_dim flops a
+/// query and key.
+template <Stored T>
 void logits(const Run<const T>& keys, std::size_t first, std::size_t count, const QueryBlock& queries,
             float scale, float* row_buffer, float* out, std::size_t out_stride) {
-  const bool side_by_side = keys.chunk >= queries.head_dim;
+  const std::size_t head_dim = queries.head_dim;
 #if defined(__x86_64__)
-  const bool wide = code_path() == CodePath::avx2;
-  if (wide && side_by_side && queries.head_dim % lane_count == 0) {
-    avx2::dot_rows(keys, first, count, queries, scale, out, out_stride);
-    return;
-  }
-  if (wide) {
-    std::fill(row_buffer + queries.head_dim, row_buffer + round_up_to_lanes(queries.head_dim), 0.0F);
+  if (code_path() == CodePath::avx2) {
+    if constexpr (Element<T>) {
+      if (keys.chunk >= head_dim && head_dim % lane_count == 0) {
+        avx2::dot_rows(keys, first, count, queries, scale, out, out_stride);
+        return;
+      }
+    }
+    std::fill(row_buffer + head_dim, row_buffer + round_up_to_lanes(head_dim), 0.0F);
     for (std::size_t i = 0; i < count; ++i) {
-      decode_row(keys, first + i, queries.head_dim, row_buffer);
+      decode_row(keys, first + i, head_dim, row_buffer);
       avx2::dot_row(row_buffer, queries, scale, out + i, out_stride);
     }
     return;
   }
 #endif
   for (std::size_t i = 0; i < count; ++i) {
-    if (side_by_side) {
-      portable::dot_row(keys.row(first + i), queries, scale, out + i, out_stride);
-    } else {
-      decode_row(keys, first + i, queries.head_dim, row_buffer);
-      portable::dot_row(row_buffer, queries, scale, out + i, out_stride);
-    }
+    decode_row(keys, first + i, head_dim, row_buffer);
+    portable::dot_row(row_buffer, queries, scale, out + i, out_stride);
   }
 }
 

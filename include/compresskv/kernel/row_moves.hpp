@@ -53,15 +53,15 @@ inline std::size_t stretch(std::span<const std::uint32_t> rows, std::size_t i) {
 }
 
 template <class SourceRun, class TargetRun>
-void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, SourceRun source_run,
-               TargetRun target_run) {
+void copy_plane(std::span<const std::uint32_t> rows, std::size_t units, SourceRun source_run,
+                TargetRun target_run) {
   const std::size_t chunk =
-      std::gcd(std::min(source_run(0).chunk, head_dim), std::min(target_run(0).chunk, head_dim));
+      std::gcd(std::min(source_run(0).chunk, units), std::min(target_run(0).chunk, units));
   // Chunk by chunk, so that a transposed layout moves along its contiguous axis.
-  for (std::size_t e = 0; e < head_dim; e += chunk) {
+  for (std::size_t u = 0; u < units; u += chunk) {
     RowCursor source(source_run);
     RowCursor target(target_run);
-    const std::size_t width = std::min(chunk, head_dim - e);
+    const std::size_t width = std::min(chunk, units - u);
     for (std::size_t i = 0; i < rows.size();) {
       const std::size_t consecutive = stretch(rows, i);
       for (std::size_t done = 0; done < consecutive;) {
@@ -69,10 +69,10 @@ void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, Source
         auto* to = target.seek(i + done);
         const auto& from_run = source.run();
         const auto& to_run = target.run();
-        from += static_cast<std::ptrdiff_t>(e / from_run.chunk) * from_run.chunk_stride +
-                static_cast<std::ptrdiff_t>(e % from_run.chunk);
-        to += static_cast<std::ptrdiff_t>(e / to_run.chunk) * to_run.chunk_stride +
-              static_cast<std::ptrdiff_t>(e % to_run.chunk);
+        from += static_cast<std::ptrdiff_t>(u / from_run.chunk) * from_run.chunk_stride +
+                static_cast<std::ptrdiff_t>(u % from_run.chunk);
+        to += static_cast<std::ptrdiff_t>(u / to_run.chunk) * to_run.chunk_stride +
+              static_cast<std::ptrdiff_t>(u % to_run.chunk);
         const std::size_t count = std::min({consecutive - done, source.left(), target.left()});
         if (from != to) {
           const auto packed = static_cast<std::ptrdiff_t>(width);
@@ -90,6 +90,34 @@ void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, Source
       }
       i += consecutive;
     }
+  }
+}
+
+/// A part of every row: data, scale or zero point of int8 rows.
+template <class T>
+Run<T> plane(T* base, std::size_t rows, std::ptrdiff_t row_stride, std::size_t units) {
+  return {.base = base,
+          .rows = rows,
+          .row_stride = row_stride,
+          .chunk = units,
+          .chunk_stride = static_cast<std::ptrdiff_t>(units)};
+}
+
+/// `source_run(i)` and `target_run(i)` give runs of `T`.
+template <Stored T, class SourceRun, class TargetRun>
+void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, SourceRun source_run,
+               TargetRun target_run) {
+  if constexpr (std::same_as<T, AffineInt8>) {
+    const auto move = [&](std::size_t units, auto plane_of) {
+      copy_plane(
+          rows, units, [&](std::size_t i) { return plane_of(source_run(i)); },
+          [&](std::size_t i) { return plane_of(target_run(i)); });
+    };
+    move(head_dim, [&](const Run<T>& run) { return plane(run.base, run.rows, run.row_stride, head_dim); });
+    move(1, [](const Run<T>& run) { return plane(run.scales, run.rows, run.parameter_stride, 1); });
+    move(1, [](const Run<T>& run) { return plane(run.zeros, run.rows, run.parameter_stride, 1); });
+  } else {
+    copy_plane(rows, head_dim / elements_per_unit<T>(), source_run, target_run);
   }
 }
 
@@ -111,12 +139,11 @@ requires(rows_fit<Source, Target>) void copy_rows(const Source& source, const Ta
   if (rows.empty()) {
     return;
   }
-  const std::size_t head_dim = source.head_dim();
-  detail::copy_rows(
-      rows, head_dim, [&](std::size_t i) { return source.key_run(kv_head, i); },
+  detail::copy_rows<typename Source::key_element>(
+      rows, source.head_dim(), [&](std::size_t i) { return source.key_run(kv_head, i); },
       [&](std::size_t i) { return target.key_run(kv_head, i); });
-  detail::copy_rows(
-      rows, head_dim, [&](std::size_t i) { return source.value_run(kv_head, i); },
+  detail::copy_rows<typename Source::value_element>(
+      rows, source.head_dim(), [&](std::size_t i) { return source.value_run(kv_head, i); },
       [&](std::size_t i) { return target.value_run(kv_head, i); });
 }
 

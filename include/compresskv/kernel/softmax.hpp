@@ -27,10 +27,21 @@ inline void exp_tail(float* row, std::size_t first, std::size_t count, float max
   }
 }
 
-inline float exp_row(float* row, std::size_t count) {
+inline float exp_row(float* row, std::size_t count, float sink) {
+  const float highest = row_max(row, count);
+  const float max = sink > highest ? sink : highest;
   Lanes lanes{};
-  exp_tail(row, 0, count, row_max(row, count), lanes);
-  return kernel::fold(lanes);
+  exp_tail(row, 0, count, max, lanes);
+  return kernel::fold(lanes) + exp(sink - max);
+}
+
+inline void soft_cap(float* row, std::size_t first, std::size_t count, float cap) {
+  const float inverse = 1.0F / cap;
+  for (std::size_t t = first; t < count; ++t) {
+    // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), so that one exp serves all code paths.
+    const float decay = exp(-2.0F * std::fabs(row[t] * inverse));
+    row[t] = std::copysign(cap * ((1.0F - decay) / (1.0F + decay)), row[t]);
+  }
 }
 
 inline void add_scaled(const float* row, float factor, std::size_t first, std::size_t count, float* sums) {
@@ -60,8 +71,9 @@ namespace avx2 {
   return tail > head ? tail : head;
 }
 
-[[gnu::target("avx2,fma")]] inline float exp_row(float* row, std::size_t count) {
-  const float max = avx2::row_max(row, count);
+[[gnu::target("avx2,fma")]] inline float exp_row(float* row, std::size_t count, float sink) {
+  const float highest = avx2::row_max(row, count);
+  const float max = sink > highest ? sink : highest;
   const __m256 shift = _mm256_set1_ps(max);
   __m256 low = _mm256_setzero_ps();
   __m256 high = low;
@@ -78,7 +90,23 @@ namespace avx2 {
   _mm256_storeu_ps(lanes.data(), low);
   _mm256_storeu_ps(lanes.data() + 8, high);
   portable::exp_tail(row, t, count, max, lanes);
-  return kernel::fold(lanes);
+  return kernel::fold(lanes) + portable::exp(sink - max);
+}
+
+[[gnu::target("avx2,fma")]] inline void soft_cap(float* row, std::size_t count, float cap) {
+  const __m256 inverse = _mm256_set1_ps(1.0F / cap);
+  const __m256 sign = _mm256_set1_ps(-0.0F);
+  const __m256 one = _mm256_set1_ps(1.0F);
+  std::size_t t = 0;
+  for (; t + 8 <= count; t += 8) {
+    const __m256 logit = _mm256_loadu_ps(row + t);
+    const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_mul_ps(logit, inverse));
+    const __m256 decay = avx2::exp(_mm256_mul_ps(_mm256_set1_ps(-2.0F), magnitude));
+    const __m256 capped = _mm256_mul_ps(_mm256_set1_ps(cap),
+                                        _mm256_div_ps(_mm256_sub_ps(one, decay), _mm256_add_ps(one, decay)));
+    _mm256_storeu_ps(row + t, _mm256_or_ps(capped, _mm256_and_ps(sign, logit)));
+  }
+  portable::soft_cap(row, t, count, cap);
 }
 
 [[gnu::target("avx2,fma")]] inline void add_scaled(const float* row, float factor, std::size_t count,
@@ -96,13 +124,26 @@ namespace avx2 {
 
 /// Replaces `count` logits by `e^(logit - max)` and returns their sum: softmax but for the division. -inf
 /// gives 0; a NaN, a +inf or a row of -inf alone gives a sum that is not finite.
-inline float exp_row(float* row, std::size_t count) {
+///
+/// `sink` is the logit of an extra column that takes part in maximum and sum alone; -inf: none.
+inline float exp_row(float* row, std::size_t count, float sink = -std::numeric_limits<float>::infinity()) {
 #if defined(__x86_64__)
   if (code_path() == CodePath::avx2) {
-    return avx2::exp_row(row, count);
+    return avx2::exp_row(row, count, sink);
   }
 #endif
-  return portable::exp_row(row, count);
+  return portable::exp_row(row, count, sink);
+}
+
+/// `row[t] = cap * tanh(row[t] / cap)`, absolute error below 2e-7 cap. NaN stays NaN.
+inline void soft_cap_row(float* row, std::size_t count, float cap) {
+#if defined(__x86_64__)
+  if (code_path() == CodePath::avx2) {
+    avx2::soft_cap(row, count, cap);
+    return;
+  }
+#endif
+  portable::soft_cap(row, 0, count, cap);
 }
 
 /// `sums[t] += factor * row[t]`, one rounding each.

@@ -8,6 +8,7 @@
 
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
+#include "compresskv/core/retained.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/logits.hpp"
@@ -23,10 +24,13 @@ template <class Kv, class Observed>
 struct LayerInput {
   const ModelShape& shape;
   std::size_t layer = 0;
-  std::size_t rows = 0;    ///< rows of the cache now
-  std::size_t window = 0;  ///< queries that observe, at most `rows`
+  std::span<const std::size_t> rows;  ///< [kv_head], rows of the cache now
+  std::size_t window = 0;             ///< queries that observe, at most the rows of any KV head
+  const Retained& retained;           ///< true positions of the rows
   const Kv& kv;
   const Observed& observation;
+
+  std::size_t evictable(std::size_t kv_head) const { return rows[kv_head] - window; }
 };
 
 namespace detail {
@@ -71,6 +75,27 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
   }
 }
 
+/// First row that the query of row `own` sees: all before it, or a sliding window of positions.
+template <class Kv, QueryObservation O>
+std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std::size_t own) {
+  const std::size_t span = compresskv::detail::sliding_window(in.observation);
+  const std::size_t position = in.retained.position(own, kv_head);
+  if (span == 0 || position < span) {
+    return 0;
+  }
+  std::size_t low = 0;
+  std::size_t high = own;
+  while (low < high) {  // positions ascend with the rows, whatever was evicted between them
+    const std::size_t middle = low + (high - low) / 2;
+    if (in.retained.position(middle, kv_head) + span > position) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
 /// For heads of one KV head: softmax attention of the window summed over its rows, one array a head.
 template <class Kv, class Observed, Executor X, class PerHead>
 void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
@@ -79,8 +104,8 @@ void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv
   const std::size_t head_dim = in.shape.head_dim;
   const std::size_t padded = round_up_to_lanes(head_dim);
   const std::size_t window = in.window;
-  const std::size_t rows = in.rows;
-  const std::size_t evictable = rows - window;
+  const std::size_t rows = in.rows[kv_head];
+  const std::size_t evictable = in.evictable(kv_head);
   const std::size_t count = heads.size() * window;
   const std::span<float> queries = workspace.take(Workspace::Slot::queries, count * padded);
   std::fill(queries.begin(), queries.end(), 0.0F);
@@ -96,14 +121,24 @@ void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv
   const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, count);
   const QueryBlock block{.data = queries.data(), .count = count, .head_dim = head_dim};
 
+  const float cap = compresskv::detail::soft_cap(in.observation);
   executor.parallel_for(tiles, [&](std::size_t i) {
     const std::size_t first = i * tile;
-    logits_of_rows(in.kv, kv_head, first, std::min(tile, rows - first), block, in.observation.scale(),
-                   key_rows.data() + i * padded, logits.data(), rows);
+    const std::size_t tokens = std::min(tile, rows - first);
+    logits_of_rows(in.kv, kv_head, first, tokens, block, in.observation.scale(), key_rows.data() + i * padded,
+                   logits.data(), rows);
+    for (std::size_t q = 0; cap > 0.0F && q < count; ++q) {
+      soft_cap_row(logits.data() + q * rows + first, tokens, cap);
+    }
   });
   executor.parallel_for(count, [&](std::size_t q) {
     // Row i of the window sees the columns up to its own: the rest is the future and has no weight.
-    row_sums[q] = exp_row(logits.data() + q * rows, evictable + q % window + 1);
+    const std::size_t own = evictable + q % window;
+    const std::size_t first = first_visible(in, kv_head, own);
+    float* row = logits.data() + q * rows;
+    std::fill_n(row, first, 0.0F);
+    row_sums[q] = exp_row(row + first, own + 1 - first,
+                          compresskv::detail::sink_logit(in.observation, heads[q / window]));
   });
   for (std::size_t q = 0; q < count; ++q) {
     if (!std::isfinite(row_sums[q])) {
@@ -133,18 +168,22 @@ void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv
   }
 }
 
-/// The same from attention that the engine has computed.
-template <class Kv, class Observed, class PerHead>
-void window_sums_from_attention(const LayerInput<Kv, Observed>& in, std::uint32_t head, Workspace& workspace,
-                                PerHead&& per_head) {
-  const std::size_t evictable = in.rows - in.window;
+/// The same from attention that the engine has computed, or has summed.
+template <class Kv, KeylessObservation O, class PerHead>
+void window_sums_without_keys(const LayerInput<Kv, O>& in, std::uint32_t head, Workspace& workspace,
+                              PerHead&& per_head) {
+  const std::size_t evictable = in.evictable(head / in.shape.group());
   const std::span<float> sums = workspace.take(Workspace::Slot::logits, evictable);
-  std::fill(sums.begin(), sums.end(), 0.0F);
-  const auto run = in.observation.attention_run(head);
-  for (std::size_t i = 0; i < in.window; ++i) {
-    const auto* row = run.row(run.rows - in.window + i);
-    for (std::size_t t = 0; t < evictable; ++t) {
-      sums[t] += to_float(row[t]);
+  if constexpr (SumsObservation<O>) {
+    std::copy_n(in.observation.sums(head).begin(), evictable, sums.begin());
+  } else {
+    std::fill(sums.begin(), sums.end(), 0.0F);
+    const auto run = in.observation.attention_run(head);
+    for (std::size_t i = 0; i < in.window; ++i) {
+      const auto* row = run.row(run.rows - in.window + i);
+      for (std::size_t t = 0; t < evictable; ++t) {
+        sums[t] += to_float(row[t]);
+      }
     }
   }
   if (!std::all_of(sums.begin(), sums.end(), [](float v) { return std::isfinite(v); })) {
@@ -158,16 +197,18 @@ void window_sums_from_attention(const LayerInput<Kv, Observed>& in, std::uint32_
 /// Steps 2 to 4 of METHOD.md section 2: logits of the window's queries with all keys, causal mask inside the
 /// window, softmax over all keys in float32, sum over the window's rows, the window's own columns dropped.
 ///
-/// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being `rows - window` floats
-/// that are valid during the call. Keys of a KV head are read once for as many of its heads as memory allows
-/// (1 % of the model's cache). Throws ScoreError naming layer, head and token when a logit is NaN or +inf.
+/// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being one float an evictable
+/// row of its KV head, that are valid during the call. Keys of a KV head are read once for as many of its
+/// heads as memory allows (1 % of the model's cache). Throws ScoreError naming layer, head and token when a
+/// logit is NaN or +inf.
 template <class Kv, Observation O, Executor X, class PerHead>
 void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
                       X& executor, PerHead&& per_head) {
   if constexpr (QueryObservation<O>) {
-    const std::size_t at_once = detail::heads_at_once(in.shape, kv_row_bytes(in.kv), in.rows, in.window);
     for (std::size_t first = 0; first < heads.size();) {
       const std::size_t kv_head = heads[first] / in.shape.group();
+      const std::size_t at_once =
+          detail::heads_at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], in.window);
       std::size_t last = first + 1;
       while (last < heads.size() && last - first < at_once && heads[last] / in.shape.group() == kv_head) {
         ++last;
@@ -178,7 +219,7 @@ void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t
     }
   } else {
     for (const std::uint32_t head : heads) {
-      detail::window_sums_from_attention(in, head, workspace, per_head);
+      detail::window_sums_without_keys(in, head, workspace, per_head);
     }
   }
 }

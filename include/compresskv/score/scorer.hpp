@@ -18,8 +18,8 @@ namespace compresskv::score {
 /// | `reach` | what it must have seen before a layer can shrink |
 /// | `window()` | queries that observe and are always kept |
 /// | `validate(shape)` | throws when it does not fit the model |
-/// | `score(input, workspace, executor, scores)` | fills `[row][evictable token]`, higher means keep; `input`
-/// is a `kernel::LayerInput` |
+/// | `score(input, workspace, executor, scores)` | fills `Scores<granularity>`, higher means keep; `input` is
+/// a `kernel::LayerInput` |
 template <class S>
 concept Scorer = std::copyable<S> && requires(const S& scorer, const ModelShape& shape) {
   { S::granularity } -> std::same_as<const Granularity&>;

@@ -10,6 +10,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
@@ -99,13 +100,14 @@ class SemanticRetrieval {
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
-             std::span<float> scores) const {
-    std::fill(scores.begin(), scores.end(), 0.0F);
+             const Scores<granularity>& scores) const {
+    const std::span<float> mean = scores.row(0);
+    std::fill(mean.begin(), mean.end(), 0.0F);
     kernel::window_attention(in, heads_[in.layer], workspace, executor,
                              [&](std::uint32_t, std::span<const float> sums) {
-                               kernel::add_pooled(sums, options_.pool, options_.pool_width, scores);
+                               kernel::add_pooled(sums, options_.pool, options_.pool_width, mean);
                              });
-    for (float& score : scores) {
+    for (float& score : mean) {
       score /= static_cast<float>(options_.heads_per_layer);
     }
   }

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/score/scorer.hpp"
 
@@ -34,11 +35,12 @@ class StreamingLlm {
   void validate(const ModelShape&) const {}
 
   template <class Kv, class O, class X>
-  void score(const kernel::LayerInput<Kv, O>&, Workspace&, X&, std::span<float> scores) const {
+  void score(const kernel::LayerInput<Kv, O>&, Workspace&, X&, const Scores<granularity>& scores) const {
     // Float32 holds every integer up to 2^24: enough for prompts of 16 million tokens.
-    const auto count = static_cast<float>(scores.size());
-    for (std::size_t t = 0; t < scores.size(); ++t) {
-      scores[t] = t < options_.sinks ? count : static_cast<float>(t);
+    const std::span<float> values = scores.row(0);
+    const auto count = static_cast<float>(values.size());
+    for (std::size_t t = 0; t < values.size(); ++t) {
+      values[t] = t < options_.sinks ? count : static_cast<float>(t);
     }
   }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
@@ -21,14 +22,15 @@ class SharedTopK {
   static constexpr Reach reach = Reach::own_layer;
   static constexpr bool accepts(Granularity granularity) { return granularity == Granularity::layer; }
 
-  /// `capacity` is at least the window and below all rows.
+  /// `capacity` is at least the window; where it exceeds all rows, all stay.
   void select(const Scores<Granularity::layer>& scores, std::size_t capacity, Workspace& workspace,
               Selection& selection) const {
     const std::size_t window = scores.window();
-    assert(capacity >= window && capacity <= scores.tokens() + window);
-    const auto rows = selection.assign_shared(capacity);
+    assert(capacity >= window);
+    const std::size_t kept = std::min(capacity - window, scores.tokens());
+    const auto rows = selection.assign_shared(kept + window);
     kernel::top_k(scores.row(0), workspace.take(Workspace::Slot::selection, scores.tokens()),
-                  rows.first(capacity - window));
+                  rows.first(kept));
     std::iota(rows.end() - static_cast<std::ptrdiff_t>(window), rows.end(),
               static_cast<std::uint32_t>(scores.tokens()));
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
@@ -50,6 +51,32 @@ class AttentionMatrix {
   AttentionShape shape_;
 };
 
+/// Attention probabilities summed over the window's rows, float32 `[query_head][token]`: models
+/// `SumsObservation`.
+class AttentionSums {
+ public:
+  /// `shape.queries` is the window that was summed over; columns of the window are there and not read.
+  /// Throws ArgumentError on null or a zero size.
+  AttentionSums(const float* sums, const AttentionShape& shape) : sums_(sums), shape_(shape) {
+    detail::require(sums != nullptr, "AttentionSums: sums is null: give the summed attention weights");
+    detail::require(shape.query_heads > 0 && shape.queries > 0 && shape.tokens > 0,
+                    "AttentionSums: shape has ", shape.query_heads, " heads, ", shape.queries, " queries, ",
+                    shape.tokens, " tokens: each must be at least 1");
+  }
+
+  std::size_t query_heads() const { return shape_.query_heads; }
+  std::size_t queries() const { return shape_.queries; }
+  std::size_t tokens() const { return shape_.tokens; }
+  std::span<const float> sums(std::size_t head) const {
+    return {sums_ + head * shape_.tokens, shape_.tokens};
+  }
+
+ private:
+  const float* sums_;
+  AttentionShape shape_;
+};
+
+static_assert(SumsObservation<AttentionSums> && !AttentionObservation<AttentionSums>);
 static_assert(AttentionObservation<AttentionMatrix<float>> && !QueryObservation<AttentionMatrix<float>>);
 
 }  // namespace compresskv

@@ -15,15 +15,17 @@ namespace compresskv {
 ///
 /// | member | meaning |
 /// | --- | --- |
-/// | `key_element`, `value_element` | element types, see `Element` |
+/// | `key_element`, `value_element` | element types, see `Stored` |
 /// | `kv_heads()`, `head_dim()` | the layer's shape |
 /// | `rows(kv_head)` | rows in the cache now |
 /// | `run_count(kv_head)` | runs that these rows fall into |
 /// | `key_run(kv_head, i)`, `value_run(kv_head, i)` | the i-th run, in row order; both of the same rows |
+/// | `check_writable(kv_head, first, last)` | optional: throws where rows [first, last) must not be written;
+/// by default all may |
 template <class V>
 concept KvView = std::copyable<V> && requires(const V& view, std::size_t i) {
-  requires Element<typename V::key_element>;
-  requires Element<typename V::value_element>;
+  requires Stored<typename V::key_element>;
+  requires Stored<typename V::value_element>;
   { view.kv_heads() } -> std::convertible_to<std::size_t>;
   { view.head_dim() } -> std::convertible_to<std::size_t>;
   { view.rows(i) } -> std::convertible_to<std::size_t>;
@@ -35,7 +37,8 @@ concept KvView = std::copyable<V> && requires(const V& view, std::size_t i) {
 /// Bytes of one K and one V row of one KV head.
 template <KvView V>
 std::size_t kv_row_bytes(const V& view) {
-  return view.head_dim() * (sizeof(typename V::key_element) + sizeof(typename V::value_element));
+  return row_bytes<typename V::key_element>(view.head_dim()) +
+         row_bytes<typename V::value_element>(view.head_dim());
 }
 
 namespace detail {
@@ -50,6 +53,14 @@ void check_view(const V& view, const ModelShape& shape) {
   require(shape.kv_row_bytes == 0 || shape.kv_row_bytes == kv_row_bytes(view), "kv view has ",
           kv_row_bytes(view), " bytes a K and V row, ModelShape::kv_row_bytes is ", shape.kv_row_bytes,
           ": a budget in bytes would not be met; make them agree");
+}
+
+/// Throws, as the view says it, where rows [first, last) of a KV head must not be written.
+template <KvView V>
+void check_writable(const V& view, std::size_t kv_head, std::size_t first, std::size_t last) {
+  if constexpr (requires { view.check_writable(kv_head, first, last); }) {
+    view.check_writable(kv_head, first, last);
+  }
 }
 
 }  // namespace detail

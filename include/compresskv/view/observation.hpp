@@ -2,6 +2,8 @@
 
 #include <concepts>
 #include <cstddef>
+#include <limits>
+#include <span>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
@@ -11,6 +13,9 @@
 namespace compresskv {
 
 /// Shows the window by its queries; the keys complete it.
+///
+/// Optional members, with what their absence means: `soft_cap()` (none), `sliding_window()` (none),
+/// `sink_logit(head)` (no sink); see `QueryShape`.
 template <class O>
 concept QueryObservation = std::copyable<O> && requires(const O& observation, std::size_t i) {
   requires Element<typename O::element>;
@@ -31,25 +36,71 @@ concept AttentionObservation = std::copyable<O> && requires(const O& observation
   { observation.attention_run(i) } -> std::same_as<Run<const typename O::element>>;
 };
 
+/// Shows the window by its attention, summed over its rows already: a few MiB that a device engine hands
+/// over.
+template <class O>
+concept SumsObservation = std::copyable<O> && requires(const O& observation, std::size_t i) {
+  { observation.query_heads() } -> std::convertible_to<std::size_t>;
+  { observation.queries() } -> std::convertible_to<std::size_t>;
+  { observation.tokens() } -> std::convertible_to<std::size_t>;
+  { observation.sums(i) } -> std::convertible_to<std::span<const float>>;
+};
+
+/// Shows the window without the keys.
+template <class O>
+concept KeylessObservation = AttentionObservation<O> || SumsObservation<O>;
+
 /// What shows how the window's queries attend.
 template <class O>
-concept Observation = QueryObservation<O> || AttentionObservation<O>;
+concept Observation = QueryObservation<O> || KeylessObservation<O>;
 
 namespace detail {
+
+/// c of `c * tanh(logit / c)`; 0: none.
+template <QueryObservation O>
+float soft_cap(const O& observation) {
+  if constexpr (requires { observation.soft_cap(); }) {
+    return observation.soft_cap();
+  }
+  return 0.0F;
+}
+
+/// Positions that a query sees, its own included; 0: all before it.
+template <QueryObservation O>
+std::size_t sliding_window(const O& observation) {
+  if constexpr (requires { observation.sliding_window(); }) {
+    return observation.sliding_window();
+  }
+  return 0;
+}
+
+/// Logit of the head's extra softmax column; -inf: none.
+template <QueryObservation O>
+float sink_logit(const O& observation, std::size_t head) {
+  if constexpr (requires { observation.sink_logit(head); }) {
+    return observation.sink_logit(head);
+  }
+  return -std::numeric_limits<float>::infinity();
+}
 
 /// Throws ArgumentError when `observation` does not show `window` queries of a layer of `rows` cached rows.
 template <Observation O>
 void check_observation(const O& observation, const ModelShape& shape, std::size_t rows, std::size_t window) {
   require(observation.query_heads() == shape.query_heads, "observation has ", observation.query_heads(),
           " query heads, the plan's model has ", shape.query_heads);
-  require(observation.queries() >= window, "observation shows ", observation.queries(),
-          " queries, the window needs the last ", window, ": keep that many queries of the prompt");
+  if constexpr (SumsObservation<O>) {
+    require(observation.queries() == window, "attention sums are over ", observation.queries(),
+            " queries, the window has ", window, ": sum over the last ", window);
+  } else {
+    require(observation.queries() >= window, "observation shows ", observation.queries(),
+            " queries, the window needs the last ", window, ": keep that many queries of the prompt");
+  }
   if constexpr (QueryObservation<O>) {
     require(observation.head_dim() == shape.head_dim, "queries have ", observation.head_dim(),
             " elements, the plan's head_dim is ", shape.head_dim);
   } else {
-    require(observation.tokens() == rows, "attention matrix has ", observation.tokens(),
-            " columns, the layer has ", rows, " rows: give one column a cached row");
+    require(observation.tokens() == rows, "attention has ", observation.tokens(), " columns, the layer has ",
+            rows, " rows: give one column a cached row");
   }
 }
 

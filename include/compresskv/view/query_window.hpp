@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <cstddef>
+#include <limits>
+#include <span>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
@@ -16,6 +18,13 @@ struct QueryShape {
   std::size_t queries = 0;   ///< the last so many queries of the prompt; those beyond the window are not read
   std::size_t head_dim = 0;  ///< elements of one query
   float scale = 0.0F;        ///< of the logits; 0: 1 / sqrt(head_dim)
+  float soft_cap = 0.0F;     ///< c of c * tanh(logit / c), as in Gemma 2; 0: none
+  /// Positions that a query of this layer sees, its own included, as in Mistral and Gemma; 0: all before it.
+  /// Tokens further back get no attention and are never an error.
+  std::size_t sliding_window = 0;
+  /// Logit of an extra softmax column a query head, as in gpt-oss: it takes weight and gives none; empty:
+  /// none.
+  std::span<const float> sinks = {};
 };
 
 /// Distances in elements between neighbouring heads and queries; elements of a query lie side by side.
@@ -44,6 +53,11 @@ class QueryWindow {
                     " queries, head_dim ", shape.head_dim, ": each must be at least 1");
     detail::require(std::isfinite(shape.scale) && shape.scale >= 0.0F, "QueryWindow: scale is ", shape.scale,
                     ", must be finite and above 0 (0 stands for 1 / sqrt(head_dim))");
+    detail::require(std::isfinite(shape.soft_cap) && shape.soft_cap >= 0.0F, "QueryWindow: soft_cap is ",
+                    shape.soft_cap, ", must be finite and above 0 (0 stands for none)");
+    detail::require(shape.sinks.empty() || shape.sinks.size() == shape.query_heads,
+                    "QueryWindow: ", shape.sinks.size(), " sinks for ", shape.query_heads,
+                    " query heads: give one a head");
     if (shape_.scale == 0.0F) {
       shape_.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
     }
@@ -53,6 +67,11 @@ class QueryWindow {
   std::size_t queries() const { return shape_.queries; }
   std::size_t head_dim() const { return shape_.head_dim; }
   float scale() const { return shape_.scale; }
+  float soft_cap() const { return shape_.soft_cap; }
+  std::size_t sliding_window() const { return shape_.sliding_window; }
+  float sink_logit(std::size_t head) const {
+    return shape_.sinks.empty() ? -std::numeric_limits<float>::infinity() : shape_.sinks[head];
+  }
   /// One row a query, in order.
   Run<const T> query_run(std::size_t head) const {
     return {.base = queries_ + head * strides_.head,

@@ -1,12 +1,15 @@
 #pragma once
 
+#include <algorithm>
+#include <concepts>
 #include <cstddef>
-#include <limits>
-#include <utility>
+#include <span>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/layout.hpp"
+#include "compresskv/view/placement.hpp"
 #include "compresskv/view/run.hpp"
 
 namespace compresskv {
@@ -18,131 +21,114 @@ struct KvShape {
   std::size_t head_dim = 0;  ///< elements of one key or value row
   /// Rows that the memory has room for, where the layout's strides depend on it; 0: as many as `rows`.
   std::size_t allocated_rows = 0;
+  /// Ragged caches: rows in use of each KV head, in place of `rows`. Must outlive the view.
+  std::span<const std::size_t> head_rows = {};
 };
 
-namespace layout {
+namespace detail {
 
-/// Distances in elements between neighbours of each kind.
-struct Strides {
-  std::size_t head = 0;
-  std::size_t row = 0;
-  std::size_t dim = 1;
-};
-
-/// `[kv_head][row][dim]`, what most engines hold.
-struct HeadTokenDim {
-  constexpr Strides operator()(const KvShape& shape, std::size_t allocated) const {
-    return {allocated * shape.head_dim, shape.head_dim, 1};
+/// Fills in what the shape leaves out: allocated rows, and `rows` of a ragged cache (its longest head).
+/// Throws ArgumentError on a zero size, a wrong number of lengths, or more rows than are allocated.
+inline void check_kv_shape(const char* what, KvShape& shape) {
+  require(shape.head_rows.empty() || shape.head_rows.size() == shape.kv_heads, what, ": ",
+          shape.head_rows.size(), " head_rows for ", shape.kv_heads, " KV heads: give one length a head");
+  for (std::size_t head = 0; head < shape.head_rows.size(); ++head) {
+    require(shape.head_rows[head] > 0, what, ": head_rows of KV head ", head,
+            " is 0: each head has at least one row");
+    shape.rows = head == 0 ? shape.head_rows[0] : std::max(shape.rows, shape.head_rows[head]);
   }
-};
+  require(shape.kv_heads > 0 && shape.rows > 0 && shape.head_dim > 0, what, ": shape has ", shape.kv_heads,
+          " KV heads, ", shape.rows, " rows, head_dim ", shape.head_dim, ": each must be at least 1");
+  shape.allocated_rows = shape.allocated_rows == 0 ? shape.rows : shape.allocated_rows;
+  require(shape.rows <= shape.allocated_rows, what, ": ", shape.rows, " rows in use, only ",
+          shape.allocated_rows, " allocated");
+}
 
-/// `[row][kv_head][dim]`, the projection's own order.
-struct TokenHeadDim {
-  constexpr Strides operator()(const KvShape& shape, std::size_t) const {
-    return {shape.head_dim, shape.kv_heads * shape.head_dim, 1};
-  }
-};
-
-inline constexpr HeadTokenDim head_token_dim{};
-inline constexpr TokenHeadDim token_head_dim{};
-
-}  // namespace layout
+}  // namespace detail
 
 /// Keys and values in two buffers at constant strides: models `KvView` with one run a KV head.
 ///
-/// `Key` and `Value` are the element types. The buffers must hold `allocated_rows` rows of every KV head.
-template <Element Key, Element Value = Key>
-class StridedKv {
+/// `Key` and `Value` are the element types: `Element`s, or quantised blocks, whose strides count blocks.
+/// Layouts are those of `layout`, or any strides; keys and values may differ in both.
+template <Stored Key, Stored Value = Key>
+requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) class StridedKv {
  public:
   using key_element = Key;
   using value_element = Value;
 
-  /// `layout` is `layout::head_token_dim`, `layout::token_head_dim` or a function of (shape, allocated rows)
-  /// that gives `layout::Strides`. Throws ArgumentError on a null pointer, a zero size, or more rows than are
-  /// allocated.
-  template <class Layout>
-  requires requires(const Layout& layout, const KvShape& shape) {
-    { layout(shape, std::size_t{}) } -> std::convertible_to<layout::Strides>;
-  }
-  StridedKv(Key* keys, Value* values, const KvShape& shape, const Layout& layout)
-      : StridedKv(keys, values, shape, layout(shape, allocated(shape))) {}
+  /// Buffers of unknown size, large enough for `allocated_rows` rows of every KV head.
+  /// Throws ArgumentError on a null pointer, a zero size, more rows than are allocated, blocks that do not
+  /// divide head_dim, or strides that lay rows over each other.
+  template <layout::Layout KeyLayout>
+  StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& layout)
+      : StridedKv(keys, values, shape, layout, layout) {}
+  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& key_layout,
+            const ValueLayout& value_layout)
+      : StridedKv(std::span(keys, detail::unknown_size / sizeof(Key)),
+                  std::span(values, detail::unknown_size / sizeof(Value)), shape, key_layout, value_layout) {}
 
-  /// Any strides, the same for keys and values.
-  /// Throws ArgumentError also when elements of one head would lie over each other.
-  StridedKv(Key* keys, Value* values, const KvShape& shape, const layout::Strides& strides)
-      : keys_(keys), values_(values), shape_(shape), strides_(strides) {
-    detail::require(keys != nullptr && values != nullptr, "StridedKv: ", keys == nullptr ? "keys" : "values",
-                    " is null: give the layer's buffer");
-    detail::require(shape.kv_heads > 0 && shape.rows > 0 && shape.head_dim > 0, "StridedKv: shape has ",
-                    shape.kv_heads, " KV heads, ", shape.rows, " rows, head_dim ", shape.head_dim,
-                    ": each must be at least 1");
-    detail::require(shape.rows <= allocated(shape), "StridedKv: ", shape.rows, " rows in use, only ",
-                    shape.allocated_rows, " allocated");
-    check_overlap();
-  }
+  /// Buffers of known size: also throws where a row would leave its buffer.
+  template <layout::Layout KeyLayout>
+  StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& layout)
+      : StridedKv(keys, values, shape, layout, layout) {}
+  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& key_layout,
+            const ValueLayout& value_layout)
+      : keys_(keys.data()),
+        values_(values.data()),
+        shape_(checked(keys.data(), values.data(), shape)),
+        key_placement_(place<Key>("StridedKv keys", shape_, key_layout, keys.size())),
+        value_placement_(place<Value>("StridedKv values", shape_, value_layout, values.size())) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
   std::size_t head_dim() const { return shape_.head_dim; }
-  std::size_t rows(std::size_t) const { return shape_.rows; }
+  std::size_t rows(std::size_t kv_head) const {
+    return shape_.head_rows.empty() ? shape_.rows : shape_.head_rows[kv_head];
+  }
   std::size_t run_count(std::size_t) const { return 1; }
-  Run<Key> key_run(std::size_t kv_head, std::size_t) const { return run(keys_, kv_head); }
-  Run<Value> value_run(std::size_t kv_head, std::size_t) const { return run(values_, kv_head); }
+  Run<Key> key_run(std::size_t kv_head, std::size_t) const {
+    return key_placement_.run(keys_, kv_head, rows(kv_head));
+  }
+  Run<Value> value_run(std::size_t kv_head, std::size_t) const {
+    return value_placement_.run(values_, kv_head, rows(kv_head));
+  }
 
  private:
-  static std::size_t allocated(const KvShape& shape) {
-    return shape.allocated_rows == 0 ? shape.rows : shape.allocated_rows;
+  static KvShape checked(const void* keys, const void* values, KvShape shape) {
+    detail::require(keys != nullptr && values != nullptr, "StridedKv: ", keys == nullptr ? "keys" : "values",
+                    " is null: give the layer's buffer");
+    detail::check_kv_shape("StridedKv", shape);
+    return shape;
   }
 
-  /// Sorted by stride, each axis must step over all that the axes below it cover.
-  void check_overlap() const {
-    struct Axis {
-      const char* name;
-      std::size_t stride;
-      std::size_t count;
-    };
-    Axis axes[] = {{"dim", strides_.dim, shape_.head_dim},
-                   {"row", strides_.row, shape_.rows},
-                   {"head", strides_.head, shape_.kv_heads}};
-    for (std::size_t i = 0; i < 3; ++i) {
-      for (std::size_t j = i + 1; j < 3; ++j) {
-        if (axes[j].stride < axes[i].stride) {
-          std::swap(axes[i], axes[j]);
-        }
-      }
-    }
-    std::size_t extent = 1;
-    for (const Axis& axis : axes) {
-      if (axis.count == 1) {
-        continue;
-      }
-      detail::require(axis.stride >= extent, "StridedKv: ", axis.name, " stride is ", axis.stride,
-                      " elements, but what lies below it covers ", extent, ": rows would overlap");
-      detail::require(axis.stride <= (std::numeric_limits<std::size_t>::max() / 4 - extent) / axis.count,
-                      "StridedKv: ", axis.name, " stride ", axis.stride, " times ", axis.count,
-                      " does not fit in memory");
-      extent += axis.stride * (axis.count - 1);
-    }
-  }
-
-  template <class T>
-  Run<T> run(T* base, std::size_t kv_head) const {
-    const bool contiguous = strides_.dim == 1;
-    return {.base = base + kv_head * strides_.head,
-            .rows = shape_.rows,
-            .row_stride = static_cast<std::ptrdiff_t>(strides_.row),
-            .chunk = contiguous ? shape_.head_dim : 1,
-            .chunk_stride = static_cast<std::ptrdiff_t>(contiguous ? shape_.head_dim : strides_.dim)};
+  template <Stored T, class L>
+  static detail::Placement place(const char* what, const KvShape& shape, const L& layout, std::size_t size) {
+    const layout::Extents allocated{.kv_heads = shape.kv_heads,
+                                    .rows = shape.allocated_rows,
+                                    .units = detail::units_of_row<T>(what, shape.head_dim)};
+    layout::Extents used = allocated;
+    used.rows = shape.rows;
+    return detail::Placement(what, layout::strides_of(layout, allocated), used, size);
   }
 
   Key* keys_;
   Value* values_;
   KvShape shape_;
-  layout::Strides strides_;
+  detail::Placement key_placement_;
+  detail::Placement value_placement_;
 };
 
-template <class Key, class Value, class Layout>
-StridedKv(Key*, Value*, KvShape, Layout) -> StridedKv<Key, Value>;
+template <class Key, class Value, class L>
+StridedKv(Key*, Value*, KvShape, L) -> StridedKv<Key, Value>;
+template <class Key, class Value, class L, class M>
+StridedKv(Key*, Value*, KvShape, L, M) -> StridedKv<Key, Value>;
+template <class Key, class Value, class L>
+StridedKv(std::span<Key>, std::span<Value>, KvShape, L) -> StridedKv<Key, Value>;
+template <class Key, class Value, class L, class M>
+StridedKv(std::span<Key>, std::span<Value>, KvShape, L, M) -> StridedKv<Key, Value>;
 
-static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Eigen::half, Eigen::bfloat16>>);
+static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Eigen::half, Eigen::bfloat16>> &&
+              KvView<StridedKv<BlockQ8_0, BlockQ4_0>>);
 
 }  // namespace compresskv

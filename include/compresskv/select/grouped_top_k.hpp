@@ -1,0 +1,37 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <numeric>
+
+#include "compresskv/kernel/top_k.hpp"
+#include "compresskv/select/selector.hpp"
+
+namespace compresskv::select {
+
+/// Each KV head its own `capacity - w` highest scores and the whole window: every head keeps the same number
+/// of rows, or all of its rows where it has fewer. Equal scores: the lower position. Cost: linear in S, a KV
+/// head.
+class GroupedTopK {
+ public:
+  static constexpr Reach reach = Reach::own_layer;
+  static constexpr bool accepts(Granularity granularity) { return granularity == Granularity::kv_head; }
+
+  void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
+              Selection& selection) const {
+    selection.assign_per_head();
+    for (std::size_t head = 0; head < scores.rows(); ++head) {
+      const std::size_t tokens = scores.tokens(head);
+      const std::size_t kept = std::min(capacity - scores.window(), tokens);
+      const auto rows = selection.append_head(kept + scores.window());
+      kernel::top_k(scores.row(head), workspace.take(Workspace::Slot::selection, tokens), rows.first(kept));
+      std::iota(rows.begin() + static_cast<std::ptrdiff_t>(kept), rows.end(),
+                static_cast<std::uint32_t>(tokens));
+    }
+  }
+};
+
+static_assert(Selector<GroupedTopK>);
+
+}  // namespace compresskv::select

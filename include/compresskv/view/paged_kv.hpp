@@ -1,0 +1,266 @@
+#pragma once
+
+#include <algorithm>
+#include <bitset>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/retained.hpp"
+#include "compresskv/core/selection.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/layout.hpp"
+#include "compresskv/view/placement.hpp"
+#include "compresskv/view/strided_kv.hpp"
+
+namespace compresskv {
+
+/// Shape of one layer's paged cache.
+struct PagedShape {
+  std::size_t kv_heads = 0;
+  std::size_t rows = 0;         ///< rows of the sequence in use now
+  std::size_t head_dim = 0;     ///< elements of one key or value row
+  std::size_t block_rows = 0;   ///< rows of one block
+  std::size_t pool_blocks = 0;  ///< blocks of each pool
+  /// Units from block to block in the pools; 0: a block's own size, keys and values in pools of their own.
+  std::size_t key_block_stride = 0;
+  std::size_t value_block_stride = 0;
+  /// Ragged caches: rows in use of each KV head, in place of `rows`. Must outlive the view.
+  std::span<const std::size_t> head_rows = {};
+};
+
+/// Keys and values in pools of blocks, which a table strings together: models `KvView` with one run a block.
+///
+///     table   [ 7 | 2 | 9 | 4 ]        rows 0 .. b-1 in block 7, b .. 2b-1 in block 2, ...
+///     after   [ 7 | 2 ]   9, 4 free    compaction packs the rows into the first blocks
+///
+/// Layouts are those of `layout` within one block: `[kv_head][row][dim]`, `[row][kv_head][dim]`, transposed,
+/// or `layout::SplitDim`. Blocks may stand in any order. `references[block]` counts the sequences that use a
+/// block (prefix sharing): a block counted more than once is shared and never written.
+template <Stored Key, Stored Value = Key>
+requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) class PagedKv {
+ public:
+  using key_element = Key;
+  using value_element = Value;
+
+  /// The pools hold `pool_blocks` blocks; `table` names those of this sequence in row order and, like
+  /// `references` (empty: nothing is shared), must outlive the view. Throws ArgumentError on null, a zero
+  /// size, a table too short, a block out of range or named twice, references that are not one a block, or
+  /// strides that lay rows over each other. Cost: a pass over the table for each 65,536 blocks of the pool.
+  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
+          const KeyLayout& key_layout, const ValueLayout& value_layout,
+          std::span<const std::int32_t> references = {})
+      : keys_(keys),
+        values_(values),
+        shape_(checked(keys, values, shape, table, references)),
+        table_(table),
+        references_(references),
+        key_placement_(place<Key>("PagedKv keys", shape_, key_layout)),
+        value_placement_(place<Value>("PagedKv values", shape_, value_layout)),
+        key_block_(block_stride<Key>("PagedKv key_block_stride", shape_, shape.key_block_stride)),
+        value_block_(block_stride<Value>("PagedKv value_block_stride", shape_, shape.value_block_stride)) {}
+
+  template <layout::Layout L>
+  PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
+          const L& layout, std::span<const std::int32_t> references = {})
+      : PagedKv(keys, values, shape, table, layout, layout, references) {}
+
+  std::size_t kv_heads() const { return shape_.kv_heads; }
+  std::size_t head_dim() const { return shape_.head_dim; }
+  std::size_t rows(std::size_t kv_head) const {
+    return shape_.head_rows.empty() ? shape_.rows : shape_.head_rows[kv_head];
+  }
+  std::size_t run_count(std::size_t kv_head) const { return blocks_of(rows(kv_head)); }
+  Run<Key> key_run(std::size_t kv_head, std::size_t i) const {
+    return key_placement_.run(keys_ + block(i) * key_block_, kv_head, rows_of_run(kv_head, i));
+  }
+  Run<Value> value_run(std::size_t kv_head, std::size_t i) const {
+    return value_placement_.run(values_ + block(i) * value_block_, kv_head, rows_of_run(kv_head, i));
+  }
+
+  /// Whether another sequence uses the i-th block of the table too.
+  bool shared(std::size_t i) const { return !references_.empty() && references_[block(i)] > 1; }
+
+  /// Throws ArgumentError where rows [first, last) lie in a shared block.
+  void check_writable(std::size_t kv_head, std::size_t first, std::size_t last) const {
+    const std::size_t from = std::max(first, untouched_rows_);
+    for (std::size_t i = from / shape_.block_rows; from < last && i < blocks_of(last); ++i) {
+      detail::require(!shared(i), "PagedKv: block ", table_[i], " (rows from ", i * shape_.block_rows,
+                      " of KV head ", kv_head, ") is shared by ", references_[block(i)],
+                      " sequences and would be written: use copy_on_write()");
+    }
+  }
+
+  /// Blocks of the table that no KV head uses after a compression: the engine may give them back to the pool
+  /// (where they are shared, drop its reference).
+  std::span<const std::int32_t> free_blocks(const Retained& retained) const {
+    std::size_t longest = 0;
+    for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+      longest = std::max(longest, retained.rows(head));
+    }
+    const std::size_t used = blocks_of(longest);
+    return table_.first(blocks_of(shape_.rows)).subspan(std::min(used, blocks_of(shape_.rows)));
+  }
+
+  /// Free blocks that `copy_on_write` needs for `selection`: one for each shared block that would be written.
+  std::size_t copies_needed(const Selection& selection) const {
+    std::size_t count = 0;
+    for_each_written_block(selection, [&](std::size_t i) { count += shared(i) ? 1 : 0; });
+    return count;
+  }
+
+  /// The same cache with a free block in place of each shared block that `selection` would write: what
+  /// `Compressor::gather(layer, view, selection, view.copy_on_write(...))` needs to leave the shared ones
+  /// untouched.
+  ///
+  /// `free_blocks` are `copies_needed(selection)` blocks that no sequence uses; `table` receives the new
+  /// table, as long as the old one, and must outlive the result. Throws ArgumentError where they do not fit;
+  /// nothing is written then.
+  PagedKv copy_on_write(const Selection& selection, std::span<const std::int32_t> free_blocks,
+                        std::span<std::int32_t> table) const {
+    const std::size_t needed = copies_needed(selection);
+    detail::require(free_blocks.size() >= needed, "PagedKv: copy_on_write needs ", needed,
+                    " free blocks, got ", free_blocks.size(), ": ask copies_needed() first");
+    detail::require(table.size() >= table_.size(), "PagedKv: copy_on_write's table has room for ",
+                    table.size(), " blocks, the old one has ", table_.size());
+    for (std::size_t i = 0; i < needed; ++i) {
+      check_block(free_blocks[i], shape_.pool_blocks);
+      detail::require(std::find(table_.begin(), table_.end(), free_blocks[i]) == table_.end() &&
+                          std::find(free_blocks.begin(), free_blocks.begin() + static_cast<std::ptrdiff_t>(i),
+                                    free_blocks[i]) == free_blocks.begin() + static_cast<std::ptrdiff_t>(i) &&
+                          (references_.empty() || references_[static_cast<std::size_t>(free_blocks[i])] == 0),
+                      "PagedKv: block ", free_blocks[i],
+                      " given to copy_on_write is in use: give free blocks");
+    }
+    std::copy(table_.begin(), table_.end(), table.begin());
+    std::size_t next = 0;
+    std::size_t first_written = blocks_of(shape_.rows);
+    for_each_written_block(selection, [&](std::size_t i) {
+      first_written = std::min(first_written, i);
+      if (shared(i)) {
+        table[i] = free_blocks[next++];
+      }
+    });
+    PagedKv copy = *this;
+    copy.table_ = table.first(table_.size());
+    copy.untouched_rows_ = first_written * shape_.block_rows;
+    return copy;
+  }
+
+ private:
+  static PagedShape checked(const void* keys, const void* values, PagedShape shape,
+                            std::span<const std::int32_t> table, std::span<const std::int32_t> references) {
+    detail::require(keys != nullptr && values != nullptr, "PagedKv: ", keys == nullptr ? "keys" : "values",
+                    " is null: give the layer's pool");
+    detail::require(shape.block_rows > 0 && shape.pool_blocks > 0, "PagedKv: blocks of ", shape.block_rows,
+                    " rows in pools of ", shape.pool_blocks, " blocks: each must be at least 1");
+    KvShape rows{.kv_heads = shape.kv_heads,
+                 .rows = shape.rows,
+                 .head_dim = shape.head_dim,
+                 .allocated_rows = table.size() * shape.block_rows,
+                 .head_rows = shape.head_rows};
+    detail::require(!table.empty(), "PagedKv: the block table is empty: give the sequence's blocks");
+    detail::check_kv_shape("PagedKv", rows);
+    shape.rows = rows.rows;
+    detail::require(references.empty() || references.size() == shape.pool_blocks,
+                    "PagedKv: ", references.size(), " references for a pool of ", shape.pool_blocks,
+                    " blocks: give one count a block");
+    for (const std::int32_t block : table) {
+      check_block(block, shape.pool_blocks);
+    }
+    check_once_each(table, shape.pool_blocks);
+    return shape;
+  }
+
+  /// One pass over the table for each 65,536 blocks of the pool: a set of bits on the stack, as a view
+  /// allocates nothing.
+  static void check_once_each(std::span<const std::int32_t> table, std::size_t pool_blocks) {
+    std::bitset<65536> seen;
+    for (std::size_t first = 0; first < pool_blocks; first += seen.size()) {
+      seen.reset();
+      for (std::size_t i = 0; i < table.size(); ++i) {
+        const std::size_t bit = static_cast<std::size_t>(table[i]) - first;
+        if (bit < seen.size()) {
+          detail::require(!seen.test(bit), "PagedKv: block ", table[i],
+                          " stands twice in the table, again at place ", i,
+                          ": each block may hold rows once");
+          seen.set(bit);
+        }
+      }
+    }
+  }
+
+  static void check_block(std::int32_t block, std::size_t pool_blocks) {
+    detail::require(block >= 0 && static_cast<std::size_t>(block) < pool_blocks, "PagedKv: block ", block,
+                    " is outside the pool of ", pool_blocks, " blocks");
+  }
+
+  template <Stored T>
+  static layout::Extents block_extents(const char* what, const PagedShape& shape) {
+    return {.kv_heads = shape.kv_heads,
+            .rows = shape.block_rows,
+            .units = detail::units_of_row<T>(what, shape.head_dim)};
+  }
+
+  template <Stored T, class L>
+  static detail::Placement place(const char* what, const PagedShape& shape, const L& layout) {
+    const layout::Extents extents = block_extents<T>(what, shape);
+    return detail::Placement(what, layout::strides_of(layout, extents), extents, detail::unknown_size);
+  }
+
+  template <Stored T>
+  static std::size_t block_stride(const char* what, const PagedShape& shape, std::size_t stride) {
+    const layout::Extents extents = block_extents<T>(what, shape);
+    const std::size_t size = extents.kv_heads * extents.rows * extents.units;
+    detail::require(stride == 0 || stride >= size, what, " is ", stride, ", a block has ", size,
+                    " units: blocks would overlap");
+    return stride == 0 ? size : stride;
+  }
+
+  /// Calls `visit(i)` for each block of the table that moving the selected rows would write, ascending.
+  template <class Visit>
+  void for_each_written_block(const Selection& selection, Visit&& visit) const {
+    selection.validate(shape_.kv_heads, [&](std::size_t head) { return rows(head); });
+    std::size_t first = shape_.rows;
+    std::size_t last = 0;
+    for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+      const auto kept = selection.rows(head);
+      const std::size_t moved = detail::first_moved(kept);
+      if (moved < kept.size()) {
+        first = std::min(first, moved);
+      }
+      // A copy takes the rows of the heads that stay in place along: its blocks serve all heads.
+      last = std::max(last, kept.size());
+    }
+    for (std::size_t i = first / shape_.block_rows; i < blocks_of(last); ++i) {
+      visit(i);
+    }
+  }
+
+  std::size_t block(std::size_t i) const { return static_cast<std::size_t>(table_[i]); }
+  std::size_t blocks_of(std::size_t rows) const { return (rows + shape_.block_rows - 1) / shape_.block_rows; }
+  std::size_t rows_of_run(std::size_t kv_head, std::size_t i) const {
+    return std::min(shape_.block_rows, rows(kv_head) - i * shape_.block_rows);
+  }
+
+  Key* keys_;
+  Value* values_;
+  PagedShape shape_;
+  std::span<const std::int32_t> table_;
+  std::span<const std::int32_t> references_;
+  detail::Placement key_placement_;
+  detail::Placement value_placement_;
+  std::size_t key_block_;
+  std::size_t value_block_;
+  std::size_t untouched_rows_ =
+      0;  // rows before it are not written by the selection that this view was made for
+};
+
+static_assert(KvView<PagedKv<float>> && KvView<PagedKv<BlockQ8_0, Eigen::half>>);
+
+}  // namespace compresskv

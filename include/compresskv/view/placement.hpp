@@ -1,0 +1,79 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <limits>
+#include <string_view>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/view/layout.hpp"
+#include "compresskv/view/run.hpp"
+
+namespace compresskv::detail {
+
+/// Strides of one buffer, checked once: rows do not overlap and the last one is inside.
+class Placement {
+ public:
+  /// `what` names the buffer in messages; `size` is its units, or the largest number where it is not known.
+  Placement(std::string_view what, const layout::Strides& strides, const layout::Extents& extents,
+            std::size_t size)
+      : strides_(strides) {
+    const std::size_t chunk = strides.chunk == 0 ? extents.units : std::min(strides.chunk, extents.units);
+    require(extents.units % chunk == 0, what, ": chunks of ", chunk, " do not divide a row of ",
+            extents.units, " units: choose a split that does");
+    struct Axis {
+      std::string_view name;
+      std::size_t stride;
+      std::size_t count;
+    };
+    std::array<Axis, 3> axes = {Axis{"chunk", strides.chunk_stride, extents.units / chunk},
+                                Axis{"row", strides.row, extents.rows},
+                                Axis{"head", strides.head, extents.kv_heads}};
+    // Sorted by stride, each axis must step over all that the axes below it cover. Not std::stable_sort: it
+    // allocates.
+    std::ranges::sort(axes, {}, &Axis::stride);
+    std::size_t covered = chunk;
+    for (const Axis& axis : axes) {
+      if (axis.count <= 1) {
+        continue;
+      }
+      require(axis.stride >= covered, what, ": ", axis.name, " stride is ", axis.stride,
+              ", what lies below it covers ", covered, " units: rows would overlap");
+      require(axis.stride <= (std::numeric_limits<std::size_t>::max() / 2 - covered) / axis.count, what, ": ",
+              axis.name, " stride ", axis.stride, " times ", axis.count, " does not fit in memory");
+      covered += axis.stride * (axis.count - 1);
+    }
+    require(covered <= size, what, ": ", extents.kv_heads, " KV heads of ", extents.rows, " rows reach ",
+            covered, " units, the buffer has ", size, ": give the whole buffer, or smaller strides");
+    strides_.chunk = chunk;
+    strides_.chunk_stride = chunk == extents.units ? chunk : strides.chunk_stride;
+  }
+
+  template <class T>
+  Run<T> run(T* base, std::size_t kv_head, std::size_t rows) const {
+    return {.base = base + kv_head * strides_.head,
+            .rows = rows,
+            .row_stride = static_cast<std::ptrdiff_t>(strides_.row),
+            .chunk = strides_.chunk,
+            .chunk_stride = static_cast<std::ptrdiff_t>(strides_.chunk_stride)};
+  }
+
+  const layout::Strides& strides() const { return strides_; }
+
+ private:
+  layout::Strides strides_;
+};
+
+/// Units of a row of `head_dim` elements. Throws ArgumentError where blocks do not divide it.
+template <Stored T>
+std::size_t units_of_row(std::string_view what, std::size_t head_dim) {
+  require(head_dim % elements_per_unit<T>() == 0, what, ": head_dim is ", head_dim,
+          ", not a multiple of the ", elements_per_unit<T>(), " elements of a quantised block");
+  return head_dim / elements_per_unit<T>();
+}
+
+inline constexpr std::size_t unknown_size = std::numeric_limits<std::size_t>::max() / 2;
+
+}  // namespace compresskv::detail

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/view/query_window.hpp"
+
+namespace compresskv {
+
+/// The last `window` queries of a layer, gathered while a prompt is prefilled in chunks: `view()` after the
+/// last chunk shows what a one-shot prefill would have shown, bit for bit.
+///
+/// Unlike a view it owns its memory: `query_heads * window * head_dim` elements, one object a layer in
+/// flight.
+template <Element T>
+class RecentQueries {
+ public:
+  /// `shape.queries` is the window; the rest is handed on to the `QueryWindow`s. Throws as `QueryWindow`.
+  explicit RecentQueries(const QueryShape& shape)
+      : shape_(shape), queries_(shape.query_heads * shape.queries * shape.head_dim) {
+    detail::require(!queries_.empty(), "RecentQueries: shape has ", shape.query_heads, " heads, ",
+                    shape.queries, " queries, head_dim ", shape.head_dim, ": each must be at least 1");
+  }
+
+  /// Adds the queries of the next chunk, `count` of them for each head, in order; more than the window are
+  /// skipped. Throws ArgumentError on null. Cost: copies at most the window.
+  void append(const T* queries, std::size_t count, const QueryStrides& strides) {
+    detail::require(queries != nullptr || count == 0,
+                    "RecentQueries: queries is null: give the chunk's queries");
+    const std::size_t taken = std::min(count, shape_.queries);
+    const std::size_t stays = std::min(held_, shape_.queries - taken);
+    for (std::size_t head = 0; head < shape_.query_heads; ++head) {
+      T* own = queries_.data() + head * shape_.queries * shape_.head_dim;
+      std::copy_n(own + (held_ - stays) * shape_.head_dim, stays * shape_.head_dim, own);
+      for (std::size_t i = 0; i < taken; ++i) {
+        std::copy_n(queries + head * strides.head + (count - taken + i) * strides.query, shape_.head_dim,
+                    own + (stays + i) * shape_.head_dim);
+      }
+    }
+    held_ = stays + taken;
+  }
+
+  /// Queries held, at most the window.
+  std::size_t size() const { return held_; }
+
+  /// Forgets all queries: the next sequence.
+  void clear() { held_ = 0; }
+
+  /// The queries held. Valid until the next `append`. Throws ArgumentError where there are none.
+  QueryWindow<T> view() const {
+    detail::require(held_ > 0, "RecentQueries: no queries were appended");
+    QueryShape shape = shape_;
+    shape.queries = held_;
+    return QueryWindow<T>(queries_.data(), shape,
+                          QueryStrides{.head = shape_.queries * shape_.head_dim, .query = shape_.head_dim});
+  }
+
+ private:
+  QueryShape shape_;
+  std::vector<T> queries_;  // [query_head][window][head_dim], the first held_ of each head in use
+  std::size_t held_ = 0;
+};
+
+}  // namespace compresskv
