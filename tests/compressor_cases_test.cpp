@@ -24,7 +24,7 @@ using reference::SemanticPlan;
 
 using Rows = std::vector<std::uint32_t>;
 
-Rows rows_of(const HeadLists& lists, std::size_t head = 0) {
+Rows rows_of(const Selection& lists, std::size_t head = 0) {
   const auto rows = lists.rows(head);
   return {rows.begin(), rows.end()};
 }

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <span>
 #include <utility>
@@ -17,6 +16,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/policy.hpp"
+#include "compresskv/core/positions.hpp"
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/scores.hpp"
@@ -97,12 +97,12 @@ class Compressor {
   /// tokens that stay whatever the scores. Throws ArgumentError when the budget cannot be met. Cost: a few
   /// operations a layer.
   void begin(std::size_t prompt_tokens, const Protection& protection = {}) {
+    for (Retained& layer : layers_) {
+      layer.reserve_whole(prompt_tokens);
+    }
     resolve(prompt_tokens, protection);
     for (Retained& layer : layers_) {
-      layer.whole_ = true;
-      layer.whole_rows_ = prompt_tokens;
-      layer.all_positions_ = all_positions_;
-      layer.next_position_ = prompt_tokens;
+      layer.assign_whole(prompt_tokens);
       layer.bytes_freed_ = 0;
     }
   }
@@ -258,16 +258,17 @@ class Compressor {
                       " rows, KV head 0 ", kv.rows(0), ": contiguous positions need equal lengths");
       detail::check_writable(kv, head, 0, kv.rows(head));
     }
-    grow_all_positions(kv.rows(0));
+    Retained& retained = layers_[layer];
+    retained.reserve_whole(kv.rows(0));
     const std::span<float> buffers =
         workspace_.take(Workspace::Slot::key_rows, kv.kv_heads() * kv.head_dim());
-    Retained& retained = layers_[layer];
     executor_.parallel_for(kv.kv_heads(), [&](std::size_t head) {
+      Retained::Cursor positions = retained.cursor(head);
       std::size_t row = 0;
       for (std::size_t i = 0; i < kv.run_count(head); ++i) {
         const auto run = kv.key_run(head, i);
         for (std::size_t r = 0; r < run.rows; ++r, ++row) {
-          const std::size_t position = retained.position(row, head);
+          const std::size_t position = positions.seek(row);
           if (position != row) {
             kernel::rotate_row(run, r, kv.head_dim(), rotary,
                                static_cast<double>(row) - static_cast<double>(position),
@@ -276,19 +277,19 @@ class Compressor {
         }
       }
     });
-    retained.all_positions_ = all_positions_;
-    retained.whole_ = true;
-    retained.whole_rows_ = kv.rows(0);
-    retained.next_position_ = kv.rows(0);
+    retained.assign_whole(kv.rows(0));
     return retained;
   }
 
   /// Bytes of scratch and of positions held by this compressor now.
   std::size_t memory_bytes() const {
-    std::size_t total = workspace_.bytes() + selection_.memory_bytes() + pending_positions_.memory_bytes() +
-                        (all_positions_->capacity() + protected_.capacity()) * sizeof(std::uint32_t);
+    std::size_t total =
+        workspace_.bytes() + selection_.memory_bytes() + protected_.capacity() * sizeof(std::uint32_t);
+    for (const PositionSet& set : pending_) {
+      total += set.memory_bytes();
+    }
     for (const Retained& layer : layers_) {
-      total += layer.lists_.memory_bytes();
+      total += layer.memory_bytes();
     }
     return total;
   }
@@ -352,21 +353,11 @@ class Compressor {
       plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = tokens},
                                   pending_capacities_);
     }
-    grow_all_positions(tokens);
     protected_.assign(listed.begin(), listed.end());
     keep_first_ = protection.keep_first;
     keep_last_from_ = protection.keep_last == 0 ? std::numeric_limits<std::size_t>::max()
                                                 : tokens - std::min(protection.keep_last, tokens);
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
-  }
-
-  void grow_all_positions(std::size_t count) {
-    if (all_positions_->size() >= count) {
-      return;
-    }
-    auto positions = std::make_shared<std::vector<std::uint32_t>>(count);
-    std::iota(positions->begin(), positions->end(), 0U);
-    all_positions_ = std::move(positions);
   }
 
   /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
@@ -389,7 +380,7 @@ class Compressor {
       fill(selection_.assign_shared(rows_[0]));
       return;
     }
-    selection_.assign_per_head();
+    selection_.assign_per_head(std::accumulate(rows_.begin(), rows_.end(), std::size_t{0}));
     for (const std::size_t rows : rows_) {
       fill(selection_.append_head(rows));
     }
@@ -398,14 +389,14 @@ class Compressor {
   /// Gives protected tokens the highest finite score, which no attention reaches: any selector then keeps
   /// them.
   void mark_protected(std::size_t layer, std::size_t row, std::span<float> scores, std::size_t room) const {
-    const Retained& retained = layers_[layer];
     if (keep_first_ == 0 && protected_.empty() &&
         keep_last_from_ == std::numeric_limits<std::size_t>::max()) {
       return;  // the usual case costs nothing
     }
+    Retained::Cursor positions = layers_[layer].cursor(row);
     std::size_t count = 0;
     for (std::size_t token = 0; token < scores.size(); ++token) {
-      const std::size_t position = retained.position(token, row);
+      const std::size_t position = positions.seek(token);
       if (position < keep_first_ || position >= keep_last_from_ ||
           std::binary_search(protected_.begin(), protected_.end(), position)) {
         scores[token] = std::numeric_limits<float>::max();
@@ -474,42 +465,42 @@ class Compressor {
     }
 
     Retained& retained = layers_[layer];
-    const std::size_t appended = source.rows(0) - retained.rows(0);
-    const bool whole = retained.whole_ && before == after;
-    if (whole) {
-      grow_all_positions(source.rows(0));
-    } else {
-      compose_positions(retained, kv_heads, selection);
-      retained.lists_.reserve_for(pending_positions_);
+    const std::size_t next_position = retained.next_position_ + source.rows(0) - retained.rows(0);
+    const std::size_t lists = selection.shared() ? retained.lists_ : kv_heads;
+    if (before != after) {
+      compose_positions(retained, lists, selection);
+      retained.sets_.resize(std::max(retained.sets_.size(), lists));
+    }
+    for (std::size_t list = 0; list < lists; ++list) {
+      if (before != after) {
+        retained.sets_[list].reserve_for(pending_[list]);
+      } else if (list < retained.lists_) {
+        retained.sets_[list].reserve(next_position);
+      }
     }
     move_rows(source, target, selection);
-    if (whole) {
-      retained.all_positions_ = all_positions_;
-      retained.whole_rows_ = source.rows(0);
+    if (before != after) {
+      std::copy_n(pending_.begin(), lists, retained.sets_.begin());
+      retained.lists_ = lists;
     } else {
-      retained.lists_.assign(pending_positions_);
+      for (std::size_t list = 0; list < retained.lists_; ++list) {
+        retained.sets_[list].append(retained.next_position_, next_position);
+      }
     }
-    retained.whole_ = whole;
-    retained.next_position_ += appended;
+    retained.next_position_ = next_position;
     retained.bytes_freed_ = (before - after) * kv_row_bytes(source);
     return retained;
   }
 
-  /// Positions of the selected rows, into `pending_positions_`.
-  void compose_positions(const Retained& retained, std::size_t kv_heads, const Selection& selection) {
-    const auto compose = [&](std::size_t head, std::span<std::uint32_t> out) {
-      const auto rows = selection.rows(head);
-      std::transform(rows.begin(), rows.end(), out.begin(), [&](std::uint32_t row) {
-        return static_cast<std::uint32_t>(retained.position(row, head));
-      });
-    };
-    if (selection.shared() && retained.shared()) {
-      compose(0, pending_positions_.assign_shared(selection.rows().size()));
-      return;
-    }
-    pending_positions_.assign_per_head();
-    for (std::size_t head = 0; head < kv_heads; ++head) {
-      compose(head, pending_positions_.append_head(selection.rows(head).size()));
+  /// Positions of the selected rows, into `pending_`.
+  void compose_positions(const Retained& retained, std::size_t lists, const Selection& selection) {
+    pending_.resize(std::max(pending_.size(), lists));
+    for (std::size_t list = 0; list < lists; ++list) {
+      Retained::Cursor positions = retained.cursor(list);
+      pending_[list].clear();
+      for (const std::uint32_t row : selection.rows(list)) {
+        pending_[list].push_back(positions.seek(row));
+      }
     }
   }
 
@@ -532,9 +523,7 @@ class Compressor {
   std::size_t keep_first_ = 0;
   std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();
   Selection selection_;
-  HeadLists pending_positions_;
-  std::shared_ptr<const std::vector<std::uint32_t>> all_positions_ =
-      std::make_shared<const std::vector<std::uint32_t>>();
+  std::vector<PositionSet> pending_;  // positions of a compaction under way
 };
 
 template <class P>

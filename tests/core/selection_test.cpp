@@ -12,7 +12,7 @@ namespace {
 using reference::expect_error;
 using Rows = std::vector<std::uint32_t>;
 
-Rows rows_of(const HeadLists& lists, std::size_t head) {
+Rows rows_of(const Selection& lists, std::size_t head) {
   return {lists.rows(head).begin(), lists.rows(head).end()};
 }
 
@@ -52,20 +52,19 @@ TEST(Selection, IsAValue) {
 }
 
 TEST(Selection, MemoryOfListsIsReused) {
-  HeadLists from;
-  from.assign_per_head();
-  from.append_head(3)[2] = 8;
-  from.append_head(1)[0] = 5;
-  HeadLists to;
-  to.assign_shared(100);
-  const std::size_t bytes = to.memory_bytes();
-  to.reserve_for(from);
-  to.assign(from);
-  EXPECT_EQ(to, from);
-  EXPECT_GE(to.memory_bytes(), bytes) << "memory is kept";
-  to.assign_shared(100);
-  EXPECT_TRUE(to.shared());
-  EXPECT_EQ(to.rows().size(), 100U);
+  Selection selection;
+  selection.assign_shared(100);
+  const std::size_t bytes = selection.memory_bytes();
+  selection.assign_per_head(4);
+  selection.append_head(3)[2] = 8;
+  selection.append_head(1)[0] = 5;
+  EXPECT_FALSE(selection.shared());
+  EXPECT_EQ(selection.rows(0).size(), 3U);
+  EXPECT_EQ(selection.rows(0)[2], 8U);
+  EXPECT_EQ(rows_of(selection, 1), (Rows{5}));
+  EXPECT_GE(selection.memory_bytes(), bytes) << "memory is kept";
+  EXPECT_EQ(selection.assign_shared(100).size(), 100U);
+  EXPECT_TRUE(selection.shared());
 }
 
 TEST(Selection, RejectsListsForOtherHeads) {

@@ -3,13 +3,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
-#include <span>
 #include <vector>
 
 #include "compresskv/core/error.hpp"
-#include "compresskv/core/selection.hpp"
+#include "compresskv/core/positions.hpp"
 
 namespace compresskv {
 
@@ -22,7 +20,7 @@ class Retained {
  public:
   /// Rows of the layer now; throws ArgumentError where KV heads differ (ask `rows(kv_head)`).
   std::size_t rows() const {
-    for (std::size_t head = 1; !whole_ && head < lists_.lists(); ++head) {
+    for (std::size_t head = 1; head < lists_; ++head) {
       detail::require(rows(head) == rows(0), "KV head ", head, " keeps ", rows(head), " rows, KV head 0 ",
                       rows(0), ": ask rows(kv_head)");
     }
@@ -30,29 +28,51 @@ class Retained {
   }
   std::size_t rows(std::size_t kv_head) const { return positions(kv_head).size(); }
 
-  /// Whether KV heads share one list of positions.
-  bool shared() const { return whole_ || lists_.shared(); }
+  /// Whether KV heads share one set of positions.
+  bool shared() const { return lists_ == 1; }
 
-  /// True positions of the rows, ascending.
-  std::span<const std::uint32_t> positions(std::size_t kv_head = 0) const {
-    return whole_ ? std::span(*all_positions_).first(whole_rows_) : lists_.rows(kv_head);
-  }
+  /// True positions of the rows, ascending: `for (std::uint32_t position : kept.positions(kv_head))`.
+  const PositionSet& positions(std::size_t kv_head = 0) const { return sets_[shared() ? 0 : kv_head]; }
 
   /// Position of a row; rows beyond `rows(kv_head)` are those that the engine appended since.
   std::size_t position(std::size_t row, std::size_t kv_head = 0) const {
-    const auto known = positions(kv_head);
+    const PositionSet& known = positions(kv_head);
     return row < known.size() ? known[row] : next_position_ + (row - known.size());
   }
 
   /// Row of a position, or nothing where it was evicted or lies ahead.
   std::optional<std::size_t> row(std::size_t position, std::size_t kv_head = 0) const {
-    const auto known = positions(kv_head);
-    const auto found = std::lower_bound(known.begin(), known.end(), position);
-    if (found == known.end() || *found != position) {
-      return std::nullopt;
-    }
-    return static_cast<std::size_t>(found - known.begin());
+    return positions(kv_head).row(position);
   }
+
+  /// Rows at positions below `position`, those appended since included: the row that a token at `position`
+  /// has or would have.
+  std::size_t rows_before(std::size_t position, std::size_t kv_head = 0) const {
+    return positions(kv_head).rows_before(position) +
+           (position > next_position_ ? position - next_position_ : 0);
+  }
+
+  /// Positions of rows asked for in ascending order, each step as cheap as the rows passed.
+  class Cursor {
+   public:
+    /// Position of `row`, which is not below the row asked before.
+    std::size_t seek(std::size_t row) {
+      if (row >= known_) {
+        return next_position_ + (row - known_);
+      }
+      at_.seek(row);
+      return *at_;
+    }
+
+   private:
+    friend class Retained;
+    Cursor(const PositionSet& set, std::size_t next_position)
+        : at_(set.begin()), known_(set.size()), next_position_(next_position) {}
+    PositionSet::Iterator at_;
+    std::size_t known_;
+    std::size_t next_position_;
+  };
+  Cursor cursor(std::size_t kv_head = 0) const { return {positions(kv_head), next_position_}; }
 
   /// Position of the token that comes next.
   std::size_t next_position() const { return next_position_; }
@@ -64,21 +84,34 @@ class Retained {
   template <class, class>
   friend class Compressor;
 
+  /// All of positions 0 .. `tokens` - 1; does not throw after `reserve_whole(tokens)`.
+  void assign_whole(std::size_t tokens) {
+    lists_ = 1;
+    sets_[0].clear();
+    sets_[0].append(0, tokens);
+    next_position_ = tokens;
+  }
+  void reserve_whole(std::size_t tokens) { sets_[0].reserve(tokens); }
+
   void truncate(std::size_t position) {
     if (position < next_position_) {
-      whole_rows_ = std::min(whole_rows_, position);
-      lists_.truncate(static_cast<std::uint32_t>(position));
+      for (std::size_t list = 0; list < lists_; ++list) {
+        sets_[list].truncate(position);
+      }
       next_position_ = position;
     }
   }
 
-  // Layers left whole share one list 0, 1, 2, ...: thirty lists of a long prompt would exceed the memory
-  // promise.
-  bool whole_ = true;
-  std::size_t whole_rows_ = 0;
-  std::shared_ptr<const std::vector<std::uint32_t>> all_positions_ =
-      std::make_shared<const std::vector<std::uint32_t>>();
-  HeadLists lists_;
+  std::size_t memory_bytes() const {
+    std::size_t total = sets_.capacity() * sizeof(PositionSet);
+    for (const PositionSet& set : sets_) {
+      total += set.memory_bytes();
+    }
+    return total;
+  }
+
+  std::vector<PositionSet> sets_ = std::vector<PositionSet>(1);  // the first lists_ are in use
+  std::size_t lists_ = 1;                                        // 1: shared by all KV heads, else one a head
   std::size_t next_position_ = 0;
   std::size_t bytes_freed_ = 0;
 };

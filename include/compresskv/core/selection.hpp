@@ -10,84 +10,6 @@
 
 namespace compresskv {
 
-/// Ascending lists of row indices of one layer: one list that all KV heads share, or one for each.
-class HeadLists {
- public:
-  /// Whether one list serves all KV heads.
-  bool shared() const { return shared_; }
-  /// Lists held: 1 when shared, else one a KV head.
-  std::size_t lists() const { return ends_.size(); }
-
-  /// The list of one KV head.
-  std::span<const std::uint32_t> rows(std::size_t kv_head = 0) const {
-    const std::size_t list = shared_ ? 0 : kv_head;
-    const std::size_t begin = list == 0 ? 0 : ends_[list - 1];
-    return std::span(values_).subspan(begin, ends_[list] - begin);
-  }
-
-  /// Makes this one shared list of `count` rows, to be filled ascending by the caller. Keeps its memory.
-  std::span<std::uint32_t> assign_shared(std::size_t count) {
-    shared_ = true;
-    ends_.assign(1, count);
-    values_.resize(count);
-    return values_;
-  }
-
-  /// Makes this an empty set of lists, one for each KV head, to be filled by `append_head`. Keeps its memory.
-  void assign_per_head() {
-    shared_ = false;
-    ends_.clear();
-    values_.clear();
-  }
-
-  /// Adds the next KV head's list of `count` rows, to be filled ascending by the caller.
-  std::span<std::uint32_t> append_head(std::size_t count) {
-    const std::size_t begin = values_.size();
-    values_.resize(begin + count);
-    ends_.push_back(values_.size());
-    return std::span(values_).subspan(begin);
-  }
-
-  /// Drops from every list the values from `limit` on.
-  void truncate(std::uint32_t limit) {
-    std::size_t kept = 0;
-    std::size_t begin = 0;
-    for (std::size_t& end : ends_) {
-      const std::size_t list_end = end;
-      for (std::size_t i = begin; i < list_end && values_[i] < limit; ++i) {
-        values_[kept++] = values_[i];
-      }
-      begin = list_end;
-      end = kept;
-    }
-    values_.resize(kept);
-  }
-
-  /// Makes room, so that a later `assign(other)` does not allocate.
-  void reserve_for(const HeadLists& other) {
-    values_.reserve(other.values_.size());
-    ends_.reserve(other.ends_.size());
-  }
-
-  /// Copies `other`; does not throw after `reserve_for(other)`.
-  void assign(const HeadLists& other) {
-    shared_ = other.shared_;
-    values_.assign(other.values_.begin(), other.values_.end());
-    ends_.assign(other.ends_.begin(), other.ends_.end());
-  }
-
-  std::size_t memory_bytes() const {
-    return values_.capacity() * sizeof(std::uint32_t) + ends_.capacity() * sizeof(std::size_t);
-  }
-
-  friend bool operator==(const HeadLists&, const HeadLists&) = default;
-
- private:
-  bool shared_ = true;
-  std::vector<std::uint32_t> values_;
-  std::vector<std::size_t> ends_ = {0};  // [list], where each list ends in values_
-};
-
 namespace detail {
 
 /// Rows before it stay where they are when a cache is compacted in place.
@@ -103,7 +25,7 @@ inline std::size_t first_moved(std::span<const std::uint32_t> rows) {
 
 /// Which rows of a layer's cache stay. A value: it may come from another rank, another engine or a file, and
 /// be given to `Compressor::compact`.
-class Selection : public HeadLists {
+class Selection {
  public:
   Selection() = default;
 
@@ -118,7 +40,7 @@ class Selection : public HeadLists {
   /// One list for each KV head; lengths may differ.
   static Selection per_head(std::span<const std::vector<std::uint32_t>> heads) {
     Selection selection;
-    selection.assign_per_head();
+    selection.assign_per_head(0);
     for (const auto& rows : heads) {
       const auto list = selection.append_head(rows.size());
       std::copy(rows.begin(), rows.end(), list.begin());
@@ -144,6 +66,54 @@ class Selection : public HeadLists {
                       ", the cache has rows 0 to ", available - 1, ": select from the cache as it stands");
     }
   }
+
+  /// Whether one list serves all KV heads.
+  bool shared() const { return shared_; }
+  /// Lists held: 1 when shared, else one a KV head.
+  std::size_t lists() const { return ends_.size(); }
+
+  /// The list of one KV head.
+  std::span<const std::uint32_t> rows(std::size_t kv_head = 0) const {
+    const std::size_t list = shared_ ? 0 : kv_head;
+    const std::size_t begin = list == 0 ? 0 : ends_[list - 1];
+    return std::span(values_).subspan(begin, ends_[list] - begin);
+  }
+
+  /// Makes this one shared list of `count` rows, to be filled ascending by the caller. Keeps its memory.
+  std::span<std::uint32_t> assign_shared(std::size_t count) {
+    shared_ = true;
+    ends_.assign(1, count);
+    values_.resize(count);
+    return values_;
+  }
+
+  /// Makes this an empty set of lists, one for each KV head, to be filled by `append_head`, with room for
+  /// `total` rows in all. Keeps its memory.
+  void assign_per_head(std::size_t total) {
+    shared_ = false;
+    ends_.clear();
+    values_.clear();
+    values_.reserve(total);
+  }
+
+  /// Adds the next KV head's list of `count` rows, to be filled ascending by the caller.
+  std::span<std::uint32_t> append_head(std::size_t count) {
+    const std::size_t begin = values_.size();
+    values_.resize(begin + count);
+    ends_.push_back(values_.size());
+    return std::span(values_).subspan(begin);
+  }
+
+  std::size_t memory_bytes() const {
+    return values_.capacity() * sizeof(std::uint32_t) + ends_.capacity() * sizeof(std::size_t);
+  }
+
+  friend bool operator==(const Selection&, const Selection&) = default;
+
+ private:
+  bool shared_ = true;
+  std::vector<std::uint32_t> values_;
+  std::vector<std::size_t> ends_ = {0};  // [list], where each list ends in values_
 };
 
 }  // namespace compresskv

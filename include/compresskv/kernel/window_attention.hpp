@@ -44,9 +44,10 @@ inline constexpr std::size_t tile = 1024;
 inline std::size_t heads_at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
                                  std::size_t window) {
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
-  // Scores, their copy for top-k, the selection, its positions, the positions of all tokens; and those that
-  // each layer may keep.
-  const std::size_t others = (5 + shape.layers) * rows * sizeof(float);
+  // Scores and selection of each KV head, one head's pooled scores, and 1.1 bits of position for each row, KV
+  // head and layer.
+  const std::size_t others =
+      (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80;
   const std::size_t head = window * rows * sizeof(float);
   return allowed <= others ? 1 : std::max<std::size_t>(1, (allowed - others) / head);
 }
@@ -80,20 +81,7 @@ template <class Kv, QueryObservation O>
 std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std::size_t own) {
   const std::size_t span = compresskv::detail::sliding_window(in.observation);
   const std::size_t position = in.retained.position(own, kv_head);
-  if (span == 0 || position < span) {
-    return 0;
-  }
-  std::size_t low = 0;
-  std::size_t high = own;
-  while (low < high) {  // positions ascend with the rows, whatever was evicted between them
-    const std::size_t middle = low + (high - low) / 2;
-    if (in.retained.position(middle, kv_head) + span > position) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
+  return span == 0 || position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
 }
 
 /// For heads of one KV head: softmax attention of the window summed over its rows, one array a head.

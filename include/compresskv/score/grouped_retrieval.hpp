@@ -54,21 +54,42 @@ class GroupedRetrieval {
         return head / in.shape.group() == kv_head;
       }));
     };
+    // Groups without a head share one mean; it is added up once where their rows are the same tokens.
+    std::size_t fallback = 0;
+    while (fallback < in.shape.kv_heads && heads_of(fallback) > 0) {
+      ++fallback;
+    }
+    const auto pool_into = [&](std::span<const float> sums, std::span<float> out) {
+      kernel::add_pooled(sums, heads_.options().pool, heads_.options().pool_width, out);
+    };
     kernel::window_attention(
         in, heads, workspace, executor, [&](std::uint32_t head, std::span<const float> sums) {
           const std::size_t own = head / in.shape.group();
+          pool_into(sums, scores.row(own));
+          if (fallback == in.shape.kv_heads) {
+            return;
+          }
+          if (in.retained.shared()) {
+            pool_into(sums, scores.row(fallback));
+            return;
+          }
           const std::span<float> pooled = workspace.take(Workspace::Slot::pooled, sums.size());
           std::fill(pooled.begin(), pooled.end(), 0.0F);
-          kernel::add_pooled(sums, heads_.options().pool, heads_.options().pool_width, pooled);
-          for (std::size_t kv_head = 0; kv_head < in.shape.kv_heads; ++kv_head) {
-            if (kv_head == own || heads_of(kv_head) == 0) {
+          pool_into(sums, pooled);
+          for (std::size_t kv_head = fallback; kv_head < in.shape.kv_heads; ++kv_head) {
+            if (heads_of(kv_head) == 0) {
               add_by_position(in, own, pooled, kv_head, scores.row(kv_head));
             }
           }
         });
     for (std::size_t kv_head = 0; kv_head < in.shape.kv_heads; ++kv_head) {
       const std::size_t own = heads_of(kv_head);
-      for (float& score : scores.row(kv_head)) {
+      const std::span<float> row = scores.row(kv_head);
+      if (own == 0 && in.retained.shared() && kv_head != fallback) {
+        std::copy_n(scores.row(fallback).begin(), row.size(), row.begin());
+        continue;
+      }
+      for (float& score : row) {
         score /= static_cast<float>(own == 0 ? heads.size() : own);
       }
     }
@@ -79,13 +100,15 @@ class GroupedRetrieval {
   template <class Kv, class O>
   static void add_by_position(const kernel::LayerInput<Kv, O>& in, std::size_t from_head,
                               std::span<const float> from, std::size_t to_head, std::span<float> to) {
+    Retained::Cursor source = in.retained.cursor(from_head);
+    Retained::Cursor target = in.retained.cursor(to_head);
     std::size_t f = 0;
     for (std::size_t t = 0; t < to.size() && f < from.size(); ++t) {
-      const std::size_t position = in.retained.position(t, to_head);
-      while (f < from.size() && in.retained.position(f, from_head) < position) {
+      const std::size_t position = target.seek(t);
+      while (f < from.size() && source.seek(f) < position) {
         ++f;
       }
-      if (f < from.size() && in.retained.position(f, from_head) == position) {
+      if (f < from.size() && source.seek(f) == position) {
         to[t] += from[f];
       }
     }

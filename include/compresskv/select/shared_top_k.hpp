@@ -29,8 +29,7 @@ class SharedTopK {
     assert(capacity >= window);
     const std::size_t kept = std::min(capacity - window, scores.tokens());
     const auto rows = selection.assign_shared(kept + window);
-    kernel::top_k(scores.row(0), workspace.take(Workspace::Slot::selection, scores.tokens()),
-                  rows.first(kept));
+    kernel::top_k(scores.row(0), workspace.take(Workspace::Slot::logits, scores.tokens()), rows.first(kept));
     std::iota(rows.end() - static_cast<std::ptrdiff_t>(window), rows.end(),
               static_cast<std::uint32_t>(scores.tokens()));
   }
