@@ -156,8 +156,7 @@ class Compressor {
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
     check_view(layer, kv);
     set_rows(kv);
-    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
-    if (longest <= capacity(layer, longest)) {
+    if (stays_whole(layer)) {
       select_all();
     } else {
       const Scores<granularity> scores = score_rows(layer, kv, observation);
@@ -219,6 +218,19 @@ class Compressor {
     }
     plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
     return selection_;
+  }
+
+  /// Rows to keep from attention alone, without any view: for engines whose cache lies on a device, and those
+  /// that only append. Where no more rows than the capacity are shown, all stay. Throws as `score`.
+  template <KeylessObservation O>
+  const Selection& select(std::size_t layer, const O& attention) {
+    check_layer(layer);
+    rows_.assign(plan_->shape().kv_heads, attention.tokens());
+    if (stays_whole(layer)) {
+      select_all();
+      return selection_;
+    }
+    return select(layer, score_rows(layer, NotGiven{}, attention));
   }
 
   /// Moves the selected rows of `kv` to its first rows, in order, and forgets the others. The selection may
@@ -364,6 +376,11 @@ class Compressor {
   /// window still stays whole.
   std::size_t capacity(std::size_t layer, std::size_t rows) const {
     return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
+  }
+
+  bool stays_whole(std::size_t layer) const {
+    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
+    return longest <= capacity(layer, longest);
   }
 
   template <class V>

@@ -220,6 +220,8 @@ TEST(ObservedAttention, SumsSelectAsTheRowsThatTheyAreSumsOf) {
     const auto scores = compressor.score(0, summed);
     EXPECT_TRUE(reference::same_bytes(copy_of(scores), expected)) << "bit for bit";
     const Selection alone = compressor.select(0, scores);
+    EXPECT_EQ(compressor.select(0, matrix), alone) << "in one call";
+    EXPECT_EQ(compressor.select(0, summed), alone);
     const Retained& kept = compressor.compress(0, layer.cache.view(), summed);
     EXPECT_EQ(Rows(kept.positions().begin(), kept.positions().end()),
               Rows(alone.rows().begin(), alone.rows().end()));

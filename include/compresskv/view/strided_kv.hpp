@@ -59,20 +59,20 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   /// Buffers of unknown size, large enough for `allocated_rows` rows of every KV head.
   /// Throws ArgumentError on a null pointer, a zero size, more rows than are allocated, blocks that do not
   /// divide head_dim, or strides that lay rows over each other.
-  template <layout::Layout KeyLayout>
+  template <layout::Layout KeyLayout = layout::Strides>
   StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& layout)
       : StridedKv(keys, values, shape, layout, layout) {}
-  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
   StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& key_layout,
             const ValueLayout& value_layout)
       : StridedKv(std::span(keys, detail::unknown_size / sizeof(Key)),
                   std::span(values, detail::unknown_size / sizeof(Value)), shape, key_layout, value_layout) {}
 
   /// Buffers of known size: also throws where a row would leave its buffer.
-  template <layout::Layout KeyLayout>
+  template <layout::Layout KeyLayout = layout::Strides>
   StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& layout)
       : StridedKv(keys, values, shape, layout, layout) {}
-  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
   StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& key_layout,
             const ValueLayout& value_layout)
       : keys_(keys.data()),
@@ -119,13 +119,13 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   detail::Placement value_placement_;
 };
 
-template <class Key, class Value, class L>
+template <class Key, class Value, class L = layout::Strides>
 StridedKv(Key*, Value*, KvShape, L) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L, class M>
+template <class Key, class Value, class L = layout::Strides, class M = layout::Strides>
 StridedKv(Key*, Value*, KvShape, L, M) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L>
+template <class Key, class Value, class L = layout::Strides>
 StridedKv(std::span<Key>, std::span<Value>, KvShape, L) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L, class M>
+template <class Key, class Value, class L = layout::Strides, class M = layout::Strides>
 StridedKv(std::span<Key>, std::span<Value>, KvShape, L, M) -> StridedKv<Key, Value>;
 
 static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Eigen::half, Eigen::bfloat16>> &&
