@@ -175,8 +175,8 @@ TEST(StridedKv, StridesMayStandBareForALayout) {
   const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
   const StridedKv one{buffer.data(), buffer.data(), shape, {.head = 8, .row = 16}};
   EXPECT_EQ(one.value_run(1, 0).base, buffer.data() + 8);
-  const StridedKv<float> two(std::span<float>(buffer), std::span<float>(buffer), shape,
-                             {.head = 8, .row = 16}, {.head = 40, .row = 8});
+  const std::span<float> whole = buffer;
+  const StridedKv<float> two(whole, whole, shape, {.head = 8, .row = 16}, {.head = 40, .row = 8});
   EXPECT_EQ(two.key_run(1, 0).row_stride, 16);
   EXPECT_EQ(two.value_run(1, 0).base, buffer.data() + 40);
 }
