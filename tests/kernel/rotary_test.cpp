@@ -151,6 +151,8 @@ TEST(Rotary, RefusesHeadsThatHoldDifferentRowsAndRotationsThatDoNotFit) {
   refused({.base = std::numeric_limits<double>::quiet_NaN()}, {"Rotary: base is nan"});
   refused({.position_scale = -1.0}, {"Rotary: position_scale is -1"});
   refused({.frequency_factors = factors}, {"Rotary: 8 frequency factors for 3 pairs", "one a pair"});
+  const std::vector<float> zero{1.0F, 0.0F, 1.0F};
+  refused({.frequency_factors = zero}, {"Rotary: frequency factor 1 is 0", "above 0"});
   compressor.compact(0, cache.view(), Selection::per_head(std::vector<Rows>{{1, 2}, {3, 4, 5}}));
   const std::vector<std::size_t> lengths{2, 3};
   KvShape ragged = cache.shape;

@@ -42,6 +42,10 @@ struct Rotary {
     require(frequency_factors.empty() || frequency_factors.size() == rotated / 2,
             "Rotary: ", frequency_factors.size(), " frequency factors for ", rotated / 2,
             " pairs: give one a pair");
+    for (std::size_t j = 0; j < frequency_factors.size(); ++j) {
+      require(std::isfinite(frequency_factors[j]) && frequency_factors[j] > 0.0F, "Rotary: frequency factor ",
+              j, " is ", frequency_factors[j], ", must be finite and above 0");
+    }
   }
 };
 
