@@ -20,14 +20,14 @@ static_assert(key_tile % PackedMatrix::panel == 0);
 // One KV head as matrices of the two products: keys turn a query into logits, values turn weights into an
 // output.
 struct PackedHead {
-  PackedMatrix keys;    // [tokens, head_dim]
-  PackedMatrix values;  // [head_dim, tokens]
+  PackedMatrix keys;    // [rows, head_dim]
+  PackedMatrix values;  // [head_dim, rows]
 };
 
 template <typename T>
-PackedHead pack(const T* keys, const T* values, Index tokens, Index head_dim) {
-  PackedHead head{PackedMatrix(tokens, head_dim), PackedMatrix(head_dim, tokens)};
-  for (Index t = 0; t < tokens; ++t) {
+PackedHead pack(const T* keys, const T* values, Index rows, Index head_dim) {
+  PackedHead head{PackedMatrix(rows, head_dim), PackedMatrix(head_dim, rows)};
+  for (Index t = 0; t < rows; ++t) {
     for (Index e = 0; e < head_dim; ++e) {
       head.keys(t, e) = compresskv::to_float(keys[t * head_dim + e]);
       head.values(e, t) = compresskv::to_float(values[t * head_dim + e]);
@@ -58,20 +58,21 @@ struct Tile {
     maximum[r] = highest;
   }
 
-  void attend(const PackedHead& head, Index first_token, Index tokens) {
+  // `first_row` is where the key of the tile's first token lies.
+  void attend(const PackedHead& head, Index first_row, Index tokens) {
     const Index rows = queries.rows();
     const Index head_dim = queries.cols();
     scores.resize(rows, key_tile);
     out.setZero(rows, head_dim);
     maximum.setConstant(rows, -std::numeric_limits<float>::infinity());
     sum.setZero(rows);
-    const Index end = first_token + tokens;
+    const Index end = first_row + tokens;
     for (Index k = 0; k < end; k += key_tile) {
       const Range keys{k, std::min(key_tile, end - k)};
       multiply({queries.data(), head_dim}, rows, head.keys, keys, {0, head_dim}, false,
                {scores.data(), key_tile});
       for (Index r = 0; r < rows; ++r) {
-        const Index visible = std::clamp(first_token + r % tokens + 1 - k, Index{0}, keys.count);
+        const Index visible = std::clamp(first_row + r % tokens + 1 - k, Index{0}, keys.count);
         if (visible > 0) {
           accumulate(r, visible, keys.count);
         } else {
@@ -100,7 +101,8 @@ void prefill_attention(const LayerCache& cache, const Matrix& queries, ThreadPoo
   pool.parallel_for(heads.size(), [&](std::size_t h) {
     with_kv_type(cache.type(), [&]<typename T>(T*) {
       const int kv_head = static_cast<int>(h);
-      heads[h] = pack(cache.keys<T>(kv_head), cache.values<T>(kv_head), tokens, head_dim);
+      heads[h] = pack(cache.keys<T>(kv_head), cache.values<T>(kv_head),
+                      static_cast<Index>(cache.rows(kv_head)), head_dim);
     });
   });
 
@@ -115,7 +117,8 @@ void prefill_attention(const LayerCache& cache, const Matrix& queries, ThreadPoo
       tile.queries.middleRows(g * count, count) =
           scale * queries.block(first, (kv_head * group + g) * head_dim, count, head_dim);
     }
-    tile.attend(heads[static_cast<std::size_t>(kv_head)], first, count);
+    const PackedHead& head = heads[static_cast<std::size_t>(kv_head)];
+    tile.attend(head, head.keys.outputs() - tokens + first, count);
     for (Index g = 0; g < group; ++g) {
       out.block(first, (kv_head * group + g) * head_dim, count, head_dim) =
           tile.out.middleRows(g * count, count);

@@ -1,4 +1,4 @@
-// Attention over a layer's cache: of a whole prompt (prefill) and of one token (decode).
+// Attention over a layer's cache: of a prompt or a chunk of one (prefill), and of one token (decode).
 #pragma once
 
 #include <span>
@@ -10,10 +10,13 @@
 
 namespace engine {
 
-/// Causal attention of a prompt over itself; row == position in the cache.
+/// Attention of the tokens whose rows are the last of every KV head: each to all rows before theirs, of which
+/// heads may hold different numbers, and causally to one another.
 ///
 /// `queries` and `out` are [tokens, heads * head_dim]. A tile of queries of all heads of a group meets one
-/// tile of keys at a time, with a running maximum and sum, so that no [tokens, tokens] matrix exists.
+/// tile of keys at a time, with a running maximum and sum, so that no [tokens, rows] matrix exists. Tiles of
+/// keys start at fixed rows and a query's sums go from row to row: chunks give the same bits as a prompt in
+/// one go.
 void prefill_attention(const LayerCache& cache, const Matrix& queries, ThreadPool& pool, Matrix& out);
 
 /// Attention of one query over the rows of a KV head, by the library's kernel.

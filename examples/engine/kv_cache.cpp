@@ -70,13 +70,13 @@ std::size_t LayerCache::bytes() const {
   return 2 * total_rows() * static_cast<std::size_t>(head_dim_) * kv_element_bytes(type_);
 }
 
-void LayerCache::reset(std::size_t rows, CacheMeter& meter) {
-  std::ranges::fill(rows_, 0);
-  relocate(std::vector<std::size_t>(static_cast<std::size_t>(kv_heads_), rows), meter);
-  std::ranges::fill(rows_, rows);
+void LayerCache::extend(std::size_t count, CacheMeter& meter) {
+  const std::size_t longest = *std::ranges::max_element(rows_) + count;
+  relocate(std::vector<std::size_t>(rows_.size(), longest), meter);
+  for (std::size_t& rows : rows_) rows += count;
 }
 
-void LayerCache::shrink(std::span<const std::size_t> rows, CacheMeter& meter) {
+void LayerCache::truncate(std::span<const std::size_t> rows) {
   if (rows.size() != rows_.size()) {
     throw Error(fmt::format("{} lengths for {} KV heads; give one each", rows.size(), rows_.size()));
   }
@@ -86,7 +86,10 @@ void LayerCache::shrink(std::span<const std::size_t> rows, CacheMeter& meter) {
     }
   }
   std::ranges::copy(rows, rows_.begin());
-  relocate(rows_, meter);
+}
+
+void LayerCache::fit(CacheMeter& meter) {
+  if (allocated_ != rows_) relocate(rows_, meter);
 }
 
 void LayerCache::reserve(std::size_t extra, CacheMeter& meter) {
@@ -99,9 +102,9 @@ void LayerCache::reserve(std::size_t extra, CacheMeter& meter) {
   if (!enough) relocate(wanted, meter);
 }
 
-// Moves every head's rows to where the new layout has them. A head moves to the front when those before it
-// shrink and to the back when they grow; `allocated` does one of the two for all heads, so the order of
-// moving is what keeps rows from being overwritten.
+// Moves every head's rows to where the new layout has them. Those that move to the front go from the first
+// head to the last, those that move to the back from the last to the first: no row is overwritten before it
+// has moved.
 void LayerCache::relocate(std::span<const std::size_t> allocated, CacheMeter& meter) {
   const std::size_t row_bytes = static_cast<std::size_t>(head_dim_) * kv_element_bytes(type_);
   const std::size_t bytes_before = bytes();
@@ -125,7 +128,7 @@ void LayerCache::relocate(std::span<const std::size_t> allocated, CacheMeter& me
   };
   const auto move_head = [&](Buffer& buffer, std::size_t h) {
     auto* base = static_cast<std::byte*>(buffer.get());
-    if (rows_[h] > 0 && first[h] != first_row_[h]) {
+    if (rows_[h] > 0) {
       std::memmove(base + first[h] * row_bytes, base + first_row_[h] * row_bytes, rows_[h] * row_bytes);
     }
   };
@@ -137,7 +140,12 @@ void LayerCache::relocate(std::span<const std::size_t> allocated, CacheMeter& me
     resize(values_);
   }
   for (Buffer* buffer : {&keys_, &values_}) {
-    for (std::size_t i = 0; i < first.size(); ++i) move_head(*buffer, grows ? first.size() - 1 - i : i);
+    for (std::size_t h = 0; h < first.size(); ++h) {
+      if (first[h] < first_row_[h]) move_head(*buffer, h);
+    }
+    for (std::size_t h = first.size(); h-- > 0;) {
+      if (first[h] > first_row_[h]) move_head(*buffer, h);
+    }
   }
   if (!grows) {
     resize(keys_);

@@ -86,12 +86,16 @@ class LayerCache {
     return static_cast<const T*>(values_.get()) + first(kv_head);
   }
 
-  /// Every KV head gets `rows` rows, uninitialised, and no room beyond them. What was there is lost.
-  void reset(std::size_t rows, CacheMeter& meter);
+  /// Every KV head gets `count` more rows, uninitialised, behind those that it holds. All heads then have the
+  /// room of the longest and no more, so that they lie at one distance.
+  void extend(std::size_t count, CacheMeter& meter);
 
-  /// Keeps the first `rows[h]` rows of each KV head and gives the rest back, without a second copy at any
-  /// time.
-  void shrink(std::span<const std::size_t> rows, CacheMeter& meter);
+  /// Keeps the first `rows[h]` rows of each KV head; what lay behind them is room. Throws Error for more rows
+  /// than there are.
+  void truncate(std::span<const std::size_t> rows);
+
+  /// Gives all room back, without a second copy at any time.
+  void fit(CacheMeter& meter);
 
   /// Makes room for `extra` more rows in every KV head.
   void reserve(std::size_t extra, CacheMeter& meter);

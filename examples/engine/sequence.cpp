@@ -92,8 +92,11 @@ void LayerView::shrink(std::span<const std::size_t> rows_kept) {
     throw Error(fmt::format("layer {}: {} lengths for {} KV heads; give one each", layer, rows_kept.size(),
                             kv_heads));
   }
-  for (const std::size_t kept : rows_kept) {
-    if (kept > rows) throw Error(fmt::format("layer {}: cannot keep {} rows of {}", layer, kept, rows));
+  for (std::size_t h = 0; h < rows_kept.size(); ++h) {
+    if (rows_kept[h] > head_rows[h]) {
+      throw Error(fmt::format("layer {}: KV head {} cannot keep {} rows of {}", layer, h, rows_kept[h],
+                              head_rows[h]));
+    }
   }
   kept_.assign(rows_kept.begin(), rows_kept.end());
 }
@@ -109,6 +112,7 @@ LayerView& LayerView::shadow() {
     shadow_->head_dim = head_dim;
     shadow_->rows = rows;
     shadow_->allocated_rows = allocated_rows;
+    shadow_->head_rows = shadow_cache_->rows();
     shadow_->window = window;
     shadow_->queries = queries;
     shadow_->cache_ = &*shadow_cache_;
@@ -126,8 +130,8 @@ void Sequence::clear() {
   shadows_.assign(static_cast<std::size_t>(c.layers), std::nullopt);
   meter_ = {};
   shadow_meter_ = {};
-  prompt_tokens_ = 0;
   next_position_ = 0;
+  contiguous_from_ = 0;
   prefill_peak_ = 0;
   shrink_time_ = {};
   logits_.resize(0);
@@ -147,8 +151,8 @@ Sequence Sequence::clone() const {
   copy.shadow_meter_ = shadow_meter_;
   copy.caches_ = caches_;
   copy.shadows_ = shadows_;
-  copy.prompt_tokens_ = prompt_tokens_;
   copy.next_position_ = next_position_;
+  copy.contiguous_from_ = contiguous_from_;
   copy.prefill_peak_ = prefill_peak_;
   copy.shrink_time_ = shrink_time_;
   copy.logits_ = logits_;
@@ -157,16 +161,15 @@ Sequence Sequence::clone() const {
 
 std::span<const float> Sequence::prefill(std::span<const TokenId> tokens, const PrefillOptions& options) {
   const ModelConfig& c = model_->config();
-  if (prompt_tokens_ != 0) {
+  if (tokens.empty()) throw Error("prefill: there are no tokens; give at least one");
+  if (next_position_ + tokens.size() > c.context) {
     throw Error(
-        fmt::format("the sequence already holds a prompt of {} tokens; use a new one", prompt_tokens_));
-  }
-  if (tokens.empty()) throw Error("the prompt is empty; give at least one token");
-  if (tokens.size() > c.context) {
-    throw Error(fmt::format("the prompt has {} tokens, but the model's context holds {}; shorten the prompt",
-                            tokens.size(), c.context));
+        fmt::format("prefill: the sequence would have {} tokens, but the model's context holds {}; "
+                    "shorten the prompt",
+                    next_position_ + tokens.size(), c.context));
   }
   for (const TokenId token : tokens) check_token(*model_, token);
+  check_no_shadow("prefill");
   try {
     run_prefill(tokens, options);
   } catch (...) {
@@ -189,7 +192,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   rotations.reserve(tokens.size());
   for (Index t = 0; t < count; ++t) {
     embed(model, tokens[static_cast<std::size_t>(t)], row_of(hidden, t));
-    rotations.emplace_back(model, static_cast<std::size_t>(t));
+    rotations.emplace_back(model, next_position_ + static_cast<std::size_t>(t));
   }
   const auto for_token_tiles = [&](const auto& task) {
     pool.parallel_for(static_cast<std::size_t>(tiles(count, token_tile)), [&](std::size_t tile) {
@@ -208,11 +211,12 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   std::vector<float> window_queries(static_cast<std::size_t>(c.heads * window * head_dim));
   Matrix queries(count, c.heads * head_dim);
   Matrix attention;
+  bool shrunk = false;
 
   for (int l = 0; l < c.layers; ++l) {
     const LayerWeights& weights = model.layers()[static_cast<std::size_t>(l)];
     LayerCache& cache = caches_[static_cast<std::size_t>(l)];
-    cache.reset(tokens.size(), meter_);
+    cache.extend(tokens.size(), meter_);
 
     for_token_tiles([&](Index first, Index rows) {
       const Matrix normed = norm_tile(first, rows, weights.attention_norm);
@@ -227,7 +231,8 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
         rotation.apply(row_of(keys, t), head_size);
         for (int h = 0; h < c.kv_heads; ++h) {
           const std::size_t at = static_cast<std::size_t>(h) * head_size;
-          cache.write(h, static_cast<std::size_t>(first + t), row_of(keys, t).subspan(at, head_size),
+          const std::size_t row = cache.rows(h) - tokens.size() + static_cast<std::size_t>(first + t);
+          cache.write(h, row, row_of(keys, t).subspan(at, head_size),
                       row_of(values, t).subspan(at, head_size));
         }
       }
@@ -247,22 +252,26 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       view.heads = c.heads;
       view.kv_heads = c.kv_heads;
       view.head_dim = c.head_dim;
-      view.rows = tokens.size();
-      view.allocated_rows = tokens.size();
+      view.rows = std::ranges::max(cache.rows());
+      view.allocated_rows = cache.allocated_rows(0);
+      view.head_rows = cache.rows();
       view.window = static_cast<std::size_t>(window);
       view.queries = window_queries.data();
       view.cache_ = &cache;
       options.on_layer(view);
       if (!view.kept_.empty()) {
-        const auto start = std::chrono::steady_clock::now();
-        cache.shrink(view.kept_, meter_);
-        shrink_time_ += std::chrono::steady_clock::now() - start;
+        cache.truncate(view.kept_);
+        shrunk = true;
       }
       if (view.shadow_) {
-        if (!view.shadow_->kept_.empty()) view.shadow_cache_->shrink(view.shadow_->kept_, shadow_meter_);
+        if (!view.shadow_->kept_.empty()) view.shadow_cache_->truncate(view.shadow_->kept_);
+        view.shadow_cache_->fit(shadow_meter_);
         shadows_[static_cast<std::size_t>(l)] = std::move(view.shadow_cache_);
       }
     }
+    const auto start = std::chrono::steady_clock::now();
+    cache.fit(meter_);
+    shrink_time_ += std::chrono::steady_clock::now() - start;
 
     for_token_tiles([&](Index first, Index rows) {
       multiply(rows_from(attention, first), rows, weights.output, true, rows_from(hidden, first));
@@ -284,14 +293,64 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   };
   if (options.on_logits) {
     for (Index first = 0; first < count; first += logits_tile) {
-      options.on_logits(static_cast<std::size_t>(first),
+      options.on_logits(next_position_ + static_cast<std::size_t>(first),
                         logits_of(first, std::min(logits_tile, count - first)));
     }
   }
   logits_ = logits_of(count - 1, 1).transpose();
-  prompt_tokens_ = tokens.size();
-  next_position_ = tokens.size();
+  next_position_ += tokens.size();
+  if (shrunk) contiguous_from_ = next_position_;
   prefill_peak_ = meter_.peak;
+}
+
+void Sequence::check_no_shadow(const char* what) const {
+  for (std::size_t l = 0; l < shadows_.size(); ++l) {
+    if (shadows_[l]) {
+      throw Error(
+          fmt::format("{}: layer {} has a shadow, after which tokens can only be decoded; use a "
+                      "sequence without",
+                      what, l));
+    }
+  }
+}
+
+void Sequence::check_truncate(std::size_t position) const {
+  if (position == 0) throw Error("truncate: position is 0, nothing would be left; use a new sequence");
+  if (position > next_position_) {
+    throw Error(fmt::format("truncate: position {} lies ahead, the sequence has {} tokens; give at most that",
+                            position, next_position_));
+  }
+  check_no_shadow("truncate");
+}
+
+void Sequence::truncate(std::size_t position) {
+  check_truncate(position);
+  if (position < contiguous_from_) {
+    throw Error(
+        fmt::format("truncate: position {} lies before {}, where the cache was last shrunk; say how "
+                    "many rows are left of each KV head",
+                    position, contiguous_from_));
+  }
+  const std::size_t taken = next_position_ - position;
+  truncate(position, [&](int layer, int kv_head) { return rows(layer, kv_head) - taken; });
+}
+
+void Sequence::truncate(std::size_t position,
+                        const std::function<std::size_t(int layer, int kv_head)>& rows_left) {
+  check_truncate(position);
+  std::vector<std::vector<std::size_t>> left(caches_.size());
+  for (std::size_t l = 0; l < left.size(); ++l) {
+    for (int h = 0; h < caches_[l].kv_heads(); ++h) {
+      left[l].push_back(rows_left(static_cast<int>(l), h));
+      if (left[l].back() > caches_[l].rows(h)) {
+        throw Error(fmt::format("truncate: layer {}, KV head {}: {} rows cannot be left of {}", l, h,
+                                left[l].back(), caches_[l].rows(h)));
+      }
+    }
+  }
+  for (std::size_t l = 0; l < left.size(); ++l) caches_[l].truncate(left[l]);
+  next_position_ = position;
+  contiguous_from_ = std::min(contiguous_from_, position);
 }
 
 void Sequence::show_last_attention(int layer, std::span<const float> query) const {
@@ -327,7 +386,7 @@ void decode_batch(std::span<const DecodeStep> steps) {
             "decode: steps {} and {} are of the same sequence; it can take one step at a time", other, b));
       }
     }
-    if (sequence->prompt_tokens_ == 0)
+    if (sequence->next_position_ == 0)
       throw Error(fmt::format("decode: step {} has no prompt; call prefill first", b));
     check_token(*sequence->model_, steps[b].token);
     if (steps[b].position >= sequence->model_->config().context) {
@@ -446,7 +505,9 @@ void decode_batch(std::span<const DecodeStep> steps) {
   for (Index b = 0; b < batch; ++b) {
     Sequence& sequence = *steps[static_cast<std::size_t>(b)].sequence;
     sequence.logits_ = block.row(b).transpose();
-    sequence.next_position_ = steps[static_cast<std::size_t>(b)].position + 1;
+    const std::size_t position = steps[static_cast<std::size_t>(b)].position;
+    if (position != sequence.next_position_) sequence.contiguous_from_ = position;  // keys were re-rotated
+    sequence.next_position_ = position + 1;
   }
 }
 

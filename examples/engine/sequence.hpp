@@ -1,12 +1,13 @@
 // One sequence being generated: its cache, and the forward pass over a model's weights.
 //
 //   Sequence sequence{model, {.kv_type = KvType::f32}};
-//   auto logits = sequence.prefill(prompt, {.window = 8, .on_layer = [&](LayerView& layer) { ...
-//   layer.shrink(n); }}); for (position = next_position; ...; ++position) logits = sequence.decode(token,
-//   position);
+//   auto logits = sequence.prefill(prompt, {.window = 8, .on_layer = compress_and_shrink});
+//   for (position = next_position; ...; ++position) logits = sequence.decode(token, position);
+//   logits = sequence.prefill(next_turn, ...);
 //
-// Prefill goes layer by layer over the whole prompt. A layer's cache is complete when `on_layer` sees it, and
-// what the callback gives up is freed before the next layer starts: one full layer is alive at a time.
+// Prefill goes layer by layer over all tokens that it is given: the prompt, the next chunk of a long one, or
+// what the user says next. A layer's cache is complete when `on_layer` sees it, and what the callback gives
+// up is freed before the next layer starts: one layer at a time holds more than is kept.
 #pragma once
 
 #include <chrono>
@@ -23,7 +24,8 @@
 
 namespace engine {
 
-/// A layer at the end of its prefill, as `PrefillOptions::on_layer` sees it. Valid during the callback alone.
+/// A layer at the end of its prefill, as `PrefillOptions::on_layer` sees it: the rows that it held before and
+/// those of the tokens just read. Valid during the callback alone.
 class LayerView {
  public:
   int layer = 0;
@@ -31,11 +33,12 @@ class LayerView {
   int heads = 0;  ///< query heads
   int kv_heads = 0;
   int head_dim = 0;
-  std::size_t rows = 0;            ///< of every KV head: the prompt's length; row == position here
+  std::size_t rows = 0;            ///< of the longest KV head; row == position where nothing was evicted
   std::size_t allocated_rows = 0;  ///< rows from one KV head to the next
-  std::size_t window = 0;          ///< queries per head: min(PrefillOptions::window, rows)
-  const float* queries =
-      nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last `window` prompt tokens
+  /// [kv_heads]: rows of each, where an eviction left them unlike.
+  std::span<const std::size_t> head_rows;
+  std::size_t window = 0;          ///< queries per head: min(PrefillOptions::window, tokens just read)
+  const float* queries = nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last tokens read
 
   /// [kv_heads][allocated_rows][head_dim], post-RoPE; T must be the element type of `type`.
   template <typename T>
@@ -47,7 +50,7 @@ class LayerView {
     return cache_->values<T>(0);
   }
 
-  /// The callback has moved the rows it keeps to the front: every KV head holds `rows` now. The layer's
+  /// The callback has moved the rows it keeps to the front: every KV head holds `rows_kept` now. The layer's
   /// memory is cut to that when the callback returns. Throws Error for more rows than there are.
   void shrink(std::size_t rows_kept);
   /// The same with one length per KV head, [kv_heads].
@@ -55,7 +58,7 @@ class LayerView {
 
   /// A copy of the layer's cache, to be compressed instead of it: from here on every decode step runs this
   /// layer's attention on both and tells `Hooks::shadow`; the hidden state that goes on is that of the cache
-  /// itself. The first call makes the copy.
+  /// itself. The first call makes the copy. No more than decoding may follow: neither prefill nor truncate.
   LayerView& shadow();
 
  private:
@@ -69,16 +72,16 @@ class LayerView {
 struct PrefillOptions {
   std::size_t window = 8;                    ///< queries kept for `LayerView::queries`
   std::function<void(LayerView&)> on_layer;  ///< after each layer; may throw to stop
-  /// Asked for: the logits of all positions, a tile at a time, ascending: [tokens][vocabulary] from `first`
-  /// on.
+  /// Asked for: the logits of all positions read, a tile at a time, ascending: [tokens][vocabulary] from
+  /// position `first` on.
   std::function<void(std::size_t first, const Matrix& logits)> on_logits;
 };
 
 /// What a caller may watch; each costs time only where it is set.
 struct Hooks {
-  /// Softmax row of one query head over the rows of its KV head (row == position in prefill). Called for the
-  /// last prompt token in prefill (its query produces the first generated token), before on_layer, and for
-  /// each decoded token, in order of layer and head.
+  /// Softmax row of one query head over the rows of its KV head (row == position where nothing was evicted).
+  /// Called for the last token that a prefill reads (its query produces the next token), before on_layer, and
+  /// for each decoded token, in order of layer and head.
   std::function<void(int layer, int head, std::span<const float> row)> attention;
   /// At each decode step, for layers with a shadow: the attention block's output after the output projection,
   /// [embedding], from the layer's cache and from its shadow.
@@ -110,14 +113,34 @@ class Sequence {
  public:
   explicit Sequence(const Model& model, SequenceOptions options = {});
 
-  /// Runs the prompt; returns the last token's logits, [vocabulary], valid until the next call.
-  /// Throws Error for an empty prompt, one longer than the context (with both numbers), a token out of the
-  /// vocabulary, or a sequence that already holds a prompt. Where a callback throws, the sequence is empty
-  /// again.
+  /// Reads a prompt, or what follows: the next chunk of it, the next turn of a conversation. The tokens stand
+  /// at positions next_position(), +1, ... and see all rows held and, causally, one another. Returns the last
+  /// token's logits, [vocabulary], valid until the next call.
+  ///
+  /// A prompt read in chunks gives the same bits as in one go, as long as nothing is evicted in between.
+  ///
+  /// Throws Error before anything changes: no tokens, more than the context holds (with both numbers), a
+  /// token out of the vocabulary, a layer that has a shadow. Where a callback throws, layers may have been
+  /// compressed already, and the whole sequence is empty again.
   std::span<const float> prefill(std::span<const TokenId> tokens, const PrefillOptions& options = {});
 
   /// Feeds one token at its true position; returns the logits that follow it. See decode_batch.
   std::span<const float> decode(TokenId token, std::size_t position);
+
+  /// Takes back the tokens from `position` on, such as rejected speculative ones: their rows go, the sequence
+  /// goes on at `position`, and what is fed there gives the bits that it would have given without them.
+  /// logits() stay those of the last token fed. The memory is kept as room.
+  ///
+  /// Only for tokens fed since a layer was last shrunk, whose rows are the last of every KV head. Throws
+  /// Error for positions before them, for 0, for one ahead of next_position(), and where a layer has a
+  /// shadow.
+  void truncate(std::size_t position);
+
+  /// The same for any position. `rows_left(layer, kv_head)` says how many rows, the first ones, stay: those
+  /// at positions before `position`. After `compressor.truncate(position)` that is
+  /// `kept.rows(kv_head) + (position - kept.next_position())` of `kept = compressor.retained(layer)`. Throws
+  /// Error before anything changes, for more rows than a KV head holds too.
+  void truncate(std::size_t position, const std::function<std::size_t(int layer, int kv_head)>& rows_left);
 
   /// A deep copy, cache included: several continuations of one prompt. Hooks are not copied.
   Sequence clone() const;
@@ -126,14 +149,14 @@ class Sequence {
   Hooks& hooks() { return hooks_; }
   const Model& model() const { return *model_; }
   KvType kv_type() const { return options_.kv_type; }
-  std::size_t prompt_tokens() const { return prompt_tokens_; }
-  std::size_t next_position() const { return next_position_; }  ///< one after the last token fed
+  /// One after the last token fed; 0 for an empty sequence.
+  std::size_t next_position() const { return next_position_; }
 
   const LayerCache& cache(int layer) const { return caches_[static_cast<std::size_t>(layer)]; }
   std::size_t rows(int layer, int kv_head) const { return cache(layer).rows(kv_head); }
 
   /// Bytes of cache allocated now (shadows not counted), the most since construction, and the most up to the
-  /// end of prefill. Allocations are exact at the end of prefill: the sum of all layers' rows.
+  /// end of the last prefill. Allocations are exact at the end of a prefill: the sum of all layers' rows.
   std::size_t cache_bytes() const { return meter_.current; }
   std::size_t peak_cache_bytes() const { return meter_.peak; }
   std::size_t prefill_peak_cache_bytes() const { return prefill_peak_; }
@@ -143,7 +166,8 @@ class Sequence {
   /// Bytes of cache that `tokens` tokens take in all layers when nothing is evicted.
   static std::size_t full_cache_bytes(const ModelConfig& config, KvType type, std::size_t tokens);
 
-  /// Room for `tokens` more tokens in every layer, so that decoding need not grow the cache. Optional.
+  /// Room for `tokens` more tokens in every layer, so that decoding need not grow the cache; a prefill gives
+  /// back what is left of it. Optional.
   void reserve(std::size_t tokens);
 
  private:
@@ -151,6 +175,8 @@ class Sequence {
 
   void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
   void show_last_attention(int layer, std::span<const float> query) const;
+  void check_truncate(std::size_t position) const;
+  void check_no_shadow(const char* what) const;
   void clear();
 
   const Model* model_;
@@ -160,8 +186,8 @@ class Sequence {
   CacheMeter shadow_meter_;
   std::vector<LayerCache> caches_;                  // [layers]
   std::vector<std::optional<LayerCache>> shadows_;  // [layers]
-  std::size_t prompt_tokens_ = 0;
   std::size_t next_position_ = 0;
+  std::size_t contiguous_from_ = 0;  // rows of positions from here on are the last of every KV head
   std::size_t prefill_peak_ = 0;
   std::chrono::duration<double, std::milli> shrink_time_{};
   Vector logits_;  // [vocabulary]

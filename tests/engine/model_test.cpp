@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "engine/sequence.hpp"
+#include "engine/sequence_checks.hpp"
 #include "engine/tiny_model.hpp"
 #include "message_of.hpp"
 
@@ -21,7 +22,10 @@ namespace {
 
 using compresskv::test::message_of;
 using compresskv::test::says;
+using test::copy;
 using test::GgufWriter;
+using test::keep_rows;
+using test::near;
 using test::plain_frequencies;
 using test::random_tokens;
 using test::Reference;
@@ -30,23 +34,6 @@ using test::TinyShape;
 
 // Float32 against double through two layers; the numbers themselves are of size 1 to 10.
 constexpr double tolerance = 2e-4;
-
-template <typename Found>
-testing::AssertionResult near(const Found& found, std::span<const double> expected, double bound) {
-  if (found.size() != expected.size()) {
-    return testing::AssertionFailure() << found.size() << " numbers instead of " << expected.size();
-  }
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    const double difference = std::abs(static_cast<double>(found[i]) - expected[i]);
-    if (!(difference <= bound)) {
-      return testing::AssertionFailure()
-             << "number " << i << ": " << found[i] << " instead of " << expected[i];
-    }
-  }
-  return testing::AssertionSuccess();
-}
-
-std::vector<float> copy(std::span<const float> values) { return {values.begin(), values.end()}; }
 
 // Prefill of the first `prompt` tokens, then one decode step for each that is left; all logits.
 std::vector<std::vector<float>> run(Sequence& sequence, std::span<const TokenId> tokens, std::size_t prompt,
@@ -203,24 +190,6 @@ TEST(Prefill, ShowsEachLayerKeysValuesAndWindowQueries) {
                       .on_logits = {}});
     EXPECT_EQ(layers, s.layers);
   }
-}
-
-// Moves the rows `kept` of every KV head to the front, as a compression does.
-void keep_rows(LayerView& view, std::span<const std::vector<std::size_t>> kept) {
-  with_kv_type(view.type, [&]<typename T>(T*) {
-    const auto d = static_cast<std::size_t>(view.head_dim);
-    std::vector<std::size_t> lengths;
-    for (std::size_t h = 0; h < kept.size(); ++h) {
-      for (std::size_t r = 0; r < kept[h].size(); ++r) {
-        const std::size_t from = (h * view.allocated_rows + kept[h][r]) * d;
-        const std::size_t to = (h * view.allocated_rows + r) * d;
-        std::copy_n(view.keys<T>() + from, d, view.keys<T>() + to);
-        std::copy_n(view.values<T>() + from, d, view.values<T>() + to);
-      }
-      lengths.push_back(kept[h].size());
-    }
-    view.shrink(lengths);
-  });
 }
 
 // Different rows in every layer and KV head: what is kept of 90 positions in a layer, by head.
@@ -649,7 +618,7 @@ TEST(Prefill, RefusesWhatDoesNotFit) {
   const TinyModel tiny;
   const Model model = tiny.model();
   Sequence sequence{model};
-  EXPECT_TRUE(says(message_of<Error>([&] { sequence.prefill({}); }), {"empty"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { sequence.prefill({}); }), {"no tokens"}));
   EXPECT_TRUE(says(message_of<Error>([&] { sequence.prefill(random_tokens(401, 41, 1)); }), {"401", "400"}));
   EXPECT_TRUE(says(message_of<Error>([&] {
                      sequence.prefill(std::vector<TokenId>{0, 41});
@@ -657,8 +626,7 @@ TEST(Prefill, RefusesWhatDoesNotFit) {
                    {"41", "0 to 40"}));
   EXPECT_TRUE(says(message_of<Error>([&] { sequence.prefill(std::vector<TokenId>{-1}); }), {"-1"}));
   EXPECT_NO_THROW(sequence.prefill(random_tokens(400, 41, 1)));
-  EXPECT_TRUE(
-      says(message_of<Error>([&] { sequence.prefill(random_tokens(4, 41, 1)); }), {"already", "400"}));
+  EXPECT_TRUE(says(message_of<Error>([&] { sequence.prefill(random_tokens(4, 41, 1)); }), {"404", "400"}));
   EXPECT_TRUE(says(message_of<Error>([&] { sequence.decode(1, 400); }), {"400", "context"}));
 }
 
@@ -696,7 +664,7 @@ TEST(Prefill, LeavesAnEmptySequenceWhereACallbackThrows) {
                                              },
                                          .on_logits = {}}),
                std::runtime_error);
-  EXPECT_EQ(sequence.prompt_tokens(), 0U);
+  EXPECT_EQ(sequence.next_position(), 0U);
   EXPECT_EQ(sequence.cache_bytes(), 0U);
   Sequence fresh{model};
   EXPECT_EQ(copy(sequence.prefill(tokens)), copy(fresh.prefill(tokens)));
