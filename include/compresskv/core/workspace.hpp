@@ -11,7 +11,7 @@ namespace compresskv {
 /// state allocates nothing. Contents do not outlive the call that took them.
 class Workspace {
  public:
-  enum class Slot { queries, key_rows, logits, row_sums, pooled, scores };
+  enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores };
 
   /// `count` floats with unspecified contents; taking a slot again invalidates the span taken before.
   std::span<float> take(Slot slot, std::size_t count) {
@@ -33,7 +33,7 @@ class Workspace {
   }
 
  private:
-  std::array<std::vector<float>, 6> buffers_;
+  std::array<std::vector<float>, 7> buffers_;
 };
 
 }  // namespace compresskv

@@ -39,17 +39,25 @@ namespace detail {
 /// cache.
 inline constexpr std::size_t tile = 1024;
 
-/// Heads whose logits are held at once: all extra memory stays within 1 % of the model's cache, one head at
-/// the least.
-inline std::size_t heads_at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
-                                 std::size_t window) {
+/// What is held at once, so that all extra memory stays within 1 % of the model's cache: whole heads, or
+/// where not even one fits, some of its queries. One query at the least.
+struct AtOnce {
+  std::size_t heads = 1;
+  std::size_t queries = 1;  ///< of all these heads
+};
+
+inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows, std::size_t window) {
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
   // Scores and selection of each KV head, one head's pooled scores, and 1.1 bits of position for each row, KV
   // head and layer.
   const std::size_t others =
       (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80;
-  const std::size_t head = window * rows * sizeof(float);
-  return allowed <= others ? 1 : std::max<std::size_t>(1, (allowed - others) / head);
+  const std::size_t arrays = allowed <= others ? 0 : (allowed - others) / (rows * sizeof(float));
+  const std::size_t heads = arrays / (window + 1);  // a head's logits, and their sum
+  if (heads > 0) {
+    return {.heads = heads, .queries = heads * window};
+  }
+  return {.queries = arrays < 2 ? 1 : arrays - 1};
 }
 
 [[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::span<const float> values) {
@@ -84,11 +92,12 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
   return span == 0 || position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
 }
 
-/// For heads of one KV head: softmax attention of the window summed over its rows, one array a head.
+/// For heads of one KV head: softmax attention of the window summed over its rows, one array a head. Logits
+/// of `queries_at_once` queries are held at a time.
 template <class Kv, class Observed, Executor X, class PerHead>
 void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
-                              std::span<const std::uint32_t> heads, Workspace& workspace, X& executor,
-                              PerHead&& per_head) {
+                              std::span<const std::uint32_t> heads, std::size_t queries_at_once,
+                              Workspace& workspace, X& executor, PerHead&& per_head) {
   const std::size_t head_dim = in.shape.head_dim;
   const std::size_t padded = round_up_to_lanes(head_dim);
   const std::size_t window = in.window;
@@ -104,55 +113,52 @@ void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv
     }
   }
   const std::size_t tiles = (rows + tile - 1) / tile;
+  const std::size_t held = std::min(queries_at_once, count);
   const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles * padded);
-  const std::span<float> logits = workspace.take(Workspace::Slot::logits, count * rows);
-  const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, count);
-  const QueryBlock block{.data = queries.data(), .count = count, .head_dim = head_dim};
-
+  const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * rows);
+  const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, held);
+  const std::span<float> sums = workspace.take(Workspace::Slot::sums, heads.size() * evictable);
+  std::fill(sums.begin(), sums.end(), 0.0F);
   const float cap = compresskv::detail::soft_cap(in.observation);
-  executor.parallel_for(tiles, [&](std::size_t i) {
-    const std::size_t first = i * tile;
-    const std::size_t tokens = std::min(tile, rows - first);
-    logits_of_rows(in.kv, kv_head, first, tokens, block, in.observation.scale(), key_rows.data() + i * padded,
-                   logits.data(), rows);
-    for (std::size_t q = 0; cap > 0.0F && q < count; ++q) {
-      soft_cap_row(logits.data() + q * rows + first, tokens, cap);
+
+  for (std::size_t begin = 0; begin < count; begin += held) {
+    const std::size_t now = std::min(held, count - begin);
+    const QueryBlock block{.data = queries.data() + begin * padded, .count = now, .head_dim = head_dim};
+    executor.parallel_for(tiles, [&](std::size_t i) {
+      const std::size_t first = i * tile;
+      const std::size_t tokens = std::min(tile, rows - first);
+      logits_of_rows(in.kv, kv_head, first, tokens, block, in.observation.scale(),
+                     key_rows.data() + i * padded, logits.data(), rows);
+      for (std::size_t q = 0; cap > 0.0F && q < now; ++q) {
+        soft_cap_row(logits.data() + q * rows + first, tokens, cap);
+      }
+    });
+    executor.parallel_for(now, [&](std::size_t q) {
+      // Row i of the window sees the columns up to its own: the rest is the future and has no weight.
+      const std::size_t own = evictable + (begin + q) % window;
+      const std::size_t first = first_visible(in, kv_head, own);
+      float* row = logits.data() + q * rows;
+      std::fill_n(row, first, 0.0F);
+      row_sums[q] = exp_row(row + first, own + 1 - first,
+                            compresskv::detail::sink_logit(in.observation, heads[(begin + q) / window]));
+    });
+    for (std::size_t q = 0; q < now; ++q) {
+      if (!std::isfinite(row_sums[q])) {
+        fail_not_finite(in.layer, heads[(begin + q) / window],
+                        logits.subspan(q * rows, evictable + (begin + q) % window + 1));
+      }
     }
-  });
-  executor.parallel_for(count, [&](std::size_t q) {
-    // Row i of the window sees the columns up to its own: the rest is the future and has no weight.
-    const std::size_t own = evictable + q % window;
-    const std::size_t first = first_visible(in, kv_head, own);
-    float* row = logits.data() + q * rows;
-    std::fill_n(row, first, 0.0F);
-    row_sums[q] = exp_row(row + first, own + 1 - first,
-                          compresskv::detail::sink_logit(in.observation, heads[q / window]));
-  });
-  for (std::size_t q = 0; q < count; ++q) {
-    if (!std::isfinite(row_sums[q])) {
-      fail_not_finite(in.layer, heads[q / window], logits.subspan(q * rows, evictable + q % window + 1));
-    }
+    executor.parallel_for((evictable + tile - 1) / tile, [&](std::size_t i) {
+      const std::size_t first = i * tile;
+      const std::size_t tokens = std::min(tile, evictable - first);
+      for (std::size_t q = 0; q < now; ++q) {
+        add_scaled(logits.data() + q * rows + first, 1.0F / row_sums[q], tokens,
+                   sums.data() + (begin + q) / window * evictable + first);
+      }
+    });
   }
-  executor.parallel_for(tiles, [&](std::size_t i) {
-    const std::size_t first = i * tile;
-    if (first >= evictable) {
-      return;
-    }
-    const std::size_t tokens = std::min(tile, evictable - first);
-    for (std::size_t h = 0; h < heads.size(); ++h) {
-      // The sum grows in place of the first row, which saves an array a head.
-      float* sums = logits.data() + h * window * rows + first;
-      const float inverse = 1.0F / row_sums[h * window];
-      for (std::size_t t = 0; t < tokens; ++t) {
-        sums[t] *= inverse;
-      }
-      for (std::size_t w = 1; w < window; ++w) {
-        add_scaled(sums + w * rows, 1.0F / row_sums[h * window + w], tokens, sums);
-      }
-    }
-  });
   for (std::size_t h = 0; h < heads.size(); ++h) {
-    per_head(heads[h], std::span<const float>(logits.subspan(h * window * rows, evictable)));
+    per_head(heads[h], std::span<const float>(sums.subspan(h * evictable, evictable)));
   }
 }
 
@@ -187,22 +193,21 @@ void window_sums_without_keys(const LayerInput<Kv, O>& in, std::uint32_t head, W
 ///
 /// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being one float an evictable
 /// row of its KV head, that are valid during the call. Keys of a KV head are read once for as many of its
-/// heads as memory allows (1 % of the model's cache). Throws ScoreError naming layer, head and token when a
-/// logit is NaN or +inf.
+/// heads as memory allows (1 % of the model's cache), and more often only where not even one head fits.
+/// Throws ScoreError naming layer, head and token when a logit is NaN or +inf.
 template <class Kv, Observation O, Executor X, class PerHead>
 void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
                       X& executor, PerHead&& per_head) {
   if constexpr (QueryObservation<O>) {
     for (std::size_t first = 0; first < heads.size();) {
       const std::size_t kv_head = heads[first] / in.shape.group();
-      const std::size_t at_once =
-          detail::heads_at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], in.window);
+      const detail::AtOnce held = detail::at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], in.window);
       std::size_t last = first + 1;
-      while (last < heads.size() && last - first < at_once && heads[last] / in.shape.group() == kv_head) {
+      while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
         ++last;
       }
-      detail::window_sums_from_queries(in, kv_head, heads.subspan(first, last - first), workspace, executor,
-                                       per_head);
+      detail::window_sums_from_queries(in, kv_head, heads.subspan(first, last - first), held.queries,
+                                       workspace, executor, per_head);
       first = last;
     }
   } else {
