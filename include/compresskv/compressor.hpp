@@ -244,7 +244,8 @@ class Compressor {
   /// with it. `target` must have room.
   template <class V, class W>
   const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
-    static_assert(KvView<W>, "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(models_kv_view<W>(),
+                  "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
     detail::check_view(target, plan_->shape());
     return keep(layer, source, target, selection);
   }
@@ -258,7 +259,8 @@ class Compressor {
   /// never re-quantised.
   template <class V>
   const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
-    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(models_kv_view<V>(),
+                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
     static_assert(Element<typename V::key_element>,
                   "only plain keys can be turned: quantised rows are never re-quantised");
     check_layer(layer);
@@ -315,7 +317,8 @@ class Compressor {
 
   template <class V>
   void check_view(std::size_t layer, const V& kv) const {
-    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(models_kv_view<V>(),
+                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
     static_assert(
         P::reach == Reach::own_layer,
         "this composition must see more than one layer before it can shrink any: it needs arrive() and "
@@ -460,7 +463,8 @@ class Compressor {
 
   template <class V, class W>
   const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
-    static_assert(KvView<V>, "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
+    static_assert(models_kv_view<V>(),
+                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
     static_assert(
         kernel::rows_fit<V, W>,
         "rows move as they are: the cache written needs the element types of the cache read, not const");

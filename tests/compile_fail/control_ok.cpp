@@ -1,4 +1,5 @@
 // The same command line as the cases beside this file, on what they do wrong, done right.
+#include "kv.hpp"
 #include "scorer.hpp"
 
 using CaseScorer = Scorer<ckv::Granularity::layer, ckv::Needs::nothing, ckv::Reach::own_layer>;
@@ -24,5 +25,7 @@ void all_of_it(const ckv::StridedKv<float>& kv, const ckv::StridedKv<const float
   ckv::Compressor other{own_scorer};
   other.compress(0, kv);
 }
+
+static_assert(ckv::models_kv_view<Kv>());
 
 int main() {}

@@ -1,4 +1,4 @@
-// expect: the argument kv is no KvView
+// expect: the kv view lacks rows\(kv_head\)
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;

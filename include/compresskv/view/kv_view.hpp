@@ -34,6 +34,89 @@ concept KvView = std::copyable<V> && requires(const V& view, std::size_t i) {
   { view.value_run(i, i) } -> std::same_as<Run<typename V::value_element>>;
 };
 
+namespace detail {
+
+template <class V>
+concept HasKeyElement = requires {
+  typename V::key_element;
+};
+template <class V>
+concept HasValueElement = requires {
+  typename V::value_element;
+};
+template <class T>
+concept Size = std::convertible_to<T, std::size_t>;
+
+}  // namespace detail
+
+/// Whether `V` models `KvView`. Where it does not, what the compiler says names each member that is missing
+/// or wrong: write `static_assert(compresskv::models_kv_view<MyKv>());` beside a view of your own.
+template <class V>
+consteval bool models_kv_view() {
+  static_assert(std::copyable<V>,
+                "a kv view must be copyable: let it point to the engine's memory, not own it");
+
+  static_assert(detail::HasKeyElement<V>,
+                "the kv view lacks key_element, the type that keys are stored as: see Stored in "
+                "compresskv/core/element.hpp");
+  if constexpr (detail::HasKeyElement<V>) {
+    static_assert(Stored<typename V::key_element>,
+                  "the kv view's key_element is no type that keys can be stored as: see Stored in "
+                  "compresskv/core/element.hpp");
+    static_assert(
+        requires(const V& view, std::size_t i) { view.key_run(i, i); },
+        "the kv view lacks key_run(kv_head, i) const that gives the keys of the i-th run");
+    if constexpr (requires(const V& view, std::size_t i) { view.key_run(i, i); }) {
+      static_assert(
+          requires(const V& view, std::size_t i) {
+            { view.key_run(i, i) } -> std::same_as<Run<typename V::key_element>>;
+          },
+          "the kv view's key_run(kv_head, i) must give a Run<key_element>");
+    }
+  }
+
+  static_assert(detail::HasValueElement<V>,
+                "the kv view lacks value_element, the type that values are stored as: see Stored in "
+                "compresskv/core/element.hpp");
+  if constexpr (detail::HasValueElement<V>) {
+    static_assert(Stored<typename V::value_element>,
+                  "the kv view's value_element is no type that values can be stored as: see Stored in "
+                  "compresskv/core/element.hpp");
+    static_assert(
+        requires(const V& view, std::size_t i) { view.value_run(i, i); },
+        "the kv view lacks value_run(kv_head, i) const that gives the values of the i-th run");
+    if constexpr (requires(const V& view, std::size_t i) { view.value_run(i, i); }) {
+      static_assert(
+          requires(const V& view, std::size_t i) {
+            { view.value_run(i, i) } -> std::same_as<Run<typename V::value_element>>;
+          },
+          "the kv view's value_run(kv_head, i) must give a Run<value_element>");
+    }
+  }
+
+  static_assert(
+      requires(const V& view) {
+        { view.kv_heads() } -> detail::Size;
+      },
+      "the kv view lacks kv_heads() const that gives the number of the layer's KV heads");
+  static_assert(
+      requires(const V& view) {
+        { view.head_dim() } -> detail::Size;
+      },
+      "the kv view lacks head_dim() const that gives the number of elements of one row");
+  static_assert(
+      requires(const V& view, std::size_t i) {
+        { view.rows(i) } -> detail::Size;
+      },
+      "the kv view lacks rows(kv_head) const that gives the number of rows in the cache now");
+  static_assert(
+      requires(const V& view, std::size_t i) {
+        { view.run_count(i) } -> detail::Size;
+      },
+      "the kv view lacks run_count(kv_head) const that gives the number of runs that the rows fall into");
+  return KvView<V>;
+}
+
 /// Bytes of one K and one V row of one KV head.
 template <KvView V>
 std::size_t kv_row_bytes(const V& view) {

@@ -1,0 +1,8 @@
+// expect: the kv view lacks key_element
+#include "kv.hpp"
+
+struct View : KvMembers {
+  using value_element = Eigen::half;
+};
+
+static_assert(compresskv::models_kv_view<View>());
