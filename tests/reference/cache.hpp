@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "reference/random.hpp"
@@ -53,26 +54,41 @@ inline layout::Strides strides_of(Arrangement arrangement, const KvShape& shape,
   return layout::head_token_dim(extents);
 }
 
+/// Where element `dim` of a row of `head_dim` lies, by the formula of view/layout.hpp.
+inline std::size_t unit_at(const layout::Strides& strides, std::size_t head_dim, std::size_t head,
+                           std::size_t row, std::size_t dim) {
+  const std::size_t chunk = strides.chunk == 0 ? head_dim : strides.chunk;
+  return head * strides.head + row * strides.row + dim / chunk * strides.chunk_stride + dim % chunk;
+}
+
 /// One layer's cache in exactly the memory its strides reach, so that a read past the end is one past the
 /// vector. Gaps and rows not in use hold NaN.
 template <Element Key, Element Value = Key>
 struct Cache {
   KvShape shape;
-  layout::Strides strides;
+  layout::Strides strides;  // of the keys, and of the values where nothing else is said
+  layout::Strides value_strides;
+  std::vector<std::size_t> head_rows;  // rows in use of each KV head; empty: shape.rows
   std::vector<Key> keys;
   std::vector<Value> values;
 
-  Cache(const KvShape& kv_shape, Arrangement arrangement) : shape(kv_shape) {
+  Cache(const KvShape& kv_shape, Arrangement arrangement)
+      : Cache(kv_shape, strides_of(arrangement, kv_shape, std::max(kv_shape.rows, kv_shape.allocated_rows)),
+              strides_of(arrangement, kv_shape, std::max(kv_shape.rows, kv_shape.allocated_rows))) {}
+  Cache(const KvShape& kv_shape, const layout::Strides& of_keys, const layout::Strides& of_values)
+      : shape(kv_shape), strides(of_keys), value_strides(of_values) {
     const std::size_t allocated = std::max(shape.rows, shape.allocated_rows);
-    strides = strides_of(arrangement, shape, allocated);
-    const std::size_t last = at(shape.kv_heads - 1, allocated - 1, shape.head_dim - 1);
-    keys.assign(last + 1, static_cast<Key>(std::numeric_limits<float>::quiet_NaN()));
-    values.assign(last + 1, static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
+    const std::size_t last_key = at(shape.kv_heads - 1, allocated - 1, shape.head_dim - 1);
+    const std::size_t last_value = value_at(shape.kv_heads - 1, allocated - 1, shape.head_dim - 1);
+    keys.assign(last_key + 1, static_cast<Key>(std::numeric_limits<float>::quiet_NaN()));
+    values.assign(last_value + 1, static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
   }
 
   std::size_t at(std::size_t head, std::size_t row, std::size_t dim) const {
-    const std::size_t chunk = strides.chunk == 0 ? shape.head_dim : strides.chunk;
-    return head * strides.head + row * strides.row + dim / chunk * strides.chunk_stride + dim % chunk;
+    return unit_at(strides, shape.head_dim, head, row, dim);
+  }
+  std::size_t value_at(std::size_t head, std::size_t row, std::size_t dim) const {
+    return unit_at(value_strides, shape.head_dim, head, row, dim);
   }
 
   /// Rows in use filled at random, keys with the given standard deviation.
@@ -82,13 +98,25 @@ struct Cache {
       for (std::size_t row = first; row < last; ++row) {
         for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
           keys[at(head, row, dim)] = static_cast<Key>(key_deviation * random.gaussian());
-          values[at(head, row, dim)] = static_cast<Value>(random.gaussian());
+          values[value_at(head, row, dim)] = static_cast<Value>(random.gaussian());
         }
       }
     }
   }
 
-  StridedKv<Key, Value> view() { return {keys.data(), values.data(), shape, strides}; }
+  /// Rows in use of each KV head from now on.
+  void set_rows(const std::vector<std::size_t>& rows) {
+    shape.allocated_rows = std::max(shape.allocated_rows, shape.rows);
+    head_rows = rows;
+  }
+
+  StridedKv<Key, Value> view() {
+    KvShape now = shape;
+    if (!head_rows.empty()) {
+      now.head_rows = head_rows;
+    }
+    return {std::span(keys), std::span(values), now, strides, value_strides};
+  }
 
   /// What the cache must be, byte for byte, once each KV head kept the rows that `rows_of(head)` lists: the
   /// kept rows copied one by one from an untouched original, all else as it was.
@@ -100,7 +128,7 @@ struct Cache {
       for (const std::size_t from : rows_of(head)) {
         for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
           expected.keys[at(head, to, dim)] = keys[at(head, from, dim)];
-          expected.values[at(head, to, dim)] = values[at(head, from, dim)];
+          expected.values[value_at(head, to, dim)] = values[value_at(head, from, dim)];
         }
         ++to;
       }

@@ -1,4 +1,5 @@
-// Paged caches give what contiguous ones give, bit for bit, and never write what another sequence reads.
+// Which blocks become free, and that those of another sequence are never written. What every view has in
+// common, paged ones too: every_view_test.cpp.
 
 #include <gtest/gtest.h>
 
@@ -10,172 +11,20 @@
 #include "reference/cache.hpp"
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/pool.hpp"
 
 namespace compresskv {
 namespace {
 
+using reference::Blocks;
 using reference::Cache;
 using reference::expect_error;
+using reference::Pool;
 using reference::Random;
 using Rows = std::vector<std::uint32_t>;
-using Blocks = std::vector<std::int32_t>;
-
-/// A pool, and a table of one sequence in it. Memory that no sequence holds is filled with noise.
-struct Pool {
-  PagedShape shape;
-  layout::Strides key_strides;
-  layout::Strides value_strides;
-  Blocks table;
-  Blocks references;
-  bool one_buffer = false;  // blocks of keys and of values take turns in one pool
-  std::vector<float> keys;
-  std::vector<float> values;
-
-  std::size_t block_size() const { return shape.kv_heads * shape.block_rows * shape.head_dim; }
-
-  void allocate(Random& random) {
-    keys.resize(shape.pool_blocks * block_size() * (one_buffer ? 2 : 1));
-    values.resize(one_buffer ? 0 : keys.size());
-    for (std::vector<float>* buffer : {&keys, &values}) {
-      for (float& x : *buffer) {
-        x = random.gaussian();
-      }
-    }
-    if (one_buffer) {
-      shape.key_block_stride = 2 * block_size();
-      shape.value_block_stride = 2 * block_size();
-    }
-  }
-
-  float* value_pool() { return one_buffer ? keys.data() + block_size() : values.data(); }
-
-  PagedKv<float> view(std::span<const std::int32_t> blocks) {
-    return {keys.data(), value_pool(), shape, blocks, key_strides, value_strides, references};
-  }
-  PagedKv<float> view() { return view(table); }
-
-  /// The element of a row, told from the shape alone.
-  float& at(bool key, const Blocks& blocks, std::size_t head, std::size_t row, std::size_t dim) {
-    const layout::Strides& s = key ? key_strides : value_strides;
-    const std::size_t chunk = s.chunk == 0 ? shape.head_dim : s.chunk;
-    const auto block = static_cast<std::size_t>(blocks[row / shape.block_rows]);
-    float* base = key ? keys.data() : value_pool();
-    return base[block * block_size() * (one_buffer ? 2 : 1) + head * s.head + row % shape.block_rows * s.row +
-                dim / chunk * s.chunk_stride + dim % chunk];
-  }
-
-  /// Fills the table's rows with those of a contiguous cache.
-  void load(const Cache<float>& cache, const Blocks& blocks) {
-    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-      for (std::size_t row = 0; row < cache.shape.rows; ++row) {
-        for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
-          at(true, blocks, head, row, dim) = cache.keys[cache.at(head, row, dim)];
-          at(false, blocks, head, row, dim) = cache.values[cache.at(head, row, dim)];
-        }
-      }
-    }
-  }
-
-  /// Whether the first rows of each head are those of `cache`, bit for bit.
-  bool holds(const Cache<float>& cache, const Blocks& blocks, const std::vector<std::size_t>& rows) {
-    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-      for (std::size_t row = 0; row < rows[head]; ++row) {
-        for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
-          if (at(true, blocks, head, row, dim) != cache.keys[cache.at(head, row, dim)] ||
-              at(false, blocks, head, row, dim) != cache.values[cache.at(head, row, dim)]) {
-            return false;
-          }
-        }
-      }
-    }
-    return true;
-  }
-
-  bool same_bytes(const Pool& other) const {
-    return reference::same_bytes(keys, other.keys) && reference::same_bytes(values, other.values);
-  }
-};
-
-Blocks shuffled_blocks(std::size_t count, std::size_t pool_blocks, Random& random) {
-  Blocks all(pool_blocks);
-  std::iota(all.begin(), all.end(), 0);
-  for (std::size_t i = pool_blocks; i > 1; --i) {
-    std::swap(all[i - 1], all[random.below(i)]);
-  }
-  all.resize(count);
-  return all;
-}
 
 Rows positions_of(const Retained& retained, std::size_t head = 0) {
   return {retained.positions(head).begin(), retained.positions(head).end()};
-}
-
-/// A pool that holds a sequence of `cache`'s rows in blocks anywhere.
-Pool pool_of(const Cache<float>& cache, std::size_t block_rows, Random& random, bool one_buffer = false) {
-  const std::size_t blocks = (cache.shape.rows + block_rows - 1) / block_rows;
-  Pool pool;
-  pool.shape = {.kv_heads = cache.shape.kv_heads,
-                .rows = cache.shape.rows,
-                .head_dim = cache.shape.head_dim,
-                .block_rows = block_rows,
-                .pool_blocks = 2 * blocks + 3};
-  const layout::Extents block{
-      .kv_heads = cache.shape.kv_heads, .rows = block_rows, .units = cache.shape.head_dim};
-  pool.key_strides = layout::head_token_dim(block);
-  pool.value_strides = layout::head_token_dim(block);
-  pool.table = shuffled_blocks(blocks, pool.shape.pool_blocks, random);
-  pool.one_buffer = one_buffer;
-  pool.allocate(random);
-  pool.load(cache, pool.table);
-  return pool;
-}
-
-TEST(PagedKv, GivesWhatContiguousCachesGiveBitForBit) {
-  reference::Layer<float> layer({.group = 2,
-                                 .kv_heads = 3,
-                                 .head_dim = 16,
-                                 .rows = 301,
-                                 .capacity = 77,
-                                 .heads_per_layer = 3,
-                                 .seed = 4});
-  Compressor reference{layer.plan};
-  reference.begin(301);
-  const auto scores = reference.score(0, layer.cache.view(), layer.observation());
-  const std::vector<float> expected(scores.values().begin(), scores.values().end());
-  auto compacted = layer.cache;
-  const Rows kept = positions_of(reference.compress(0, compacted.view(), layer.observation()));
-
-  Random random(9);
-  for (const std::size_t block_rows : {1U, 3U, 16U, 256U}) {
-    const layout::Extents block{.kv_heads = 3, .rows = block_rows, .units = 16};
-    const std::vector<layout::Strides> layouts{layout::head_token_dim(block), layout::token_head_dim(block),
-                                               layout::head_dim_token(block), layout::SplitDim{8}(block),
-                                               layout::SplitDim{2}(block)};
-    for (std::size_t i = 0; i < layouts.size(); ++i) {
-      for (const bool one_buffer : {false, true}) {
-        SCOPED_TRACE(testing::Message() << "blocks of " << block_rows << ", layout " << i
-                                        << (one_buffer ? ", one pool" : ", two pools"));
-        Pool pool = pool_of(layer.cache, block_rows, random, one_buffer);
-        pool.key_strides = layouts[i];
-        pool.value_strides = layouts[(i + 1) % layouts.size()];
-        pool.load(layer.cache, pool.table);
-        Compressor compressor{layer.plan};
-        compressor.begin(301);
-        const auto paged = compressor.score(0, pool.view(), layer.observation());
-        EXPECT_TRUE(reference::same_bytes({paged.values().begin(), paged.values().end()}, expected));
-        Pool after = pool;
-        after.load(compacted, after.table);
-        const Retained& retained = compressor.compress(0, pool.view(), layer.observation());
-        EXPECT_EQ(positions_of(retained), kept);
-        EXPECT_TRUE(pool.same_bytes(after)) << "the rows are packed and nothing else is written";
-
-        const auto free = pool.view().free_blocks(retained);
-        const std::size_t used = (kept.size() + block_rows - 1) / block_rows;
-        EXPECT_EQ(Blocks(free.begin(), free.end()),
-                  Blocks(pool.table.begin() + static_cast<std::ptrdiff_t>(used), pool.table.end()));
-      }
-    }
-  }
 }
 
 struct Sequence {
@@ -187,11 +36,34 @@ struct Sequence {
   Random random{3};
   Pool pool;
 
-  explicit Sequence(std::size_t block_rows) {
+  explicit Sequence(std::size_t block_rows) : pool(filled(), {.block_rows = block_rows}, random) {}
+
+ private:
+  const Cache<float>& filled() {
     cache.fill(random);
-    pool = pool_of(cache, block_rows, random);
+    return cache;
   }
 };
+
+TEST(PagedKv, BlocksBehindTheKeptRowsAreFree) {
+  for (const std::size_t block_rows : {1U, 3U, 4U, 16U, 256U}) {
+    Sequence s(block_rows);
+    Compressor compressor{s.plan};
+    compressor.begin(22);
+    for (const std::size_t kept : {22U, 10U, 4U, 1U}) {
+      Rows rows(kept);
+      std::iota(rows.begin(), rows.end(), 0U);
+      const auto view = s.pool.view();
+      const auto free = view.free_blocks(compressor.compact(0, view, Selection::shared_by_heads(rows)));
+      const std::size_t used = (kept + block_rows - 1) / block_rows;
+      EXPECT_EQ(Blocks(free.begin(), free.end()),
+                Blocks(s.pool.table.begin() + static_cast<std::ptrdiff_t>(used), s.pool.table.end()))
+          << kept << " rows in blocks of " << block_rows;
+      s.pool.shape.rows = kept;
+      s.pool.table.resize(used);
+    }
+  }
+}
 
 TEST(PagedKv, BlocksAreFreeWhenNoHeadUsesThem) {
   Sequence s(4);  // six blocks
@@ -204,9 +76,8 @@ TEST(PagedKv, BlocksAreFreeWhenNoHeadUsesThem) {
       << "KV head 1 keeps nine rows in three blocks";
 
   // The engine goes on with the ragged rows, two tokens later.
-  const std::vector<std::size_t> rows{5, 11};
   s.pool.table.resize(3);
-  s.pool.shape.head_rows = rows;
+  s.pool.set_rows({5, 11});
   const auto view = s.pool.view();
   EXPECT_EQ(view.run_count(0), 2U);
   EXPECT_EQ(view.key_run(0, 1).rows, 1U);
@@ -230,7 +101,7 @@ TEST(PagedKv, SharedBlocksAreNotWrittenInPlace) {
     expect_error<ArgumentError>([&] { compressor.compact(0, s.pool.view(), selection); },
                                 {"PagedKv: block " + std::to_string(s.pool.table[1]),
                                  "rows from 4 of KV head ", "is shared by 3 sequences", "copy_on_write()"});
-    EXPECT_TRUE(s.pool.same_bytes(before));
+    EXPECT_TRUE(s.pool == before);
     EXPECT_EQ(compressor.retained(0).rows(), 22U);
   };
   refused(Selection::shared_by_heads(Rows{0, 1, 2, 3, 5, 6}));
@@ -256,7 +127,7 @@ TEST(PagedKv, APromptThatStaysWholeMayShareAllItsBlocks) {
                           QueryWindow(queries.data(), {.query_heads = 2, .queries = 8, .head_dim = 4}))
                 .rows(),
             10U);
-  EXPECT_TRUE(s.pool.same_bytes(before));
+  EXPECT_TRUE(s.pool == before);
 }
 
 TEST(PagedKv, CopyOnWriteLeavesTheOtherSequenceAlone) {
@@ -368,16 +239,41 @@ TEST(PagedKv, RejectsWhatIsNoCache) {
   shape = good;
   shape.key_block_stride = 31;
   expect_error<ArgumentError>([&] { make(shape, table); },
-                              {"PagedKv key_block_stride is 31, a block has 32 units", "overlap"});
+                              {"PagedKv keys: block stride is 31", "covers 32 units", "overlap"});
   expect_error<ArgumentError>(
       [&] { PagedKv(pool.data(), pool.data(), good, table, layout::Strides{.head = 15, .row = 4}); },
       {"PagedKv keys: head stride is 15", "covers 16"});
   expect_error<ArgumentError>([&] { PagedKv(pool.data(), pool.data(), good, table, layout::SplitDim{3}); },
                               {"PagedKv keys: chunks of 3 do not divide a row of 4 units"});
+  const auto sized = [&](std::size_t key_units, std::size_t value_units) {
+    PagedKv(std::span(pool).first(key_units), std::span(pool).first(value_units), good, table,
+            layout::head_token_dim);
+  };
+  EXPECT_NO_THROW(sized(160, 160));
+  expect_error<ArgumentError>([&] { sized(159, 160); },
+                              {"PagedKv keys: 5 blocks at stride 32 reach 160 units, the pool has 159",
+                               "give the whole pool, or lower pool_blocks"});
+  expect_error<ArgumentError>([&] { sized(160, 0); }, {"PagedKv values: 5 blocks", "the pool has 0"});
+  shape = good;
+  shape.pool_blocks = std::size_t{1} << 60U;
+  expect_error<ArgumentError>(
+      [&] {
+        make(shape, {1, 2, 3});
+      },
+      {"PagedKv keys: block stride 32 times 1152921504606846976", "in memory"});
   shape = good;
   shape.pool_blocks = 200000;  // never read: a view only points
   expect_error<ArgumentError>([&] { make(shape, {199999, 5, 199999}); }, {"block 199999 stands twice"});
   EXPECT_NO_THROW(make(shape, {199999, 5, 134463}));
+}
+
+TEST(PagedKv, BlocksWithGapsLieBehindEachOther) {
+  std::vector<float> pool(1000);
+  const PagedShape shape{.kv_heads = 2, .rows = 10, .head_dim = 4, .block_rows = 4, .pool_blocks = 5};
+  const Blocks table{4, 0, 2};
+  // The last row of a block ends 20 + 3 * 5 + 4 units behind the start of its first.
+  const PagedKv view(pool.data(), pool.data(), shape, table, layout::Strides{.head = 20, .row = 5});
+  EXPECT_EQ(view.key_run(1, 0).base, pool.data() + 4 * 39 + 20);
 }
 
 }  // namespace

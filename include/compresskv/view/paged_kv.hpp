@@ -26,7 +26,7 @@ struct PagedShape {
   std::size_t head_dim = 0;     ///< elements of one key or value row
   std::size_t block_rows = 0;   ///< rows of one block
   std::size_t pool_blocks = 0;  ///< blocks of each pool
-  /// Units from block to block in the pools; 0: a block's own size, keys and values in pools of their own.
+  /// Units from block to block in the pools; 0: block after block, keys and values in pools of their own.
   std::size_t key_block_stride = 0;
   std::size_t value_block_stride = 0;
   /// Ragged caches: rows in use of each KV head, in place of `rows`. Must outlive the view.
@@ -47,27 +47,39 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   using key_element = Key;
   using value_element = Value;
 
-  /// The pools hold `pool_blocks` blocks; `table` names those of this sequence in row order and, like
-  /// `references` (empty: nothing is shared), must outlive the view. Throws ArgumentError on null, a zero
-  /// size, a table too short, a block out of range or named twice, references that are not one a block, or
-  /// strides that lay rows over each other. Cost: a pass over the table for each 65,536 blocks of the pool.
+  /// Pools of unknown size, large enough for `pool_blocks` blocks; `table` names those of this sequence in
+  /// row order and, like `references` (empty: nothing is shared), must outlive the view. Throws ArgumentError
+  /// on null, a zero size, a table too short, a block out of range or named twice, references that are not
+  /// one a block, or strides that lay rows over each other. Cost: a pass over the table for each 65,536
+  /// blocks of the pool.
   template <layout::Layout KeyLayout, layout::Layout ValueLayout>
   PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
           const KeyLayout& key_layout, const ValueLayout& value_layout,
           std::span<const std::int32_t> references = {})
-      : keys_(keys),
-        values_(values),
-        shape_(checked(keys, values, shape, table, references)),
-        table_(table),
-        references_(references),
-        key_placement_(place<Key>("PagedKv keys", shape_, key_layout)),
-        value_placement_(place<Value>("PagedKv values", shape_, value_layout)),
-        key_block_(block_stride<Key>("PagedKv key_block_stride", shape_, shape.key_block_stride)),
-        value_block_(block_stride<Value>("PagedKv value_block_stride", shape_, shape.value_block_stride)) {}
-
+      : PagedKv(std::span(keys, detail::unknown_size / sizeof(Key)),
+                std::span(values, detail::unknown_size / sizeof(Value)), shape, table, key_layout,
+                value_layout, references) {}
   template <layout::Layout L>
   PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
           const L& layout, std::span<const std::int32_t> references = {})
+      : PagedKv(keys, values, shape, table, layout, layout, references) {}
+
+  /// Pools of known size: also throws where they are too small for `pool_blocks` blocks.
+  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
+  PagedKv(std::span<Key> keys, std::span<Value> values, const PagedShape& shape,
+          std::span<const std::int32_t> table, const KeyLayout& key_layout, const ValueLayout& value_layout,
+          std::span<const std::int32_t> references = {})
+      : keys_(keys.data()),
+        values_(values.data()),
+        shape_(checked(keys.data(), values.data(), shape, table, references)),
+        table_(table),
+        references_(references),
+        key_placement_(place<Key>("PagedKv keys", shape_, key_layout, keys.size(), shape.key_block_stride)),
+        value_placement_(
+            place<Value>("PagedKv values", shape_, value_layout, values.size(), shape.value_block_stride)) {}
+  template <layout::Layout L>
+  PagedKv(std::span<Key> keys, std::span<Value> values, const PagedShape& shape,
+          std::span<const std::int32_t> table, const L& layout, std::span<const std::int32_t> references = {})
       : PagedKv(keys, values, shape, table, layout, layout, references) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
@@ -77,10 +89,12 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   }
   std::size_t run_count(std::size_t kv_head) const { return blocks_of(rows(kv_head)); }
   Run<Key> key_run(std::size_t kv_head, std::size_t i) const {
-    return key_placement_.run(keys_ + block(i) * key_block_, kv_head, rows_of_run(kv_head, i));
+    return key_placement_.run(keys_ + block(i) * key_placement_.block_stride(), kv_head,
+                              rows_of_run(kv_head, i));
   }
   Run<Value> value_run(std::size_t kv_head, std::size_t i) const {
-    return value_placement_.run(values_ + block(i) * value_block_, kv_head, rows_of_run(kv_head, i));
+    return value_placement_.run(values_ + block(i) * value_placement_.block_stride(), kv_head,
+                                rows_of_run(kv_head, i));
   }
 
   /// Whether another sequence uses the i-th block of the table too.
@@ -173,15 +187,16 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
     for (const std::int32_t block : table) {
       check_block(block, shape.pool_blocks);
     }
-    check_once_each(table, shape.pool_blocks);
+    check_once_each(table);
     return shape;
   }
 
-  /// One pass over the table for each 65,536 blocks of the pool: a set of bits on the stack, as a view
+  /// One pass over the table for each 65,536 blocks up to the highest: a set of bits on the stack, as a view
   /// allocates nothing.
-  static void check_once_each(std::span<const std::int32_t> table, std::size_t pool_blocks) {
+  static void check_once_each(std::span<const std::int32_t> table) {
+    const auto highest = static_cast<std::size_t>(*std::max_element(table.begin(), table.end()));
     std::bitset<65536> seen;
-    for (std::size_t first = 0; first < pool_blocks; first += seen.size()) {
+    for (std::size_t first = 0; first <= highest; first += seen.size()) {
       seen.reset();
       for (std::size_t i = 0; i < table.size(); ++i) {
         const std::size_t bit = static_cast<std::size_t>(table[i]) - first;
@@ -200,26 +215,14 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
                     " is outside the pool of ", pool_blocks, " blocks");
   }
 
-  template <Stored T>
-  static layout::Extents block_extents(const char* what, const PagedShape& shape) {
-    return {.kv_heads = shape.kv_heads,
-            .rows = shape.block_rows,
-            .units = detail::units_of_row<T>(what, shape.head_dim)};
-  }
-
   template <Stored T, class L>
-  static detail::Placement place(const char* what, const PagedShape& shape, const L& layout) {
-    const layout::Extents extents = block_extents<T>(what, shape);
-    return detail::Placement(what, layout::strides_of(layout, extents), extents, detail::unknown_size);
-  }
-
-  template <Stored T>
-  static std::size_t block_stride(const char* what, const PagedShape& shape, std::size_t stride) {
-    const layout::Extents extents = block_extents<T>(what, shape);
-    const std::size_t size = extents.kv_heads * extents.rows * extents.units;
-    detail::require(stride == 0 || stride >= size, what, " is ", stride, ", a block has ", size,
-                    " units: blocks would overlap");
-    return stride == 0 ? size : stride;
+  static detail::Placement place(const char* what, const PagedShape& shape, const L& layout, std::size_t size,
+                                 std::size_t block_stride) {
+    const layout::Extents block{.kv_heads = shape.kv_heads,
+                                .rows = shape.block_rows,
+                                .units = detail::units_of_row<T>(what, shape.head_dim)};
+    return detail::Placement(what, layout::strides_of(layout, block), block, size,
+                             {.count = shape.pool_blocks, .stride = block_stride});
   }
 
   /// Calls `visit(i)` for each block of the table that moving the selected rows would write, ascending.
@@ -255,8 +258,6 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   std::span<const std::int32_t> references_;
   detail::Placement key_placement_;
   detail::Placement value_placement_;
-  std::size_t key_block_;
-  std::size_t value_block_;
   std::size_t untouched_rows_ =
       0;  // rows before it are not written by the selection that this view was made for
 };

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <string_view>
 
 #include "compresskv/core/element.hpp"
@@ -13,12 +14,19 @@
 
 namespace compresskv::detail {
 
+/// Blocks of a pool, each laid out alike.
+struct PoolBlocks {
+  std::size_t count = 1;
+  std::size_t stride = 0;  ///< units from block to block; 0: one begins where the last row of another ends
+};
+
 /// Strides of one buffer, checked once: rows do not overlap and the last one is inside.
 class Placement {
  public:
-  /// `what` names the buffer in messages; `size` is its units, or the largest number where it is not known.
+  /// `what` names the buffer in messages; `size` is its units, or `unknown_size`. In a pool, `strides` and
+  /// `extents` are those of one of its `blocks`, which may also lie between each other's heads.
   Placement(std::string_view what, const layout::Strides& strides, const layout::Extents& extents,
-            std::size_t size)
+            std::size_t size, const PoolBlocks& blocks = {})
       : strides_(strides) {
     const std::size_t chunk = strides.chunk == 0 ? extents.units : std::min(strides.chunk, extents.units);
     require(extents.units % chunk == 0, what, ": chunks of ", chunk, " do not divide a row of ",
@@ -28,9 +36,16 @@ class Placement {
       std::size_t stride;
       std::size_t count;
     };
-    std::array<Axis, 3> axes = {Axis{"chunk", strides.chunk_stride, extents.units / chunk},
-                                Axis{"row", strides.row, extents.rows},
-                                Axis{"head", strides.head, extents.kv_heads}};
+    std::array<Axis, 4> axes = {
+        Axis{"chunk", strides.chunk_stride, extents.units / chunk}, Axis{"row", strides.row, extents.rows},
+        Axis{"head", strides.head, extents.kv_heads}, Axis{"block", blocks.stride, blocks.count}};
+    if (blocks.stride == 0) {
+      axes[3].stride = chunk;
+      for (const Axis& axis : std::span(axes).first(3)) {
+        axes[3].stride += axis.stride * (axis.count - 1);
+      }
+    }
+    block_stride_ = axes[3].stride;
     // Sorted by stride, each axis must step over all that the axes below it cover. Not std::stable_sort: it
     // allocates.
     std::ranges::sort(axes, {}, &Axis::stride);
@@ -45,8 +60,11 @@ class Placement {
               axis.name, " stride ", axis.stride, " times ", axis.count, " does not fit in memory");
       covered += axis.stride * (axis.count - 1);
     }
-    require(covered <= size, what, ": ", extents.kv_heads, " KV heads of ", extents.rows, " rows reach ",
-            covered, " units, the buffer has ", size, ": give the whole buffer, or smaller strides");
+    require(covered <= size || blocks.count > 1, what, ": ", extents.kv_heads, " KV heads of ", extents.rows,
+            " rows reach ", covered, " units, the buffer has ", size,
+            ": give the whole buffer, or smaller strides");
+    require(covered <= size, what, ": ", blocks.count, " blocks at stride ", block_stride_, " reach ",
+            covered, " units, the pool has ", size, ": give the whole pool, or lower pool_blocks");
     strides_.chunk = chunk;
     strides_.chunk_stride = chunk == extents.units ? chunk : strides.chunk_stride;
   }
@@ -61,9 +79,11 @@ class Placement {
   }
 
   const layout::Strides& strides() const { return strides_; }
+  std::size_t block_stride() const { return block_stride_; }
 
  private:
   layout::Strides strides_;
+  std::size_t block_stride_ = 0;
 };
 
 /// Units of a row of `head_dim` elements. Throws ArgumentError where blocks do not divide it.
