@@ -1,4 +1,4 @@
-// Quantised rows score as what they decode to, and move as the bytes they are.
+// Every stored type: rows score as what they decode to, bit for bit, and move as the bytes they are.
 
 #include <gtest/gtest.h>
 
@@ -7,11 +7,15 @@
 #include <compresskv/compresskv.hpp>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "reference/cache.hpp"
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/pool.hpp"
 
 namespace compresskv {
 namespace {
@@ -19,13 +23,16 @@ namespace {
 using reference::Cache;
 using reference::expect_error;
 using reference::Layer;
+using reference::LayoutFunction;
 using reference::Random;
 using Rows = std::vector<std::uint32_t>;
 
 constexpr std::size_t kv_heads = 2;
 constexpr std::size_t rows = 150;
 constexpr std::size_t head_dim = 64;
-constexpr std::size_t blocks_of_row = head_dim / 32;
+
+template <class T>
+constexpr std::size_t units_of_row = head_dim / elements_per_unit<T>();
 
 std::uint16_t random_scale(Random& random) {
   return std::bit_cast<std::uint16_t>(static_cast<Eigen::half>(0.01F + 0.02F * std::abs(random.gaussian())));
@@ -47,6 +54,11 @@ void randomise(BlockQ4_0& block, Random& random) {
   }
 }
 
+template <Element T>
+void randomise(T& x, Random& random) {
+  x = static_cast<T>(1.5F * random.gaussian());
+}
+
 // ggml's definitions: an element is the scale times a byte; or times a nibble less 8, the first 16 elements
 // in the low ones.
 float element(const BlockQ8_0& block, std::size_t e) {
@@ -55,6 +67,11 @@ float element(const BlockQ8_0& block, std::size_t e) {
 float element(const BlockQ4_0& block, std::size_t e) {
   const int byte = block.quants[e % 16];
   return scale_of(block.scale) * static_cast<float>((e < 16 ? byte % 16 : byte / 16) - 8);
+}
+
+template <Element T>
+float element(T x, std::size_t) {
+  return static_cast<float>(x);
 }
 
 reference::LayerCase sizes() {
@@ -91,63 +108,118 @@ Rows expect_same_selection(Layer<float>& layer, const V& quantised) {
   return positions;
 }
 
-template <class B>
-std::vector<B> random_blocks(Random& random) {
-  std::vector<B> blocks(kv_heads * rows * blocks_of_row);
-  for (B& block : blocks) {
-    randomise(block, random);
-  }
-  return blocks;
-}
+/// Rows of keys or of values, and where a unit of them lies.
+template <class T>
+struct Units {
+  std::function<std::size_t(std::size_t head, std::size_t row, std::size_t unit)> at;
+  std::vector<T> memory;
 
-/// `[head][row][block]` or `[head][block][row]` as the strides say.
-std::size_t block_at(const layout::Strides& s, std::size_t head, std::size_t row, std::size_t block) {
-  return head * s.head + row * s.row + (s.chunk == 0 ? block : block * s.chunk_stride);
-}
-
-template <class B>
-std::vector<B> compacted(const std::vector<B>& blocks, const layout::Strides& s, const Rows& kept) {
-  std::vector<B> expected = blocks;
-  for (std::size_t head = 0; head < kv_heads; ++head) {
-    for (std::size_t row = 0; row < kept.size(); ++row) {
-      for (std::size_t block = 0; block < blocks_of_row; ++block) {
-        expected[block_at(s, head, row, block)] = blocks[block_at(s, head, kept[row], block)];
-      }
+  Units(std::size_t size, std::function<std::size_t(std::size_t, std::size_t, std::size_t)> where,
+        Random& random)
+      : at(std::move(where)), memory(size) {
+    for (T& unit : memory) {
+      randomise(unit, random);
     }
   }
-  return expected;
-}
 
-template <class Key, class Value>
-void check_blocks(const layout::Strides& key_strides, const layout::Strides& value_strides) {
+  std::vector<T> compacted(const Rows& kept) const {
+    std::vector<T> expected = memory;
+    for (std::size_t head = 0; head < kv_heads; ++head) {
+      for (std::size_t row = 0; row < kept.size(); ++row) {
+        for (std::size_t unit = 0; unit < units_of_row<T>; ++unit) {
+          expected[at(head, row, unit)] = memory[at(head, kept[row], unit)];
+        }
+      }
+    }
+    return expected;
+  }
+};
+
+template <class Key, class Value, class View>
+void check(Units<Key>& keys, Units<Value>& values, const View& view) {
   Layer<float> layer(sizes());
-  Random random(21);
-  std::vector<Key> keys = random_blocks<Key>(random);
-  std::vector<Value> values = random_blocks<Value>(random);
   for (std::size_t head = 0; head < kv_heads; ++head) {
     for (std::size_t row = 0; row < rows; ++row) {
       for (std::size_t e = 0; e < head_dim; ++e) {
+        constexpr std::size_t elements = elements_per_unit<Key>();
         layer.cache.keys[layer.cache.at(head, row, e)] =
-            element(keys[block_at(key_strides, head, row, e / 32)], e % 32);
+            element(keys.memory[keys.at(head, row, e / elements)], e % elements);
       }
     }
   }
-  const auto keys_before = keys;
-  const auto values_before = values;
-  const StridedKv<Key, Value> view(std::span<Key>(keys), std::span<Value>(values),
-                                   KvShape{.kv_heads = kv_heads, .rows = rows, .head_dim = head_dim},
-                                   key_strides, value_strides);
-  EXPECT_EQ(kv_row_bytes(view), blocks_of_row * (sizeof(Key) + sizeof(Value)));
+  EXPECT_EQ(kv_row_bytes(view), units_of_row<Key> * sizeof(Key) + units_of_row<Value> * sizeof(Value));
+  const Units<Key> keys_before = keys;
+  const Units<Value> values_before = values;
   const Rows kept = expect_same_selection(layer, view);
-  EXPECT_TRUE(reference::same_bytes(keys, compacted(keys_before, key_strides, kept)));
-  EXPECT_TRUE(reference::same_bytes(values, compacted(values_before, value_strides, kept)));
+  EXPECT_TRUE(reference::same_bytes(keys.memory, keys_before.compacted(kept)));
+  EXPECT_TRUE(reference::same_bytes(values.memory, values_before.compacted(kept)));
 }
 
-TEST(QuantisedKv, BlocksScoreAsTheyDecodeAndMoveAsBytes) {
-  const layout::Extents extents{.kv_heads = kv_heads, .rows = rows, .units = blocks_of_row};
-  check_blocks<BlockQ8_0, BlockQ4_0>(layout::head_token_dim(extents), layout::token_head_dim(extents));
-  check_blocks<BlockQ4_0, BlockQ8_0>(layout::head_token_dim(extents), layout::head_dim_token(extents));
-  check_blocks<BlockQ4_0, BlockQ8_0>(layout::head_dim_token(extents), layout::head_token_dim(extents));
+template <class T>
+Units<T> strided(const LayoutFunction& layout, Random& random) {
+  const layout::Strides strides = layout({.kv_heads = kv_heads, .rows = rows, .units = units_of_row<T>});
+  return {kv_heads * rows * units_of_row<T>,
+          [strides](std::size_t head, std::size_t row, std::size_t unit) {
+            return reference::unit_at(strides, units_of_row<T>, head, row, unit);
+          },
+          random};
+}
+
+template <class Key, class Value>
+void check_strided(const LayoutFunction& key_layout, const LayoutFunction& value_layout) {
+  Random random(21);
+  Units<Key> keys = strided<Key>(key_layout, random);
+  Units<Value> values = strided<Value>(value_layout, random);
+  check(keys, values,
+        StridedKv<Key, Value>(std::span<Key>(keys.memory), std::span<Value>(values.memory),
+                              KvShape{.kv_heads = kv_heads, .rows = rows, .head_dim = head_dim}, key_layout,
+                              value_layout));
+}
+
+TEST(StoredTypes, ScoreAsTheyDecodeAndMoveAsBytes) {
+  const auto plain = layout::head_token_dim;
+  const auto by_token = layout::token_head_dim;
+  const auto transposed = layout::head_dim_token;
+  check_strided<BlockQ8_0, BlockQ4_0>(plain, by_token);
+  check_strided<BlockQ4_0, BlockQ8_0>(plain, transposed);
+  check_strided<BlockQ4_0, BlockQ8_0>(transposed, plain);
+  // Keys and values of different kinds.
+  check_strided<BlockQ8_0, Eigen::half>(by_token, transposed);
+  check_strided<Eigen::half, Eigen::bfloat16>(plain, transposed);
+  check_strided<Eigen::half, Eigen::bfloat16>(transposed, plain);
+  check_strided<Eigen::bfloat16, BlockQ8_0>(by_token, plain);
+  check_strided<float, BlockQ4_0>(transposed, by_token);
+}
+
+TEST(StoredTypes, InPagedCachesToo) {
+  constexpr std::size_t block_rows = 16;
+  constexpr std::size_t blocks = (rows + block_rows - 1) / block_rows;
+  Random random(24);
+  const auto table = reference::shuffled_blocks(blocks, blocks + 3, random);
+  const auto paged = [&](const layout::Strides& strides, std::size_t units) {
+    return [&table, strides, units](std::size_t head, std::size_t row, std::size_t unit) {
+      return static_cast<std::size_t>(table[row / block_rows]) * kv_heads * block_rows * units +
+             reference::unit_at(strides, units, head, row % block_rows, unit);
+    };
+  };
+  const auto pool_units = [](std::size_t units) { return (blocks + 3) * kv_heads * block_rows * units; };
+  using Key = BlockQ8_0;
+  using Value = Eigen::half;
+  const layout::SplitDim key_layout{1};
+  const layout::TokenHeadDim value_layout{};
+  const auto key_strides = key_layout({.kv_heads = kv_heads, .rows = block_rows, .units = units_of_row<Key>});
+  const auto value_strides =
+      value_layout({.kv_heads = kv_heads, .rows = block_rows, .units = units_of_row<Value>});
+  Units<Key> keys(pool_units(units_of_row<Key>), paged(key_strides, units_of_row<Key>), random);
+  Units<Value> values(pool_units(units_of_row<Value>), paged(value_strides, units_of_row<Value>), random);
+  check(keys, values,
+        PagedKv<Key, Value>(std::span<Key>(keys.memory), std::span<Value>(values.memory),
+                            PagedShape{.kv_heads = kv_heads,
+                                       .rows = rows,
+                                       .head_dim = head_dim,
+                                       .block_rows = block_rows,
+                                       .pool_blocks = blocks + 3},
+                            table, key_layout, value_layout));
 }
 
 struct Int8Memory {
@@ -183,7 +255,7 @@ struct Int8Memory {
   friend bool operator==(const Int8Memory&, const Int8Memory&) = default;
 };
 
-TEST(QuantisedKv, Int8RowsMoveWithTheirScaleAndZero) {
+TEST(StoredTypes, Int8RowsMoveWithTheirScaleAndZero) {
   Layer<float> layer(sizes());
   Random random(22);
   Int8Memory keys(random);
@@ -208,7 +280,7 @@ TEST(QuantisedKv, Int8RowsMoveWithTheirScaleAndZero) {
   EXPECT_EQ(values, values_before.compacted(kept));
 }
 
-TEST(QuantisedKv, Int8RejectsBuffersThatAreTooSmall) {
+TEST(StoredTypes, Int8RejectsBuffersThatAreTooSmall) {
   Random random(23);
   Int8Memory keys(random);
   Int8Memory values(random);
