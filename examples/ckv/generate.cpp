@@ -35,6 +35,8 @@ struct GenerateArguments {
   std::uint64_t bytes = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::size_t prefill_chunk = 0;
+  std::size_t working_rows = 0;
   std::size_t max_new_tokens = 128;
   engine::SamplerOptions sampling;
   bool raw = false;
@@ -79,6 +81,15 @@ Compression compression_of(const GenerateArguments& arguments) {
   const MethodInfo& method = method_named(arguments.method);
   Compression how{.method = method.method, .budget = budget_of(arguments)};
   arguments.cache.apply_to(how);
+  how.working_rows = arguments.working_rows;
+  if (how.working_rows > 0 && how.method == Method::full) {
+    throw UsageError(fmt::format("--working-rows {} asks for evictions, and --method full has none: drop one",
+                                 how.working_rows));
+  }
+  if (how.working_rows > 0 && how.working_rows < how.window) {
+    throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",
+                                 how.working_rows, how.window));
+  }
   if (method.needs_budget && !how.budget) {
     throw UsageError(
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
@@ -111,6 +122,8 @@ Json budget_json(const GenerateArguments& arguments) {
   return nullptr;
 }
 
+Json count_json(std::size_t count) { return count == 0 ? Json() : Json(count); }
+
 Json file_json(const std::filesystem::path& path) { return path.empty() ? Json() : Json(path.string()); }
 
 Json settings_json(const GenerateArguments& arguments, const LoadedModel& loaded) {
@@ -122,6 +135,8 @@ Json settings_json(const GenerateArguments& arguments, const LoadedModel& loaded
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
           {"kv_type", arguments.cache.kv_type},
+          {"prefill_chunk", count_json(arguments.prefill_chunk)},
+          {"working_rows", count_json(arguments.working_rows)},
           {"threads", loaded.model.threads()},
           {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
           {"temperature", arguments.sampling.temperature},
@@ -176,23 +191,40 @@ Json result_json(const GenerateArguments& arguments, const LoadedModel& loaded,
   return out;
 }
 
+/// Throws UsageError where the budget cannot be met.
+void check_budget(const Compression& how, const compresskv::ModelShape& shape, std::size_t prompt_tokens) {
+  if (!how.budget || how.method == Method::full) {
+    return;
+  }
+  try {
+    how.budget->validate(how.window, shape);
+  } catch (const compresskv::ArgumentError& error) {
+    throw UsageError(error.what());
+  }
+  const std::size_t rows = how.budget->resolve(prompt_tokens, how.window, shape);
+  if (how.working_rows > 0 && rows > how.working_rows) {
+    throw UsageError(fmt::format(
+        "--working-rows is {}, the budget is {} rows a layer of a prompt of {} tokens: give at least that",
+        how.working_rows, rows, prompt_tokens));
+  }
+}
+
 void generate(const GenerateArguments& arguments) {
   const Compression how = compression_of(arguments);
   const std::string text =
       arguments.prompt_option->count() > 0 ? arguments.prompt : read_text_file(arguments.prompt_file);
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
-  if (how.budget && how.method != Method::full) {
-    try {
-      how.budget->validate(how.window, shape_of(loaded.model.config(), arguments.cache.type()));
-    } catch (const compresskv::ArgumentError& error) {
-      throw UsageError(error.what());
-    }
-  }
   const std::vector<TokenId> prompt = encode_prompt(
       loaded, arguments.raw ? text : chat_prompt(loaded, message_text(text, arguments.question)));
+  check_budget(how, shape_of(loaded.model.config(), arguments.cache.type()), prompt.size());
 
-  Progress progress{"prefill", static_cast<double>(loaded.model.config().layers)};
+  const std::size_t chunks = arguments.prefill_chunk == 0
+                                 ? 1
+                                 : (prompt.size() + arguments.prefill_chunk - 1) / arguments.prefill_chunk;
+  Progress progress{"prefill",
+                    static_cast<double>(loaded.model.config().layers) * static_cast<double>(chunks)};
   RunOptions options{.kv_type = arguments.cache.type(),
+                     .prefill_chunk = arguments.prefill_chunk,
                      .max_new_tokens = arguments.max_new_tokens,
                      .sampling = arguments.sampling};
   options.on_layer = [&](std::size_t layers) { progress.show(static_cast<double>(layers)); };
@@ -272,6 +304,17 @@ void add_generate(CLI::App& app) {
           "--errors", arguments->errors,
           "For compresskv: layer errors, by which layers share the budget; without: every layer the same")
       ->type_name("FILE");
+  CLI::Option* chunk = command
+                           ->add_option("--prefill-chunk", arguments->prefill_chunk,
+                                        "Read the prompt so many tokens at a time; the answer stays the same")
+                           ->check(CLI::PositiveNumber);
+  command
+      ->add_option(
+          "--working-rows", arguments->working_rows,
+          "For prompts longer than memory: compress every layer to so many rows after each chunk, and "
+          "to the budget after the last; without: after the last alone")
+      ->check(CLI::PositiveNumber)
+      ->needs(chunk);
   arguments->cache.add_to(*command);
   command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
       ->check(CLI::PositiveNumber)

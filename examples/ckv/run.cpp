@@ -34,38 +34,66 @@ Positions positions_of(const compresskv::Retained& kept, std::size_t kv_heads) {
 /// Reads the prompt and fills what `result` says about it; the position where the sequence goes on.
 std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> prompt,
                     const Compression& how, const RunOptions& options, RunResult& result) {
+  const engine::ModelConfig& config = loaded.model.config();
   const auto start = Clock::now();
   std::size_t next_position = prompt.size();
-  const auto layer_done = [&](const engine::LayerView& layer) {
+  std::size_t layers_done = 0;
+  const auto layer_done = [&] {
+    ++layers_done;
     if (options.on_layer) {
-      options.on_layer(static_cast<std::size_t>(layer.layer) + 1);
+      options.on_layer(layers_done);
     }
     check_interrupt();
   };
+  const auto for_chunks = [&](const auto& read) {
+    const std::size_t most = options.prefill_chunk == 0 ? prompt.size() : options.prefill_chunk;
+    std::size_t tokens = 0;
+    do {  // an empty prompt too is for the engine to refuse
+      const std::size_t count = std::min(most, prompt.size() - tokens);
+      read(prompt.subspan(tokens, count), tokens + count);
+      tokens += count;
+    } while (tokens < prompt.size());
+  };
   if (how.method == Method::full) {
-    sequence.prefill(prompt, {.on_layer = layer_done, .on_logits = {}});
+    for_chunks([&](std::span<const TokenId> chunk, std::size_t) {
+      sequence.prefill(chunk, {.on_layer = [&](const engine::LayerView&) { layer_done(); }, .on_logits = {}});
+    });
     Positions all(1, std::vector<std::uint32_t>(prompt.size()));
     std::iota(all[0].begin(), all[0].end(), 0U);
-    result.kept.assign(static_cast<std::size_t>(loaded.model.config().layers), all);
+    result.kept.assign(static_cast<std::size_t>(config.layers), all);
   } else {
-    with_plan(how, shape_of(loaded.model.config(), options.kv_type), [&](const auto& plan) {
+    const auto read_with = [&](const auto& plan) {
       compresskv::Compressor compressor{plan, engine::PoolExecutor{&loaded.model.pool()}};
-      auto began = Clock::now();
-      compressor.begin(prompt.size());
-      result.compress_ms += milliseconds_since(began);
-      sequence.prefill(
-          prompt, {.window = how.window,
-                   .on_layer =
-                       [&](engine::LayerView& layer) {
-                         began = Clock::now();
-                         const compresskv::Retained& kept = compress_layer(compressor, layer);
-                         result.compress_ms += milliseconds_since(began);
-                         next_position = kept.next_position();
-                         result.kept.push_back(positions_of(kept, static_cast<std::size_t>(layer.kv_heads)));
-                         layer_done(layer);
-                       },
-                   .on_logits = {}});
-    });
+      RecentQueries recent{config, how.window};
+      bool begun = false;
+      for_chunks([&](std::span<const TokenId> chunk, std::size_t tokens) {
+        const bool last = tokens == prompt.size();
+        const bool compress = last || how.working_rows > 0;
+        auto began = Clock::now();
+        if (compress && begun) {
+          compressor.begin_turn(tokens);
+        } else if (compress) {
+          compressor.begin(tokens);
+          begun = true;
+        }
+        result.compress_ms += milliseconds_since(began);
+        const auto on_layer = [&](engine::LayerView& layer) {
+          began = Clock::now();
+          const compresskv::QueryWindow<float> queries = recent.add(layer);
+          if (compress) {
+            const compresskv::Retained& kept = compress_layer(compressor, layer, queries);
+            next_position = kept.next_position();
+            if (last) {
+              result.kept.push_back(positions_of(kept, static_cast<std::size_t>(layer.kv_heads)));
+            }
+          }
+          result.compress_ms += milliseconds_since(began);
+          layer_done();
+        };
+        sequence.prefill(chunk, {.window = how.window, .on_layer = on_layer, .on_logits = {}});
+      });
+    };
+    with_plan(how, shape_of(config, options.kv_type), read_with, prompt.size());
     result.compress_ms += sequence.shrink_time().count();
   }
   result.prefill_ms = milliseconds_since(start);
@@ -95,6 +123,19 @@ compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer) {
   return {layer.queries, compresskv::QueryShape{.query_heads = static_cast<std::size_t>(layer.heads),
                                                 .queries = layer.window,
                                                 .head_dim = static_cast<std::size_t>(layer.head_dim)}};
+}
+
+RecentQueries::RecentQueries(const engine::ModelConfig& config, std::size_t window)
+    : layers_(static_cast<std::size_t>(config.layers),
+              compresskv::RecentQueries<float>{{.query_heads = static_cast<std::size_t>(config.heads),
+                                                .queries = window,
+                                                .head_dim = static_cast<std::size_t>(config.head_dim)}}) {}
+
+compresskv::QueryWindow<float> RecentQueries::add(const engine::LayerView& layer) {
+  compresskv::RecentQueries<float>& recent = layers_[static_cast<std::size_t>(layer.layer)];
+  const auto head_dim = static_cast<std::size_t>(layer.head_dim);
+  recent.append(layer.queries, layer.window, {.head = layer.window * head_dim, .query = head_dim});
+  return recent.view();
 }
 
 std::string message_text(std::string_view text, std::string_view question) {

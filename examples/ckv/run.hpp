@@ -46,19 +46,33 @@ compresskv::StridedKv<T> view_of(const engine::LayerView& layer) {
           compresskv::KvShape{.kv_heads = static_cast<std::size_t>(layer.kv_heads),
                               .rows = layer.rows,
                               .head_dim = static_cast<std::size_t>(layer.head_dim),
-                              .allocated_rows = layer.allocated_rows},
+                              .allocated_rows = layer.allocated_rows,
+                              .head_rows = layer.head_rows},
           compresskv::layout::head_token_dim};
 }
 
-/// The layer's last queries, as the library sees them.
+/// The last queries of the tokens just read, as the library sees them.
 compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer);
 
-/// Compresses one layer where it lies and gives its memory back.
+/// The same gathered from chunk to chunk: a chunk may be shorter than the window.
+class RecentQueries {
+ public:
+  RecentQueries(const engine::ModelConfig& config, std::size_t window);
+
+  /// Adds those of the chunk just read; the last `window` of the layer so far, valid until the next call.
+  compresskv::QueryWindow<float> add(const engine::LayerView& layer);
+
+ private:
+  std::vector<compresskv::RecentQueries<float>> layers_;
+};
+
+/// Compresses one layer where it lies, by these queries, and gives its memory back.
 template <class Compressor>
-const compresskv::Retained& compress_layer(Compressor& compressor, engine::LayerView& layer) {
+const compresskv::Retained& compress_layer(Compressor& compressor, engine::LayerView& layer,
+                                           const compresskv::QueryWindow<float>& queries) {
   return engine::with_kv_type(layer.type, [&]<typename T>(T*) -> const compresskv::Retained& {
     const compresskv::Retained& kept =
-        compressor.compress(static_cast<std::size_t>(layer.layer), view_of<T>(layer), queries_of(layer));
+        compressor.compress(static_cast<std::size_t>(layer.layer), view_of<T>(layer), queries);
     std::vector<std::size_t> rows(static_cast<std::size_t>(layer.kv_heads));
     for (std::size_t head = 0; head < rows.size(); ++head) {
       rows[head] = kept.rows(head);
@@ -66,6 +80,11 @@ const compresskv::Retained& compress_layer(Compressor& compressor, engine::Layer
     layer.shrink(rows);
     return kept;
   });
+}
+
+template <class Compressor>
+const compresskv::Retained& compress_layer(Compressor& compressor, engine::LayerView& layer) {
+  return compress_layer(compressor, layer, queries_of(layer));
 }
 
 /// A user's message as the model's chat template lays it out, ready for the answer.
@@ -80,13 +99,16 @@ std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view t
 /// How to run one prompt.
 struct RunOptions {
   engine::KvType kv_type = engine::KvType::f32;
+  /// Tokens of the prompt that are read at a time; 0: all. What an answer is does not depend on it, unless
+  /// Compression::working_rows is given.
+  std::size_t prefill_chunk = 0;
   std::size_t max_new_tokens = 128;
   engine::SamplerOptions sampling = {};
   /// Parts of the answer as they come.
   std::function<void(std::string_view)> on_text = {};
   /// Logits of each step, before a token is picked.
   std::function<void(std::span<const float>)> on_logits = {};
-  /// After each layer of prefill: how many are done.
+  /// After each layer of prefill, chunk after chunk: how many are done.
   std::function<void(std::size_t)> on_layer = {};
 };
 
@@ -98,7 +120,7 @@ struct RunResult {
   std::vector<std::vector<std::vector<std::uint32_t>>> kept;
   std::uint64_t kv_bytes_full = 0;  ///< prompt tokens x bytes a token
   std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
-  std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill
+  std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill, all layers together
   double prefill_ms = 0.0;          ///< compression included
   double compress_ms = 0.0;         ///< the library's calls, and giving the memory back
   double decode_ms = 0.0;
@@ -110,7 +132,8 @@ struct RunResult {
 };
 
 /// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
-/// answer. Throws Interrupted after Ctrl-C, engine::Error and compresskv::Error as they do.
+/// answer. In chunks, that is with the last one; with `working_rows` also with each before.
+/// Throws Interrupted after Ctrl-C, engine::Error and compresskv::Error as they do.
 RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
               const RunOptions& options);
 

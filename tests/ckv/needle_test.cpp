@@ -18,48 +18,16 @@
 #include "engine/error.hpp"
 #include "evaluation_needles.hpp"
 #include "model_fixture.hpp"
+#include "runs.hpp"
 
 namespace ckv_test {
 namespace {
 
 constexpr std::size_t needles_wanted = 20;
 
-class Needles : public RealModel {
- protected:
-  void SetUp() override {
-    RealModel::SetUp();
-    if (IsSkipped()) {
-      return;
-    }
-    try {
-      haystack_ = ckv::Haystack::from_bible();
-    } catch (const engine::Error& error) {
-      GTEST_SKIP() << error.what();
-    }
-  }
-
-  ckv::NeedlePrompt prompt(std::size_t needle) const {
-    return ckv::needle_prompt(model(), *haystack_, evaluation_needles[needle], evaluation_place(needle));
-  }
-
-  static bool right(const ckv::Compression& how, std::size_t needle, const ckv::NeedlePrompt& prompt) {
-    const ckv::RunResult result = ckv::run(model(), prompt.tokens, how, {.max_new_tokens = 20});
-    const bool is_right = ckv::holds(result.answer, evaluation_needles[needle].expect);
-    std::printf("  needle %2zu, %zu tokens, %-10s %s: %s\n", needle, prompt.tokens.size(),
-                std::string(ckv::info(how.method).name).c_str(), is_right ? "right" : "wrong",
-                result.answer.c_str());
-    std::fflush(stdout);
-    return is_right;
-  }
-
-  std::optional<ckv::Haystack> haystack_;
-};
-
-ckv::Compression compresskv_at(double share) {
-  return {.method = ckv::Method::compresskv,
-          .budget = compresskv::Budget::kept_ratio(share),
-          .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json")),
-          .errors = compresskv::io::load_layer_errors(calibration("_layer_score.jsonl"))};
+bool right(const ckv::Compression& how, std::size_t needle, const ckv::NeedlePrompt& prompt) {
+  const ckv::RunResult result = ckv::run(model(), prompt.tokens, how, {.max_new_tokens = 20});
+  return is_right(ckv::info(how.method).name, needle, prompt, result);
 }
 
 // Twenty needles that the full cache answers. It is asked again here, as another processor rounds otherwise;
@@ -134,40 +102,11 @@ TEST_F(Needles, ShortHaystackIsAnError) {
 
 // With nothing to evict the library must leave no trace: the same tokens, and the same logits to the last
 // bit.
-class Uncompressed : public RealModel {
- protected:
-  struct Trace {
-    std::vector<engine::TokenId> tokens;
-    std::vector<std::vector<float>> logits;
-    std::size_t rows = 0;
-  };
-
-  static std::vector<engine::TokenId> prompt() {
-    std::string text;
-    for (int i = 0; i < 12; ++i) {
-      text += "Item " + std::to_string(i) + ": the box number " + std::to_string(i * i) + " holds " +
-              std::to_string(100 - i) + " nails. ";
-    }
-    return ckv::encode_prompt(
-        model(), ckv::chat_prompt(model(), ckv::message_text(text, "How many nails are in box number 25?")));
-  }
-
-  static Trace trace(const ckv::Compression& how, engine::KvType type) {
-    Trace out;
-    ckv::RunOptions options{.kv_type = type, .max_new_tokens = 24};
-    options.on_logits = [&](std::span<const float> logits) {
-      out.logits.emplace_back(logits.begin(), logits.end());
-    };
-    const ckv::RunResult result = ckv::run(model(), prompt(), how, options);
-    out.tokens = result.tokens;
-    out.rows = result.kept.front().front().size();
-    return out;
-  }
-};
+class Uncompressed : public RealModel {};
 
 TEST_F(Uncompressed, DecodesBitForBitAsWithoutTheLibrary) {
   for (const engine::KvType type : {engine::KvType::f32, engine::KvType::bf16}) {
-    const Trace full = trace({.method = ckv::Method::full}, type);
+    const Trace full = trace({.method = ckv::Method::full}, {.kv_type = type});
     ASSERT_GT(full.tokens.size(), 3U);
     for (ckv::Method method : {ckv::Method::compresskv, ckv::Method::streaming}) {
       ckv::Compression how = compresskv_at(1.0);
@@ -175,8 +114,8 @@ TEST_F(Uncompressed, DecodesBitForBitAsWithoutTheLibrary) {
       for (const compresskv::Budget budget :
            {compresskv::Budget::kept_ratio(1.0), compresskv::Budget::tokens_per_layer(100'000)}) {
         how.budget = budget;
-        const Trace kept = trace(how, type);
-        EXPECT_EQ(kept.rows, full.rows);
+        const Trace kept = trace(how, {.kv_type = type});
+        EXPECT_EQ(kept.kept, full.kept);
         EXPECT_EQ(kept.tokens, full.tokens);
         EXPECT_TRUE(kept.logits == full.logits) << ckv::info(method).name;
       }
@@ -185,14 +124,14 @@ TEST_F(Uncompressed, DecodesBitForBitAsWithoutTheLibrary) {
 }
 
 TEST_F(Uncompressed, AnEvictionDoesChangeTheLogits) {
-  const Trace full = trace({.method = ckv::Method::full}, engine::KvType::f32);
-  const Trace kept = trace(compresskv_at(0.5), engine::KvType::f32);
+  const Trace full = trace({.method = ckv::Method::full});
+  const Trace kept = trace(compresskv_at(0.5));
   EXPECT_EQ(kept.logits.front(), full.logits.front());  // the prompt itself was read from the full cache
   EXPECT_FALSE(kept.logits == full.logits);
 }
 
 TEST_F(Uncompressed, BytesAreThoseOfTheRows) {
-  const auto tokens = prompt();
+  const auto tokens = boxes_prompt();
   ckv::Compression how = compresskv_at(0.3);
   const ckv::RunResult result =
       ckv::run(model(), tokens, how, {.kv_type = engine::KvType::f16, .max_new_tokens = 2});

@@ -149,6 +149,15 @@ TEST(Tool, WrongUsageIsExitCode2) {
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--positions"}), "--json");
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--kv-type", "int3"}), "int3");
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--window", "0"}), "--window");
+  expect_usage_error(with({"--prompt", "x", "--method", "full", "--prefill-chunk", "0"}), "--prefill-chunk");
+  expect_usage_error(with({"--prompt", "x", "--method", "streaming", "--rows", "9", "--working-rows", "20"}),
+                     "--working-rows requires --prefill-chunk");
+  expect_usage_error(
+      with({"--prompt", "x", "--method", "full", "--prefill-chunk", "9", "--working-rows", "20"}),
+      "--method full has none");
+  expect_usage_error(with({"--prompt", "x", "--method", "streaming", "--rows", "9", "--prefill-chunk", "9",
+                           "--working-rows", "7"}),
+                     "--working-rows is 7, the window alone is 8: give at least the window");
   expect_usage_error({"generate", "--prompt", "x", "--method", "full"}, "--model");
   expect_usage_error({"calibrate", "--model", "m.gguf"}, "--out");
   expect_usage_error({"inspect"}, "model");
@@ -283,6 +292,40 @@ TEST_F(ToolWithModel, ABudgetBelowTheWindowIsWrongUsage) {
   EXPECT_EQ(outcome.code, 2);
   EXPECT_NE(outcome.err.find("budget is 5 rows a layer, the window alone is 8"), std::string::npos)
       << outcome.err;
+}
+
+TEST_F(ToolWithModel, ReadsThePromptInChunks) {
+  const auto with = [&](const Arguments& more) {
+    Arguments all = generate({"--prompt", long_text(), "--method", "streaming", "--rows", "40", "--positions",
+                              "--kv-type", "f16"});
+    all.insert(all.end(), more.begin(), more.end());
+    return run_tool(all);
+  };
+  const Outcome whole = with({});
+  ASSERT_EQ(whole.code, 0) << whole.err;
+  const Json one_go = whole.json();
+  EXPECT_EQ(one_go.at("settings").at("prefill_chunk"), Json());
+  const Outcome in_chunks = with({"--prefill-chunk", "100"});
+  ASSERT_EQ(in_chunks.code, 0) << in_chunks.err;
+  const Json chunked = in_chunks.json();
+  EXPECT_EQ(chunked.at("answer_token_ids"), one_go.at("answer_token_ids"));
+  EXPECT_EQ(chunked.at("kept_positions"), one_go.at("kept_positions"));
+  EXPECT_EQ(chunked.at("settings").at("prefill_chunk"), 100);
+  EXPECT_EQ(chunked.at("settings").at("working_rows"), Json());
+
+  const Outcome in_bounds = with({"--prefill-chunk", "100", "--working-rows", "50"});
+  ASSERT_EQ(in_bounds.code, 0) << in_bounds.err;
+  const Json bounded = in_bounds.json();
+  EXPECT_EQ(bounded.at("rows"), Json(std::vector<std::size_t>(30, 40)));
+  EXPECT_EQ(bounded.at("kept_positions"),
+            one_go.at("kept_positions"));  // its first and last, whatever they say
+  EXPECT_EQ(bounded.at("kv_bytes_peak"), (30 * 50 + 100) * 3 * 2 * 64 * 2);
+  EXPECT_EQ(bounded.at("settings").at("working_rows"), 50);
+
+  const Outcome too_few = with({"--prefill-chunk", "100", "--working-rows", "39"});
+  EXPECT_EQ(too_few.code, 2);
+  EXPECT_NE(too_few.err.find("--working-rows is 39, the budget is 40 rows a layer"), std::string::npos)
+      << too_few.err;
 }
 
 TEST_F(ToolWithModel, HeadsOfAnotherModelAreRefused) {
