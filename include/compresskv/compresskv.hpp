@@ -29,10 +29,19 @@
 
 // Methods
 #include "compresskv/budget/error_aware.hpp"
+#include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/score/cake.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
+#include "compresskv/score/h2o.hpp"
+#include "compresskv/score/key_diff.hpp"
+#include "compresskv/score/knorm.hpp"
+#include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
+#include "compresskv/score/snap_kv.hpp"
 #include "compresskv/score/streaming_llm.hpp"
+#include "compresskv/score/tova.hpp"
+#include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
 

@@ -381,6 +381,17 @@ class Compressor {
     return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
   }
 
+  /// Queries that must be shown beside the window's: where a scorer wants all, those of every row that no
+  /// compression has seen.
+  std::size_t unseen(std::size_t layer, std::size_t head) const {
+    if (S::needs != Needs::all_queries) {
+      return 0;
+    }
+    const Retained& known = layers_[layer];
+    const bool whole = known.rows(head) == known.next_position();
+    return rows_[head] - (whole ? 0 : known.rows(head));
+  }
+
   bool stays_whole(std::size_t layer) const {
     const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
     return longest <= capacity(layer, longest);
@@ -439,8 +450,8 @@ class Compressor {
           Observation<O>,
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
-      for (const std::size_t rows : rows_) {
-        detail::check_observation(observation, shape, rows, S::needs == Needs::all_queries ? rows : window);
+      for (std::size_t head = 0; head < rows_.size(); ++head) {
+        detail::check_observation(observation, shape, rows_[head], std::max(window, unseen(layer, head)));
       }
     }
     score_ends_.resize(granularity == Granularity::layer ? 1 : shape.kv_heads);

@@ -11,6 +11,7 @@
 #include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/round.hpp"
 
 namespace compresskv::budget {
 
@@ -78,7 +79,7 @@ class ErrorAware {
     const auto spare = static_cast<double>(total - min * layers);
     std::size_t sum = 0;
     for (std::size_t layer = 0; layer < layers; ++layer) {
-      const double share = round_half_even(errors_[layer] * spare);
+      const double share = detail::round_half_even(errors_[layer] * spare);
       capacities[layer] = std::clamp(min + static_cast<std::size_t>(share), min, max);
       sum += capacities[layer];
     }
@@ -101,16 +102,6 @@ class ErrorAware {
   }
 
  private:
-  /// std::nearbyint would follow the engine's rounding mode.
-  static double round_half_even(double value) {
-    const double below = std::floor(value);
-    const double rest = value - below;
-    if (rest != 0.5) {
-      return rest < 0.5 ? below : below + 1.0;
-    }
-    return std::fmod(below, 2.0) == 0.0 ? below : below + 1.0;
-  }
-
   Budget budget_;
   Options options_;
   std::vector<double> errors_;

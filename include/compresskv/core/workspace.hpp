@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <span>
@@ -23,9 +24,15 @@ class Workspace {
     return std::span(buffer).first(count);
   }
 
+  /// `count` numbers of rows, one a KV head or so, with unspecified contents.
+  std::span<std::size_t> take_counts(std::size_t count) {
+    counts_.resize(std::max(counts_.size(), count));
+    return std::span(counts_).first(count);
+  }
+
   /// Bytes held now.
   std::size_t bytes() const {
-    std::size_t total = 0;
+    std::size_t total = counts_.capacity() * sizeof(std::size_t);
     for (const auto& buffer : buffers_) {
       total += buffer.capacity() * sizeof(float);
     }
@@ -34,6 +41,7 @@ class Workspace {
 
  private:
   std::array<std::vector<float>, 7> buffers_;
+  std::vector<std::size_t> counts_;
 };
 
 }  // namespace compresskv

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <span>
 
 #include "compresskv/core/error.hpp"
@@ -46,18 +48,20 @@ struct AtOnce {
   std::size_t queries = 1;  ///< of all these heads
 };
 
-inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows, std::size_t window) {
+/// `sums` arrays a head go along with its logits.
+inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows, std::size_t window,
+                      std::size_t sums) {
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
   // Scores and selection of each KV head, one head's pooled scores, and 1.1 bits of position for each row, KV
   // head and layer.
   const std::size_t others =
       (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80;
   const std::size_t arrays = allowed <= others ? 0 : (allowed - others) / (rows * sizeof(float));
-  const std::size_t heads = arrays / (window + 1);  // a head's logits, and their sum
+  const std::size_t heads = arrays / (window + sums);
   if (heads > 0) {
     return {.heads = heads, .queries = heads * window};
   }
-  return {.queries = arrays < 2 ? 1 : arrays - 1};
+  return {.queries = arrays < sums + 1 ? 1 : arrays - sums};
 }
 
 [[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::span<const float> values) {
@@ -92,38 +96,37 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
   return span == 0 || position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
 }
 
-/// For heads of one KV head: softmax attention of the window summed over its rows, one array a head. Logits
-/// of `queries_at_once` queries are held at a time.
-template <class Kv, class Observed, Executor X, class PerHead>
-void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
-                              std::span<const std::uint32_t> heads, std::size_t queries_at_once,
-                              Workspace& workspace, X& executor, PerHead&& per_head) {
+/// For query heads of one KV head: softmax attention of the last `observers` queries over the evictable rows.
+///
+/// Calls `add(h, i, first, tokens, weights, factor)` for query i of `heads[h]` and a stretch of evictable
+/// rows from `first` on: their attention is `factor * weights[t]`. Stretches do not overlap and may come at
+/// the same time; the queries of each come in ascending order. Logits of `queries_at_once` queries are held
+/// at a time.
+template <class Kv, class Observed, Executor X, class Add>
+void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
+                            std::span<const std::uint32_t> heads, std::size_t observers,
+                            std::size_t queries_at_once, Workspace& workspace, X& executor, Add&& add) {
   const std::size_t head_dim = in.shape.head_dim;
   const std::size_t padded = round_up_to_lanes(head_dim);
-  const std::size_t window = in.window;
   const std::size_t rows = in.rows[kv_head];
   const std::size_t evictable = in.evictable(kv_head);
-  const std::size_t count = heads.size() * window;
-  const std::span<float> queries = workspace.take(Workspace::Slot::queries, count * padded);
-  std::fill(queries.begin(), queries.end(), 0.0F);
-  for (std::size_t h = 0; h < heads.size(); ++h) {
-    const auto run = in.observation.query_run(heads[h]);
-    for (std::size_t i = 0; i < window; ++i) {
-      decode_row(run, run.rows - window + i, head_dim, queries.data() + (h * window + i) * padded);
-    }
-  }
-  const std::size_t tiles = (rows + tile - 1) / tile;
+  const std::size_t count = heads.size() * observers;
   const std::size_t held = std::min(queries_at_once, count);
+  const std::size_t tiles = (rows + tile - 1) / tile;
+  const std::span<float> queries = workspace.take(Workspace::Slot::queries, held * padded);
+  std::fill(queries.begin(), queries.end(), 0.0F);
   const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles * padded);
   const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * rows);
   const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, held);
-  const std::span<float> sums = workspace.take(Workspace::Slot::sums, heads.size() * evictable);
-  std::fill(sums.begin(), sums.end(), 0.0F);
   const float cap = compresskv::detail::soft_cap(in.observation);
 
   for (std::size_t begin = 0; begin < count; begin += held) {
     const std::size_t now = std::min(held, count - begin);
-    const QueryBlock block{.data = queries.data() + begin * padded, .count = now, .head_dim = head_dim};
+    for (std::size_t q = 0; q < now; ++q) {
+      const auto run = in.observation.query_run(heads[(begin + q) / observers]);
+      decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, queries.data() + q * padded);
+    }
+    const QueryBlock block{.data = queries.data(), .count = now, .head_dim = head_dim};
     executor.parallel_for(tiles, [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, rows - first);
@@ -134,87 +137,185 @@ void window_sums_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv
       }
     });
     executor.parallel_for(now, [&](std::size_t q) {
-      // Row i of the window sees the columns up to its own: the rest is the future and has no weight.
-      const std::size_t own = evictable + (begin + q) % window;
+      // A query sees the columns up to its own row: the rest is the future and has no weight.
+      const std::size_t own = rows - observers + (begin + q) % observers;
       const std::size_t first = first_visible(in, kv_head, own);
       float* row = logits.data() + q * rows;
       std::fill_n(row, first, 0.0F);
       row_sums[q] = exp_row(row + first, own + 1 - first,
-                            compresskv::detail::sink_logit(in.observation, heads[(begin + q) / window]));
+                            compresskv::detail::sink_logit(in.observation, heads[(begin + q) / observers]));
+      std::fill(row + own + 1, row + std::max(own + 1, evictable), 0.0F);
     });
     for (std::size_t q = 0; q < now; ++q) {
       if (!std::isfinite(row_sums[q])) {
-        fail_not_finite(in.layer, heads[(begin + q) / window],
-                        logits.subspan(q * rows, evictable + (begin + q) % window + 1));
+        fail_not_finite(in.layer, heads[(begin + q) / observers],
+                        logits.subspan(q * rows, rows - observers + (begin + q) % observers + 1));
       }
     }
     executor.parallel_for((evictable + tile - 1) / tile, [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, evictable - first);
       for (std::size_t q = 0; q < now; ++q) {
-        add_scaled(logits.data() + q * rows + first, 1.0F / row_sums[q], tokens,
-                   sums.data() + (begin + q) / window * evictable + first);
+        add((begin + q) / observers, (begin + q) % observers, first, tokens, logits.data() + q * rows + first,
+            1.0F / row_sums[q]);
       }
     });
   }
-  for (std::size_t h = 0; h < heads.size(); ++h) {
-    per_head(heads[h], std::span<const float>(sums.subspan(h * evictable, evictable)));
+}
+
+/// The same for one head from attention that the engine has computed.
+template <class Kv, AttentionObservation O, class Add>
+void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std::size_t observers,
+                           Workspace& workspace, Add&& add) {
+  const std::size_t evictable = in.evictable(head / in.shape.group());
+  const std::span<float> weights = workspace.take(Workspace::Slot::logits, evictable);
+  const auto run = in.observation.attention_run(head);
+  for (std::size_t i = 0; i < observers; ++i) {
+    const auto* row = run.row(run.rows - observers + i);
+    for (std::size_t t = 0; t < evictable; ++t) {
+      weights[t] = to_float(row[t]);
+    }
+    add(0, i, 0, evictable, weights.data(), 1.0F);
   }
 }
 
-/// The same from attention that the engine has computed, or has summed.
-template <class Kv, KeylessObservation O, class PerHead>
-void window_sums_without_keys(const LayerInput<Kv, O>& in, std::uint32_t head, Workspace& workspace,
-                              PerHead&& per_head) {
-  const std::size_t evictable = in.evictable(head / in.shape.group());
-  const std::span<float> sums = workspace.take(Workspace::Slot::logits, evictable);
-  if constexpr (SumsObservation<O>) {
-    std::copy_n(in.observation.sums(head).begin(), evictable, sums.begin());
-  } else {
-    std::fill(sums.begin(), sums.end(), 0.0F);
-    const auto run = in.observation.attention_run(head);
-    for (std::size_t i = 0; i < in.window; ++i) {
-      const auto* row = run.row(run.rows - in.window + i);
-      for (std::size_t t = 0; t < evictable; ++t) {
-        sums[t] += to_float(row[t]);
-      }
+/// `per_group(heads, queries_at_once)` for as many heads at a time as read the same keys and fit.
+template <class Kv, class O, class PerGroup>
+void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
+                     std::size_t sums, PerGroup&& per_group) {
+  for (std::size_t first = 0; first < heads.size();) {
+    const std::size_t kv_head = heads[first] / in.shape.group();
+    AtOnce held{.heads = 1, .queries = 1};
+    if constexpr (QueryObservation<O>) {
+      held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], observers, sums);
     }
+    std::size_t last = first + 1;
+    while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
+      ++last;
+    }
+    per_group(heads.subspan(first, last - first), held.queries);
+    first = last;
   }
-  if (!std::all_of(sums.begin(), sums.end(), [](float v) { return std::isfinite(v); })) {
-    fail_not_finite(in.layer, head, sums);
-  }
-  per_head(head, std::span<const float>(sums));
 }
 
 }  // namespace detail
 
-/// Steps 2 to 4 of METHOD.md section 2: logits of the window's queries with all keys, causal mask inside the
-/// window, softmax over all keys in float32, sum over the window's rows, the window's own columns dropped.
+/// Steps 2 to 4 of METHOD.md section 2: logits of the last `observers` queries with all keys, causal mask,
+/// softmax over all keys in float32, sum over the queries, the window's own columns dropped.
 ///
 /// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being one float an evictable
 /// row of its KV head, that are valid during the call. Keys of a KV head are read once for as many of its
 /// heads as memory allows (1 % of the model's cache), and more often only where not even one head fits.
 /// Throws ScoreError naming layer, head and token when a logit is NaN or +inf.
 template <class Kv, Observation O, Executor X, class PerHead>
+void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
+                    Workspace& workspace, X& executor, PerHead&& per_head) {
+  detail::for_head_groups(in, heads, observers, 1, [&](auto group, std::size_t queries_at_once) {
+    const std::size_t kv_head = group[0] / in.shape.group();
+    const std::size_t evictable = in.evictable(kv_head);
+    const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
+    std::fill(sums.begin(), sums.end(), 0.0F);
+    const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
+                         const float* weights, float factor) {
+      add_scaled(weights, factor, tokens, sums.data() + h * evictable + first);
+    };
+    if constexpr (QueryObservation<O>) {
+      detail::attention_from_queries(in, kv_head, group, observers, queries_at_once, workspace, executor,
+                                     add);
+    } else if constexpr (SumsObservation<O>) {
+      std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
+    } else {
+      detail::attention_from_matrix(in, group[0], observers, workspace, add);
+    }
+    for (std::size_t h = 0; h < group.size(); ++h) {
+      const std::span<const float> own = sums.subspan(h * evictable, evictable);
+      if (!std::all_of(own.begin(), own.end(), [](float v) { return std::isfinite(v); })) {
+        detail::fail_not_finite(in.layer, group[h], own);
+      }
+      per_head(group[h], own);
+    }
+  });
+}
+
+/// `attention_sums` of the window's queries.
+template <class Kv, Observation O, Executor X, class PerHead>
 void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
                       X& executor, PerHead&& per_head) {
-  if constexpr (QueryObservation<O>) {
-    for (std::size_t first = 0; first < heads.size();) {
-      const std::size_t kv_head = heads[first] / in.shape.group();
-      const detail::AtOnce held = detail::at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], in.window);
-      std::size_t last = first + 1;
-      while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
-        ++last;
+  attention_sums(in, heads, in.window, workspace, executor, per_head);
+}
+
+/// How a head's window looks at an evictable token, row by row of the window.
+struct WindowMoments {
+  std::span<const float> means;       ///< [evictable]
+  std::span<const float> deviations;  ///< [evictable], sums of squared distances from the mean
+  std::span<const float> entropies;   ///< [evictable], sums of -a ln(a + 1e-10)
+};
+
+/// Calls `per_head(query_head, WindowMoments)` for each of `heads`: what CAKE looks at. Attention sums alone
+/// do not show it. Means and deviations by Welford's recurrence, the window's rows ascending. Throws as
+/// `attention_sums`.
+template <class Kv, Observation O, Executor X, class PerHead>
+void window_moments(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
+                    X& executor, PerHead&& per_head) {
+  static_assert(!SumsObservation<O>,
+                "this scorer needs the window's rows apart: give queries or an attention matrix, not sums");
+  detail::for_head_groups(in, heads, in.window, 3, [&](auto group, std::size_t queries_at_once) {
+    const std::size_t kv_head = group[0] / in.shape.group();
+    const std::size_t evictable = in.evictable(kv_head);
+    const std::span<float> arrays = workspace.take(Workspace::Slot::sums, group.size() * 3 * evictable);
+    std::fill(arrays.begin(), arrays.end(), 0.0F);
+    const auto add = [&](std::size_t h, std::size_t i, std::size_t first, std::size_t tokens,
+                         const float* weights, float factor) {
+      float* means = arrays.data() + h * 3 * evictable + first;
+      float* deviations = means + evictable;
+      float* entropies = deviations + evictable;
+      const float step = 1.0F / static_cast<float>(i + 1);
+      for (std::size_t t = 0; t < tokens; ++t) {
+        const float weight = factor * weights[t];
+        const float distance = weight - means[t];
+        means[t] += distance * step;
+        deviations[t] += distance * (weight - means[t]);
+        entropies[t] -= weight * std::log(weight + 1e-10F);
       }
-      detail::window_sums_from_queries(in, kv_head, heads.subspan(first, last - first), held.queries,
-                                       workspace, executor, per_head);
-      first = last;
+    };
+    if constexpr (QueryObservation<O>) {
+      detail::attention_from_queries(in, kv_head, group, in.window, queries_at_once, workspace, executor,
+                                     add);
+    } else {
+      detail::attention_from_matrix(in, group[0], in.window, workspace, add);
     }
-  } else {
-    for (const std::uint32_t head : heads) {
-      detail::window_sums_without_keys(in, head, workspace, per_head);
+    for (std::size_t h = 0; h < group.size(); ++h) {
+      const std::span<const float> own = arrays.subspan(h * 3 * evictable, 3 * evictable);
+      if (!std::all_of(own.begin(), own.end(), [](float v) { return std::isfinite(v); })) {
+        detail::fail_not_finite(in.layer, group[h], own.first(evictable));
+      }
+      per_head(group[h], WindowMoments{.means = own.first(evictable),
+                                       .deviations = own.subspan(evictable, evictable),
+                                       .entropies = own.last(evictable)});
     }
+  });
+}
+
+/// Calls `run(heads)` with all query heads of the model, ascending, some at a time: for methods that do not
+/// choose heads.
+template <class Run>
+void for_all_heads(const ModelShape& shape, Run&& run) {
+  std::array<std::uint32_t, 64> heads;
+  for (std::size_t first = 0; first < shape.query_heads; first += heads.size()) {
+    const std::size_t count = std::min(heads.size(), shape.query_heads - first);
+    std::iota(heads.begin(), heads.begin() + static_cast<std::ptrdiff_t>(count),
+              static_cast<std::uint32_t>(first));
+    run(std::span<const std::uint32_t>(heads).first(count));
   }
+}
+
+/// `attention_sums` of all query heads of the model, ascending.
+template <class Kv, Observation O, Executor X, class PerHead>
+void attention_sums_of_all_heads(const LayerInput<Kv, O>& in, std::size_t observers, Workspace& workspace,
+                                 X& executor, PerHead&& per_head) {
+  for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
+    attention_sums(in, heads, observers, workspace, executor, per_head);
+  });
 }
 
 }  // namespace compresskv::kernel

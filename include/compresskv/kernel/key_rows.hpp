@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+
+#include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/view/kv_view.hpp"
+
+namespace compresskv::kernel {
+
+/// Calls `visit(row, key)` for every key of a KV head, in order, `key` being `head_dim` float32 in `buffer`.
+template <KvView V, class Visit>
+void for_each_key(const V& kv, std::size_t kv_head, float* buffer, Visit&& visit) {
+  std::size_t row = 0;
+  for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
+    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    for (std::size_t r = 0; r < run.rows; ++r, ++row) {
+      decode_row(run, r, kv.head_dim(), buffer);
+      visit(row, static_cast<const float*>(buffer));
+    }
+  }
+}
+
+/// Euclidean length of a decoded key. Sums in float64, in order.
+inline double key_norm(const float* key, std::size_t head_dim) {
+  double sum = 0.0;
+  for (std::size_t e = 0; e < head_dim; ++e) {
+    sum += static_cast<double>(key[e]) * static_cast<double>(key[e]);
+  }
+  return std::sqrt(sum);
+}
+
+}  // namespace compresskv::kernel

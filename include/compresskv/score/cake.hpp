@@ -1,0 +1,77 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/kernel/pooling.hpp"
+#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/score/scorer.hpp"
+
+namespace compresskv::score {
+
+/// CAKE: tokens that the window looks at, or looks at unevenly.
+///
+///     score[g][t] = 1/G  sum over the G heads of group g
+///                   pool_t ( mean over window rows of a[t] + gamma * variance over window rows of a[t] )
+///
+/// The variance is the unbiased one (0 for a window of one row). Goes with `budget::Cake`. Paper: Qin et al.,
+/// ICLR 2025 (arXiv 2503.12491); METHOD.md section 4. Cost: that of SnapKv, and two arrays a head more.
+class Cake {
+ public:
+  static constexpr Granularity granularity = Granularity::kv_head;
+  static constexpr Needs needs = Needs::window_attention;
+  static constexpr Reach reach = Reach::own_layer;
+
+  struct Options {
+    float gamma = 200.0F;  ///< weight of the variance
+    std::size_t window = 8;
+    std::size_t pool_width = 5;  ///< odd; average pooling
+  };
+
+  Cake() = default;
+  /// Throws ArgumentError for no window, an even pooling width or a gamma that is negative or not finite.
+  explicit Cake(const Options& options) : options_(options) {
+    detail::require(options.window > 0, "window is 0: at least the last query must observe");
+    detail::require(std::isfinite(options.gamma) && options.gamma >= 0.0F, "gamma is ", options.gamma,
+                    ", must be finite and not negative");
+    kernel::check_pool_width(options.pool_width);
+  }
+
+  std::size_t window() const { return options_.window; }
+  void validate(const ModelShape&) const {}
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
+             const Scores<granularity>& scores) const {
+    std::fill(scores.values().begin(), scores.values().end(), 0.0F);
+    const float factor = in.window < 2 ? 0.0F : options_.gamma / static_cast<float>(in.window - 1);
+    kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
+      kernel::window_moments(
+          in, heads, workspace, executor, [&](std::uint32_t head, const kernel::WindowMoments& moments) {
+            const std::span<float> value = workspace.take(Workspace::Slot::pooled, moments.means.size());
+            for (std::size_t t = 0; t < value.size(); ++t) {
+              value[t] = std::fma(factor, moments.deviations[t], moments.means[t]);
+            }
+            kernel::add_pooled(value, kernel::Pool::average, options_.pool_width,
+                               scores.row(head / in.shape.group()));
+          });
+    });
+    for (float& score : scores.values()) {
+      score /= static_cast<float>(in.shape.group());
+    }
+  }
+
+ private:
+  Options options_;
+};
+
+static_assert(Scorer<Cake>);
+
+}  // namespace compresskv::score

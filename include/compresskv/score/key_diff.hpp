@@ -1,0 +1,84 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <span>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/kernel/key_rows.hpp"
+#include "compresskv/score/scorer.hpp"
+
+namespace compresskv::score {
+
+/// KeyDiff: keys that differ from the others stay.
+///
+///     mean[g] = mean over all rows of key / || key ||      score[g][t] = -cos( key[g][t], mean[g] )
+///
+/// Looks at no query. A key of length 0 counts as orthogonal. Paper: Park et al., NeurIPS 2025 (arXiv
+/// 2504.15364); METHOD.md section 4. Cost: all keys are read twice.
+class KeyDiff {
+ public:
+  static constexpr Granularity granularity = Granularity::kv_head;
+  static constexpr Needs needs = Needs::keys;
+  static constexpr Reach reach = Reach::own_layer;
+
+  struct Options {
+    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
+  };
+
+  KeyDiff() = default;
+  /// Throws ArgumentError for no window.
+  explicit KeyDiff(const Options& options) : options_(options) {
+    detail::require(options.window > 0, "window is 0: at least the last token must stay");
+  }
+
+  std::size_t window() const { return options_.window; }
+  void validate(const ModelShape&) const {}
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
+             const Scores<granularity>& scores) const {
+    const std::size_t head_dim = in.shape.head_dim;
+    // A key, and the mean of all.
+    const std::span<float> buffers =
+        workspace.take(Workspace::Slot::key_rows, 2 * in.shape.kv_heads * head_dim);
+    executor.parallel_for(in.shape.kv_heads, [&](std::size_t kv_head) {
+      const std::span<float> row = scores.row(kv_head);
+      const std::span<float> buffer = buffers.subspan(2 * kv_head * head_dim, head_dim);
+      const std::span<float> mean = buffers.subspan((2 * kv_head + 1) * head_dim, head_dim);
+      std::fill(mean.begin(), mean.end(), 0.0F);
+      kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t, const float* key) {
+        const auto inverse = static_cast<float>(inverse_norm(key, head_dim));
+        for (std::size_t e = 0; e < head_dim; ++e) {
+          mean[e] = std::fma(key[e], inverse, mean[e]);
+        }
+      });
+      const double mean_inverse = inverse_norm(mean.data(), head_dim);
+      kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
+        if (t < row.size()) {
+          double dot = 0.0;
+          for (std::size_t e = 0; e < head_dim; ++e) {
+            dot += static_cast<double>(key[e]) * static_cast<double>(mean[e]);
+          }
+          row[t] = -static_cast<float>(dot * inverse_norm(key, head_dim) * mean_inverse);
+        }
+      });
+    });
+  }
+
+ private:
+  static double inverse_norm(const float* key, std::size_t head_dim) {
+    const double norm = kernel::key_norm(key, head_dim);
+    return norm == 0.0 ? 0.0 : 1.0 / norm;
+  }
+
+  Options options_;
+};
+
+static_assert(Scorer<KeyDiff>);
+
+}  // namespace compresskv::score

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/kernel/key_rows.hpp"
+#include "compresskv/score/scorer.hpp"
+
+namespace compresskv::score {
+
+/// Knorm: keys of small length draw the attention.
+///
+///     score[g][t] = -|| key[g][t] ||
+///
+/// Looks at no query. Paper: Devoto et al., EMNLP 2024 (arXiv 2406.11430); METHOD.md section 4. Cost: all
+/// keys are read once.
+class Knorm {
+ public:
+  static constexpr Granularity granularity = Granularity::kv_head;
+  static constexpr Needs needs = Needs::keys;
+  static constexpr Reach reach = Reach::own_layer;
+
+  struct Options {
+    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
+  };
+
+  Knorm() = default;
+  /// Throws ArgumentError for no window.
+  explicit Knorm(const Options& options) : options_(options) {
+    detail::require(options.window > 0, "window is 0: at least the last token must stay");
+  }
+
+  std::size_t window() const { return options_.window; }
+  void validate(const ModelShape&) const {}
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
+             const Scores<granularity>& scores) const {
+    const std::size_t head_dim = in.shape.head_dim;
+    const std::span<float> buffers = workspace.take(Workspace::Slot::key_rows, in.shape.kv_heads * head_dim);
+    executor.parallel_for(in.shape.kv_heads, [&](std::size_t kv_head) {
+      const std::span<float> row = scores.row(kv_head);
+      kernel::for_each_key(in.kv, kv_head, buffers.data() + kv_head * head_dim,
+                           [&](std::size_t t, const float* key) {
+                             if (t < row.size()) {
+                               row[t] = -static_cast<float>(kernel::key_norm(key, head_dim));
+                             }
+                           });
+    });
+  }
+
+ private:
+  Options options_;
+};
+
+static_assert(Scorer<Knorm>);
+
+}  // namespace compresskv::score

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/score/scorer.hpp"
+
+namespace compresskv::score {
+
+/// Random rows: the floor that every method must beat.
+///
+///     score[g][t] = hash(seed, layer, KV head, position) in [0, 1)
+///
+/// A token's score depends on nothing else, so that results repeat on any machine and over turns. METHOD.md
+/// section 4. Cost: a hash a row.
+class Random {
+ public:
+  static constexpr Granularity granularity = Granularity::kv_head;
+  static constexpr Needs needs = Needs::nothing;
+  static constexpr Reach reach = Reach::own_layer;
+
+  struct Options {
+    std::uint64_t seed = 0;
+    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
+  };
+
+  Random() = default;
+  /// Throws ArgumentError for no window.
+  explicit Random(const Options& options) : options_(options) {
+    detail::require(options.window > 0, "window is 0: at least the last token must stay");
+  }
+
+  std::size_t window() const { return options_.window; }
+  void validate(const ModelShape&) const {}
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>& in, Workspace&, X&, const Scores<granularity>& scores) const {
+    for (std::size_t kv_head = 0; kv_head < in.shape.kv_heads; ++kv_head) {
+      const std::uint64_t head_seed = mixed(mixed(options_.seed + in.layer) + kv_head);
+      Retained::Cursor positions = in.retained.cursor(kv_head);
+      std::size_t t = 0;
+      for (float& score : scores.row(kv_head)) {
+        // The upper 24 bits: float32 holds each such fraction exactly.
+        score = static_cast<float>(mixed(head_seed + positions.seek(t++)) >> 40U) * 0x1p-24F;
+      }
+    }
+  }
+
+ private:
+  /// The finaliser of splitmix64: any change of the input changes about half of the bits.
+  static constexpr std::uint64_t mixed(std::uint64_t x) {
+    x += 0x9e3779b97f4a7c15U;
+    x = (x ^ (x >> 30U)) * 0xbf58476d1ce4e5b9U;
+    x = (x ^ (x >> 27U)) * 0x94d049bb133111ebU;
+    return x ^ (x >> 31U);
+  }
+
+  Options options_;
+};
+
+static_assert(Scorer<Random>);
+
+}  // namespace compresskv::score
