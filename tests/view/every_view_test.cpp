@@ -68,7 +68,79 @@ struct GroupedRetrieval {
   }
 };
 
-using Methods = testing::Types<SemanticRetrieval, StreamingLlm, GroupedRetrieval>;
+struct SnapKv {
+  static constexpr const char* name = "SnapKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::SnapKv{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct AdaKv {
+  static constexpr const char* name = "AdaKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::SnapKv{{.window = layer.sizes.window}}, select::Adaptive{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct AdaCompressKv {
+  static constexpr const char* name = "AdaCompressKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::GroupedRetrieval{HeadRanking{layer.ranking}, retrieval(layer.sizes)},
+                select::Adaptive{}, budget_of(layer.sizes)};
+  }
+};
+
+struct Cake {
+  static constexpr const char* name = "Cake";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::Cake{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct H2O {
+  static constexpr const char* name = "H2O";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::H2O{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct Tova {
+  static constexpr const char* name = "Tova";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::Tova{}, select::SharedTopK{}, budget_of(layer.sizes)};
+  }
+};
+
+struct Knorm {
+  static constexpr const char* name = "Knorm";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::Knorm{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct KeyDiff {
+  static constexpr const char* name = "KeyDiff";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::KeyDiff{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct RandomRows {
+  static constexpr const char* name = "RandomRows";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::Random{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+using Methods = testing::Types<SemanticRetrieval, StreamingLlm, GroupedRetrieval, SnapKv, AdaKv,
+                               AdaCompressKv, Cake, H2O, Tova, Knorm, KeyDiff, RandomRows>;
 
 struct MethodNames {
   template <class M>
