@@ -28,6 +28,7 @@
 #include "compresskv/view/strided_kv.hpp"
 
 // Methods
+#include "compresskv/budget/cake.hpp"
 #include "compresskv/budget/error_aware.hpp"
 #include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"

@@ -154,6 +154,10 @@ class Compressor {
   /// then as it was. Cost: that of the scorer, plus moving at most `capacity` rows.
   template <class V, class O = NotGiven, class Reduce = NotGiven>
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
+    static_assert(
+        P::reach == Reach::own_layer,
+        "this composition must see more than one layer before it can shrink any: it needs arrive(), "
+        "not compress()");
     check_view(layer, kv);
     set_rows(kv);
     if (stays_whole(layer)) {
@@ -166,6 +170,80 @@ class Compressor {
       select(layer, scores);
     }
     return compact(layer, kv, selection_);
+  }
+
+  /// `compress` for compositions that reach over layers (CAKE's budgets): layer `layer` has ended its
+  /// prefill, and it and layers before it shrink to what they may keep now. Layers arrive in order, each once
+  /// a turn.
+  ///
+  /// `views(l)` gives the view of any layer that has arrived. Returns the layers that changed or were seen
+  /// for the first time, ascending; `retained(l)` says what each holds. Valid until the next call. After each
+  /// arrival the rows of all layers that have arrived are within the total.
+  ///
+  /// Throws ArgumentError where a layer comes out of order, and as `compress`; a layer is then as it was, and
+  /// has not arrived. Cost: that of the scorer and the allocator, plus the rows that move; a float is held
+  /// for each row that may go later.
+  template <class Views, class O = NotGiven, class Reduce = NotGiven>
+  std::span<const std::size_t> arrive(std::size_t layer, Views&& views, const O& observation = {},
+                                      Reduce&& reduce = {}) {
+    static_assert(P::reach == Reach::earlier_layers,
+                  "this composition shrinks each layer on its own: call compress(), not arrive()");
+    check_layer(layer);
+    detail::require(layer == preferences_.size(), "layer ", layer, " arrives, expected layer ",
+                    preferences_.size(), ": layers arrive in order, each once");
+    const auto& kv = views(layer);
+    check_view(layer, kv);
+    set_rows(kv);
+    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
+    const std::size_t window = std::min(plan_->scorer().window(), longest);
+    const Scores<granularity> scores = score_rows(layer, kv, observation);
+    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
+      reduce(scores.values());
+    }
+    check_scores(layer, scores);
+
+    // What each may keep now: those that arrived before at most what they hold.
+    const std::size_t arrived = layer + 1;
+    pending_capacities_.assign(capacities_.begin(), capacities_.begin() + static_cast<std::ptrdiff_t>(layer));
+    pending_capacities_.push_back(longest);
+    most_.resize(arrived);
+    preferences_.reserve(plan_->shape().layers);
+    pending_preferences_.assign(preferences_.begin(), preferences_.end());
+    pending_preferences_.push_back(
+        plan_->allocator().preference(input_of(layer, window, kv, observation), workspace_, executor_));
+    const std::size_t held =
+        std::accumulate(pending_capacities_.begin(), pending_capacities_.end(), std::size_t{0});
+    plan_->allocator().cascade(pending_preferences_, plan_->scorer().window(),
+                               std::min(mean_ * plan_->shape().layers, held), pending_capacities_, most_);
+
+    mark_protected(layer, scores, pending_capacities_[layer]);
+    changed_.clear();
+    for (std::size_t l = 0; l < layer; ++l) {
+      if (pending_capacities_[l] < capacities_[l]) {
+        check_arrived(l, views(l));
+        changed_.push_back(l);
+      }
+    }
+    changed_.push_back(layer);
+    plan_->selector().select(scores, pending_capacities_[layer], workspace_, selection_);
+    carried_.resize(plan_->shape().layers);
+    detail::CarriedScores& own = carried_[layer];
+    own.assign_selected(scores, selection_);
+    keep(layer, kv, kv, selection_);
+    capacities_[layer] = pending_capacities_[layer];
+    preferences_.push_back(pending_preferences_.back());
+    for (const std::size_t l : changed_) {
+      if (l == layer) {
+        break;
+      }
+      const Scores<granularity> earlier(carried_[l].values, carried_[l].ends, carried_[l].window);
+      plan_->selector().select(earlier, pending_capacities_[l], workspace_, selection_);
+      const auto& view = views(l);
+      keep(l, view, view, selection_);
+      carried_[l].keep_selected(selection_);
+      capacities_[l] = pending_capacities_[l];
+    }
+    return changed_;
   }
 
   /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
@@ -193,29 +271,8 @@ class Compressor {
   /// capacity cannot hold all that is protected.
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
-    const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
-    detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
-                    " rows, this plan's have ", expected, ": give the scores that score() filled");
-    std::size_t shortest = scores.tokens(0) + scores.window();
-    std::size_t longest = shortest;
-    for (std::size_t row = 1; row < scores.rows(); ++row) {
-      shortest = std::min(shortest, scores.tokens(row) + scores.window());
-      longest = std::max(longest, scores.tokens(row) + scores.window());
-    }
-    const std::size_t window = std::min(plan_->scorer().window(), shortest);
-    detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
-                    scores.window(), " rows, the plan's window is ", window,
-                    ": give the scores that score() filled");
-    const std::size_t room = capacity(layer, longest) - window;
-    for (std::size_t row = 0; row < scores.rows(); ++row) {
-      const auto values = scores.row(row);
-      for (std::size_t token = 0; token < values.size(); ++token) {
-        detail::require<ScoreError>(std::isfinite(values[token]), "score of layer ", layer, " row ", row,
-                                    " token ", token, " is ", values[token],
-                                    ": scores must be finite; nothing was changed");
-      }
-      mark_protected(layer, row, values, room);
-    }
+    const std::size_t longest = check_scores(layer, scores);
+    mark_protected(layer, scores, capacity(layer, longest));
     plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
     return selection_;
   }
@@ -305,6 +362,9 @@ class Compressor {
     for (const Retained& layer : layers_) {
       total += layer.memory_bytes();
     }
+    for (const detail::CarriedScores& scores : carried_) {
+      total += scores.memory_bytes();
+    }
     return total;
   }
 
@@ -319,10 +379,6 @@ class Compressor {
   void check_view(std::size_t layer, const V& kv) const {
     static_assert(models_kv_view<V>(),
                   "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    static_assert(
-        P::reach == Reach::own_layer,
-        "this composition must see more than one layer before it can shrink any: it needs arrive() and "
-        "finish(), not compress()");
     check_layer(layer);
     detail::check_view(kv, plan_->shape());
     for (std::size_t head = 0; granularity == Granularity::layer && head < kv.kv_heads(); ++head) {
@@ -350,6 +406,17 @@ class Compressor {
     }
   }
 
+  /// A layer that arrived earlier holds what was kept of it: its carried scores are those of its rows.
+  template <class V>
+  void check_arrived(std::size_t layer, const V& kv) const {
+    check_view(layer, kv);
+    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
+      detail::require(kv.rows(head) == layers_[layer].rows(head), "layer ", layer, " KV head ", head, " has ",
+                      kv.rows(head), " rows, expected the ", layers_[layer].rows(head),
+                      " that it kept: append after the last layer has arrived");
+    }
+  }
+
   void resolve(std::size_t tokens, const Protection& protection) {
     detail::require(tokens > 0, "prompt_tokens is 0: a prompt has at least one token");
     detail::require(tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ", tokens,
@@ -373,6 +440,8 @@ class Compressor {
     keep_last_from_ = protection.keep_last == 0 ? std::numeric_limits<std::size_t>::max()
                                                 : tokens - std::min(protection.keep_last, tokens);
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
+    mean_ = mean;
+    preferences_.clear();
   }
 
   /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
@@ -417,25 +486,55 @@ class Compressor {
     }
   }
 
+  /// Throws where scores do not fit the plan or are not finite; the rows of the longest KV head.
+  std::size_t check_scores(std::size_t layer, const Scores<granularity>& scores) const {
+    const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
+    detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
+                    " rows, this plan's have ", expected, ": give the scores that score() filled");
+    std::size_t shortest = scores.tokens(0) + scores.window();
+    std::size_t longest = shortest;
+    for (std::size_t row = 1; row < scores.rows(); ++row) {
+      shortest = std::min(shortest, scores.tokens(row) + scores.window());
+      longest = std::max(longest, scores.tokens(row) + scores.window());
+    }
+    const std::size_t window = std::min(plan_->scorer().window(), shortest);
+    detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
+                    scores.window(), " rows, the plan's window is ", window,
+                    ": give the scores that score() filled");
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      const auto values = scores.row(row);
+      for (std::size_t token = 0; token < values.size(); ++token) {
+        detail::require<ScoreError>(std::isfinite(values[token]), "score of layer ", layer, " row ", row,
+                                    " token ", token, " is ", values[token],
+                                    ": scores must be finite; nothing was changed");
+      }
+    }
+    return longest;
+  }
+
   /// Gives protected tokens the highest finite score, which no attention reaches: any selector then keeps
-  /// them.
-  void mark_protected(std::size_t layer, std::size_t row, std::span<float> scores, std::size_t room) const {
+  /// them. Throws where `capacity` cannot hold them beside the window.
+  void mark_protected(std::size_t layer, const Scores<granularity>& scores, std::size_t capacity) const {
     if (keep_first_ == 0 && protected_.empty() &&
         keep_last_from_ == std::numeric_limits<std::size_t>::max()) {
       return;  // the usual case costs nothing
     }
-    Retained::Cursor positions = layers_[layer].cursor(row);
-    std::size_t count = 0;
-    for (std::size_t token = 0; token < scores.size(); ++token) {
-      const std::size_t position = positions.seek(token);
-      if (position < keep_first_ || position >= keep_last_from_ ||
-          std::binary_search(protected_.begin(), protected_.end(), position)) {
-        scores[token] = std::numeric_limits<float>::max();
-        ++count;
+    const std::size_t room = capacity - scores.window();
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      Retained::Cursor positions = layers_[layer].cursor(row);
+      const std::span<float> values = scores.row(row);
+      std::size_t count = 0;
+      for (std::size_t token = 0; token < values.size(); ++token) {
+        const std::size_t position = positions.seek(token);
+        if (position < keep_first_ || position >= keep_last_from_ ||
+            std::binary_search(protected_.begin(), protected_.end(), position)) {
+          values[token] = std::numeric_limits<float>::max();
+          ++count;
+        }
       }
+      detail::require(count <= room, "layer ", layer, " has room for ", room, " tokens beside the window, ",
+                      count, " are protected: raise the budget or its minimum, or protect fewer");
     }
-    detail::require(count <= room, "layer ", layer, " has room for ", room, " tokens beside the window, ",
-                    count, " are protected: raise the budget or its minimum, or protect fewer");
   }
 
   template <class V, class O>
@@ -461,15 +560,20 @@ class Compressor {
       score_ends_[row] = end;
     }
     const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, end), score_ends_, window);
-    const kernel::LayerInput<V, O> input{.shape = shape,
-                                         .layer = layer,
-                                         .rows = rows_,
-                                         .window = window,
-                                         .retained = layers_[layer],
-                                         .kv = kv,
-                                         .observation = observation};
-    plan_->scorer().score(input, workspace_, executor_, scores);
+    plan_->scorer().score(input_of(layer, window, kv, observation), workspace_, executor_, scores);
     return scores;
+  }
+
+  template <class V, class O>
+  kernel::LayerInput<V, O> input_of(std::size_t layer, std::size_t window, const V& kv,
+                                    const O& observation) const {
+    return {.shape = plan_->shape(),
+            .layer = layer,
+            .rows = rows_,
+            .window = window,
+            .retained = layers_[layer],
+            .kv = kv,
+            .observation = observation};
   }
 
   template <class V, class W>
@@ -549,8 +653,15 @@ class Compressor {
   std::vector<std::size_t> capacities_;          // [layer]
   std::vector<std::size_t> pending_capacities_;  // of a begin() under way
   std::vector<Retained> layers_;
-  std::vector<std::size_t> rows_;        // [kv_head], of the layer at hand
-  std::vector<std::size_t> score_ends_;  // [row of scores]
+  // Of compositions that reach over layers: p, what has arrived, and scores of the rows that may go later.
+  std::size_t mean_ = 0;
+  std::vector<double> preferences_;  // [layer that has arrived]
+  std::vector<double> pending_preferences_;
+  std::vector<std::size_t> most_;
+  std::vector<std::size_t> changed_;
+  std::vector<detail::CarriedScores> carried_;  // [layer]
+  std::vector<std::size_t> rows_;               // [kv_head], of the layer at hand
+  std::vector<std::size_t> score_ends_;         // [row of scores]
   std::vector<std::uint32_t> protected_;
   std::size_t keep_first_ = 0;
   std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();

@@ -1,9 +1,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
+#include <vector>
 
 #include "compresskv/core/policy.hpp"
+#include "compresskv/core/selection.hpp"
 
 namespace compresskv {
 
@@ -40,4 +43,51 @@ class Scores {
   std::size_t window_;
 };
 
+namespace detail {
+
+/// Scores of the evictable rows that a layer still holds, for when it must shrink again.
+struct CarriedScores {
+  std::vector<float> values;
+  std::vector<std::size_t> ends;  // [row of scores]
+  std::size_t window = 0;
+
+  /// Those of `scores` whose rows `selection` keeps.
+  template <Granularity G>
+  void assign_selected(const Scores<G>& scores, const Selection& selection) {
+    window = scores.window();
+    ends.clear();
+    values.clear();
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      for (const std::uint32_t kept : selection.rows(row)) {
+        if (kept < scores.tokens(row)) {
+          values.push_back(scores.row(row)[kept]);
+        }
+      }
+      ends.push_back(values.size());
+    }
+  }
+
+  /// Drops those whose rows `selection` does not keep.
+  void keep_selected(const Selection& selection) {
+    std::size_t out = 0;
+    std::size_t begin = 0;
+    for (std::size_t row = 0; row < ends.size(); ++row) {
+      const std::size_t end = ends[row];
+      for (const std::uint32_t kept : selection.rows(row)) {
+        if (begin + kept < end) {
+          values[out++] = values[begin + kept];
+        }
+      }
+      begin = end;
+      ends[row] = out;
+    }
+    values.resize(out);
+  }
+
+  std::size_t memory_bytes() const {
+    return values.capacity() * sizeof(float) + ends.capacity() * sizeof(std::size_t);
+  }
+};
+
+}  // namespace detail
 }  // namespace compresskv

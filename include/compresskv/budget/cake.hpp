@@ -1,0 +1,110 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <numeric>
+#include <span>
+
+#include "compresskv/budget/allocator.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/round.hpp"
+#include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/window_attention.hpp"
+
+namespace compresskv::budget {
+
+/// CAKE: layers share the total by how widely and how changeably their windows look, as they arrive.
+///
+///     P = E^(1/tau1) * V^(1/tau2),   E = -sum over heads, rows, tokens of a ln(a + 1e-10)
+///                                    V = sum over heads, tokens of the unbiased variance over the window's
+///                                    rows
+///     capacity[l] = P[l] / (P[0] + ... + P[n-1]) * min(p * L, n * S)     once layers 0 .. n-1 have arrived
+///
+/// The window's own columns are left out; sums first, then powers. Rounding is half to even, bounds are
+/// `[w, rows of the layer]`, and the walk to the total adds or takes one row a layer, lower layers first. A
+/// layer that has arrived never grows again: what it lost is gone. Paper: Qin et al., ICLR 2025 (arXiv
+/// 2503.12491); METHOD.md section 4. Goes with `score::Cake`, or any scorer that looks at the window. Cost:
+/// the attention of all heads' windows, and a logarithm a weight.
+class Cake {
+ public:
+  static constexpr Reach reach = Reach::earlier_layers;
+
+  struct Options {
+    double tau1 = 1.0;
+    double tau2 = 1.0;
+  };
+
+  explicit Cake(Budget budget) : Cake(budget, Options{}) {}
+  /// Throws ArgumentError for a tau that is not positive.
+  Cake(Budget budget, const Options& options) : budget_(budget), options_(options) {
+    detail::require(options.tau1 > 0.0 && std::isfinite(options.tau1), "tau1 is ", options.tau1,
+                    ", must be finite and above 0");
+    detail::require(options.tau2 > 0.0 && std::isfinite(options.tau2), "tau2 is ", options.tau2,
+                    ", must be finite and above 0");
+  }
+
+  const Budget& budget() const { return budget_; }
+  void validate(const ModelShape&) const {}
+
+  /// What is known before any layer has arrived: nothing, so all get the same.
+  void allocate(const Allowance& allowance, std::span<std::size_t> capacities) const {
+    std::fill(capacities.begin(), capacities.end(), allowance.per_layer);
+  }
+
+  /// P of a layer.
+  template <class Kv, class O, class X>
+  double preference(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor) const {
+    double entropy = 0.0;
+    double deviation = 0.0;
+    kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
+      kernel::window_moments(
+          in, heads, workspace, executor, [&](std::uint32_t, const kernel::WindowMoments& moments) {
+            entropy = std::accumulate(moments.entropies.begin(), moments.entropies.end(), entropy);
+            deviation = std::accumulate(moments.deviations.begin(), moments.deviations.end(), deviation);
+          });
+    });
+    const double variance = in.window < 2 ? 0.0 : deviation / static_cast<double>(in.window - 1);
+    return std::pow(std::max(entropy, 0.0), 1.0 / options_.tau1) * std::pow(variance, 1.0 / options_.tau2);
+  }
+
+  /// Shares `total` rows among the layers that have arrived, one for each preference. `capacities` holds what
+  /// each may keep at most and receives what it may keep now, at least `window`. Where all preferences are 0
+  /// all count the same.
+  void cascade(std::span<const double> preferences, std::size_t window, std::size_t total,
+               std::span<std::size_t> capacities, std::span<std::size_t> most) const {
+    std::copy(capacities.begin(), capacities.end(), most.begin());
+    const double sum_of_preferences = std::accumulate(preferences.begin(), preferences.end(), 0.0);
+    std::size_t sum = 0;
+    for (std::size_t l = 0; l < capacities.size(); ++l) {
+      const double share = sum_of_preferences > 0.0 ? preferences[l] / sum_of_preferences
+                                                    : 1.0 / static_cast<double>(capacities.size());
+      const double rows = detail::round_half_even(share * static_cast<double>(total));
+      capacities[l] = std::clamp(static_cast<std::size_t>(rows), std::min(window, most[l]), most[l]);
+      sum += capacities[l];
+    }
+    for (bool moved = true; sum != total && moved;) {
+      moved = false;
+      for (std::size_t l = 0; l < capacities.size() && sum != total; ++l) {
+        if (sum < total && capacities[l] < most[l]) {
+          ++capacities[l];
+          ++sum;
+          moved = true;
+        } else if (sum > total && capacities[l] > std::min(window, most[l])) {
+          --capacities[l];
+          --sum;
+          moved = true;
+        }
+      }
+    }
+  }
+
+ private:
+  Budget budget_;
+  Options options_;
+};
+
+static_assert(Allocator<Cake>);
+
+}  // namespace compresskv::budget
