@@ -111,7 +111,7 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& tested) { return std::string{tested.param.name}; });
 
 // The last queries of a chunk are those of the same tokens in a prompt read in one go.
-TEST(Turns, ShowTheQueriesOfTheChunk) {
+TEST(SequenceTurns, ShowTheQueriesOfTheChunk) {
   const TinyModel tiny;
   const Model model = tiny.model();
   const std::vector<TokenId> tokens = random_tokens(50, 41, 2);
@@ -195,7 +195,7 @@ struct Books {
   }
 };
 
-TEST(Turns, SeeWhatEachHeadKeptAtItsTruePosition) {
+TEST(SequenceTurns, SeeWhatEachHeadKeptAtItsTruePosition) {
   for (const KvType type : {KvType::f32, KvType::bf16}) {
     const TinyModel tiny{{.heads = 6, .kv_heads = 3}};
     const Model model = tiny.model(2);
@@ -241,7 +241,7 @@ TEST(Turns, SeeWhatEachHeadKeptAtItsTruePosition) {
   }
 }
 
-TEST(Turns, HoldOneLongLayerAtATime) {
+TEST(SequenceTurns, HoldOneLongLayerAtATime) {
   const TinyModel tiny{{.layers = 4}};
   const Model model = tiny.model();
   const std::vector<TokenId> tokens = random_tokens(340, 41, 4);
@@ -255,7 +255,7 @@ TEST(Turns, HoldOneLongLayerAtATime) {
   EXPECT_EQ(sequence.prefill_peak_cache_bytes(), (4 * 20 + 85) * row_bytes);
 }
 
-TEST(Turns, LeaveNoRoomBehindTheRows) {
+TEST(SequenceTurns, LeaveNoRoomBehindTheRows) {
   const TinyModel tiny;
   const Model model = tiny.model();
   Sequence sequence{model};
@@ -275,7 +275,7 @@ TEST(Turns, LeaveNoRoomBehindTheRows) {
   EXPECT_EQ(sequence.cache_bytes(), 2 * (18 + 35) * 2 * 8 * sizeof(float));
 }
 
-TEST(Turns, StartAnewWhereACallbackThrows) {
+TEST(SequenceTurns, StartAnewWhereACallbackThrows) {
   const TinyModel tiny;
   const Model model = tiny.model();
   const std::vector<TokenId> tokens = random_tokens(40, 41, 7);
@@ -294,7 +294,7 @@ TEST(Turns, StartAnewWhereACallbackThrows) {
   EXPECT_EQ(copy(sequence.prefill(tokens)), copy(fresh.prefill(tokens)));
 }
 
-TEST(Turns, RefuseWhatDoesNotFitAndChangeNothing) {
+TEST(SequenceTurns, RefuseWhatDoesNotFitAndChangeNothing) {
   const TinyModel tiny;
   const Model model = tiny.model();
   const std::vector<TokenId> tokens = random_tokens(40, 41, 8);
