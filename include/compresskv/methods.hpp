@@ -1,0 +1,190 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "compresskv/budget/cake.hpp"
+#include "compresskv/budget/error_aware.hpp"
+#include "compresskv/budget/one_of.hpp"
+#include "compresskv/budget/pyramid.hpp"
+#include "compresskv/budget/uniform.hpp"
+#include "compresskv/core/budget.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/layer_errors.hpp"
+#include "compresskv/kernel/pooling.hpp"
+#include "compresskv/score/cake.hpp"
+#include "compresskv/score/grouped_retrieval.hpp"
+#include "compresskv/score/h2o.hpp"
+#include "compresskv/score/key_diff.hpp"
+#include "compresskv/score/knorm.hpp"
+#include "compresskv/score/random.hpp"
+#include "compresskv/score/semantic_retrieval.hpp"
+#include "compresskv/score/snap_kv.hpp"
+#include "compresskv/score/streaming_llm.hpp"
+#include "compresskv/score/tova.hpp"
+#include "compresskv/select/adaptive.hpp"
+#include "compresskv/select/grouped_top_k.hpp"
+#include "compresskv/select/shared_top_k.hpp"
+
+namespace compresskv {
+
+/// The methods that the library knows by name: a scorer with its selector, and the budgets that belong to it.
+enum class Method {
+  full,
+  compresskv,
+  compresskv_grouped,
+  compresskv_adaptive,
+  snapkv,
+  pyramidkv,
+  adakv,
+  cake,
+  h2o,
+  tova,
+  knorm,
+  keydiff,
+  streaming,
+  random,
+};
+
+/// One row of the table of methods.
+struct MethodInfo {
+  Method method;
+  std::string_view name;     ///< as tools spell it
+  std::string_view summary;  ///< what stays, in a clause
+  std::string_view paper;    ///< arXiv number, or empty
+  bool needs_heads = false;  ///< a head ranking
+  bool per_head = false;     ///< KV heads keep rows of their own
+};
+
+/// The one table: tools, tests, benchmarks and documentation read it.
+inline constexpr std::array<MethodInfo, 14> methods = {{
+    {Method::full, "full", "nothing is evicted", ""},
+    {Method::compresskv, "compresskv",
+     "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
+     false},
+    {Method::compresskv_grouped, "compresskv-grouped",
+     "each KV head keeps what the retrieval heads of its group choose", "2606.24467", true, true},
+    {Method::compresskv_adaptive, "compresskv-adaptive",
+     "as compresskv-grouped, KV heads sharing the layer's rows by need", "2407.11550", true, true},
+    {Method::snapkv, "snapkv", "each KV head keeps what its own query heads look at", "2404.14469", false,
+     true},
+    {Method::pyramidkv, "pyramidkv", "as snapkv, lower layers keeping more", "2406.02069", false, true},
+    {Method::adakv, "adakv", "as snapkv, KV heads sharing the layer's rows by need", "2407.11550", false,
+     true},
+    {Method::cake, "cake", "what is looked at, or unevenly; layers share by how they look", "2503.12491",
+     false, true},
+    {Method::h2o, "h2o", "what has drawn the most attention of all queries", "2306.14048", false, true},
+    {Method::tova, "tova", "what the last query looks at, all heads together", "2401.06104"},
+    {Method::knorm, "knorm", "keys of small length", "2406.11430", false, true},
+    {Method::keydiff, "keydiff", "keys that differ from the others", "2504.15364", false, true},
+    {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
+     "2309.17453"},
+    {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
+}};
+
+constexpr const MethodInfo& info(Method method) {
+  for (const MethodInfo& row : methods) {
+    if (row.method == method) {
+      return row;
+    }
+  }
+  return methods.front();
+}
+
+/// The row of a method's name. Throws ArgumentError that lists the names.
+inline const MethodInfo& method_named(std::string_view name) {
+  const auto found =
+      std::find_if(methods.begin(), methods.end(), [&](const MethodInfo& row) { return row.name == name; });
+  if (found == methods.end()) {
+    std::string names;
+    for (const MethodInfo& row : methods) {
+      names += names.empty() ? "" : ", ";
+      names += row.name;
+    }
+    detail::fail<ArgumentError>("method is '", name, "', must be one of ", names);
+  }
+  return *found;
+}
+
+/// What a method is made from; options that a method does not have are ignored.
+struct MethodSettings {
+  Budget budget = Budget::kept_ratio(1.0);
+  std::optional<HeadRanking> heads = std::nullopt;  ///< for methods with `needs_heads`
+  std::optional<LayerErrors> errors =
+      std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
+  std::size_t heads_per_layer = 4;
+  std::size_t window = 8;  ///< tova observes with 1
+  kernel::Pool pool = kernel::Pool::average;
+  std::size_t pool_width = 5;
+  std::uint64_t seed = 0;  ///< of random
+};
+
+/// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
+/// `Method::full` has none and is an error, as are a method's missing head ranking and options that a policy
+/// refuses: ArgumentError.
+template <class F>
+decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
+  detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
+  detail::require(!info(method).needs_heads || settings.heads.has_value(), "method ", info(method).name,
+                  " needs a head ranking: give the one calibrated for this model");
+  using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
+  const auto budgets = [&]() -> Budgets {
+    if (method == Method::pyramidkv) {
+      return budget::Pyramid{settings.budget};
+    }
+    if (settings.errors) {
+      return budget::ErrorAware{*settings.errors, settings.budget};
+    }
+    return budget::Uniform{settings.budget};
+  }();
+  const auto retrieval = [&] {
+    return score::SemanticRetrieval::Options{.heads_per_layer = settings.heads_per_layer,
+                                             .window = settings.window,
+                                             .pool = settings.pool,
+                                             .pool_width = settings.pool_width};
+  };
+  const auto snap = [&] {
+    return score::SnapKv{
+        {.window = settings.window, .pool = settings.pool, .pool_width = settings.pool_width}};
+  };
+  switch (method) {
+    case Method::compresskv_grouped:
+      return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::GroupedTopK{}, budgets);
+    case Method::compresskv_adaptive:
+      return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::Adaptive{}, budgets);
+    case Method::snapkv:
+    case Method::pyramidkv:
+      return f(snap(), select::GroupedTopK{}, budgets);
+    case Method::adakv:
+      return f(snap(), select::Adaptive{}, budgets);
+    case Method::cake:
+      return f(score::Cake{{.window = settings.window, .pool_width = settings.pool_width}},
+               select::GroupedTopK{}, budget::Cake{settings.budget});
+    case Method::h2o:
+      return f(score::H2O{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+    case Method::tova:
+      return f(score::Tova{}, select::SharedTopK{}, budgets);
+    case Method::knorm:
+      return f(score::Knorm{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+    case Method::keydiff:
+      return f(score::KeyDiff{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+    case Method::streaming:
+      return f(score::StreamingLlm{{.window = settings.window}}, select::SharedTopK{}, budgets);
+    case Method::random:
+      return f(score::Random{{.seed = settings.seed, .window = settings.window}}, select::GroupedTopK{},
+               budgets);
+    case Method::compresskv:
+    case Method::full:
+      break;
+  }
+  return f(score::SemanticRetrieval{*settings.heads, retrieval()}, select::SharedTopK{}, budgets);
+}
+
+}  // namespace compresskv
