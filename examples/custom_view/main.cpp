@@ -51,7 +51,7 @@ class SlabKv {
 
   SlabCache* cache_;
 };
-static_assert(ckv::KvView<SlabKv>);
+static_assert(ckv::models_kv_view<SlabKv>());
 
 int main() {
   SlabCache cache;
