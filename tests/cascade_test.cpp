@@ -223,7 +223,7 @@ TEST(Cascade, LayersArriveInOrderEachOnce) {
   arrive(1);
   // A layer that must shrink again has scores for the rows that it kept, not for rows appended since.
   rows[0].assign(c.kv_heads, rows[0][0] + 1);
-  expect_error<ArgumentError>([&] { arrive(2); }, {"layer 0 KV head 0 has", "that it kept",
+  expect_error<ArgumentError>([&] { arrive(2); }, {"layer 0 KV head 0 has", "that it holds of the prompt",
                                                    "append after the last layer has arrived"});
   rows[0].assign(c.kv_heads, rows[0][0] - 1);
   arrive(2);

@@ -41,6 +41,7 @@ template <score::Scorer S, select::Selector T, budget::Allocator A>
 class Plan {
  public:
   using scorer_type = S;
+  using allocator_type = A;
   static constexpr Reach reach = furthest(S::reach, T::reach, A::reach);
 
   static_assert(T::accepts(S::granularity),
@@ -89,6 +90,15 @@ class Compressor {
  public:
   static_assert(Executor<X>, "the executor is no Executor: it needs parallel_for(count, task)");
   static constexpr Granularity granularity = S::granularity;
+  /// Whether scores travel from layer to layer: the scorer has `decay()`, what is left of them a layer later.
+  static constexpr bool carries = requires(const S& scorer) { scorer.decay(); };
+  /// Whether budgets of earlier layers shrink as later ones arrive.
+  static constexpr bool cascades = P::allocator_type::reach != Reach::own_layer;
+  static_assert(!carries || granularity == Granularity::layer,
+                "carried scores are those of a layer, not of its KV heads");
+  static_assert(!(carries && cascades),
+                "scores and budgets cannot both go from layer to layer: choose budgets that are known before "
+                "the first layer");
 
   explicit Compressor(const P& plan, X executor = X{})
       : plan_(&plan), executor_(std::move(executor)), layers_(plan.shape().layers) {}
@@ -172,77 +182,97 @@ class Compressor {
     return compact(layer, kv, selection_);
   }
 
-  /// `compress` for compositions that reach over layers (CAKE's budgets): layer `layer` has ended its
-  /// prefill, and it and layers before it shrink to what they may keep now. Layers arrive in order, each once
-  /// a turn.
+  /// `compress` for compositions that reach over layers: layer `layer` has ended its prefill, and it and
+  /// layers before it shrink to what they may keep now. Layers arrive in order, each once a turn.
   ///
-  /// `views(l)` gives the view of any layer that has arrived. Returns the layers that changed or were seen
-  /// for the first time, ascending; `retained(l)` says what each holds. Valid until the next call. After each
-  /// arrival the rows of all layers that have arrived are within the total.
+  /// `views(l)` gives the view of any layer that has arrived. Returns the layers that shrank or were asked to
+  /// for the first time, ascending; `retained(l)` says what each holds. Valid until the next call. Where the
+  /// composition must see all layers first, none is returned and `finish` shrinks them.
   ///
-  /// Throws ArgumentError where a layer comes out of order, and as `compress`; a layer is then as it was, and
-  /// has not arrived. Cost: that of the scorer and the allocator, plus the rows that move; a float is held
-  /// for each row that may go later.
+  /// `reduce` as in `compress`; where scores are carried from layer to layer it gets this layer's part.
+  ///
+  /// Throws ArgumentError where a layer comes out of order, and as `compress`; the layer is then as it was,
+  /// and has not arrived. Cost: that of the scorer and the allocator, plus the rows that move. A float is
+  /// held for each token of the prompt where scores are carried, else for each row that may go later.
   template <class Views, class O = NotGiven, class Reduce = NotGiven>
   std::span<const std::size_t> arrive(std::size_t layer, Views&& views, const O& observation = {},
                                       Reduce&& reduce = {}) {
-    static_assert(P::reach == Reach::earlier_layers,
+    static_assert(P::reach != Reach::own_layer,
                   "this composition shrinks each layer on its own: call compress(), not arrive()");
     check_layer(layer);
-    detail::require(layer == preferences_.size(), "layer ", layer, " arrives, expected layer ",
-                    preferences_.size(), ": layers arrive in order, each once");
+    detail::require(layer == arrived_, "layer ", layer, " arrives, expected layer ", arrived_,
+                    ": layers arrive in order, each once");
     const auto& kv = views(layer);
     check_view(layer, kv);
     set_rows(kv);
     const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
-    const std::size_t window = std::min(plan_->scorer().window(), longest);
     const Scores<granularity> scores = score_rows(layer, kv, observation);
     if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
       reduce(scores.values());
     }
     check_scores(layer, scores);
-
-    // What each may keep now: those that arrived before at most what they hold.
-    const std::size_t arrived = layer + 1;
-    pending_capacities_.assign(capacities_.begin(), capacities_.begin() + static_cast<std::ptrdiff_t>(layer));
-    pending_capacities_.push_back(longest);
-    most_.resize(arrived);
-    preferences_.reserve(plan_->shape().layers);
-    pending_preferences_.assign(preferences_.begin(), preferences_.end());
-    pending_preferences_.push_back(
-        plan_->allocator().preference(input_of(layer, window, kv, observation), workspace_, executor_));
-    const std::size_t held =
-        std::accumulate(pending_capacities_.begin(), pending_capacities_.end(), std::size_t{0});
-    plan_->allocator().cascade(pending_preferences_, plan_->scorer().window(),
-                               std::min(mean_ * plan_->shape().layers, held), pending_capacities_, most_);
-
-    mark_protected(layer, scores, pending_capacities_[layer]);
+    if constexpr (carries) {
+      add_carried(layer, scores);
+    }
     changed_.clear();
+    if (layer < waiting_layers()) {
+      carry(layer, scores);
+      ++arrived_;
+      return changed_;
+    }
+
+    // What each may keep now: a layer that has been cut never grows again.
+    pending_capacities_.assign(capacities_.begin(), capacities_.end());
+    if constexpr (cascades) {
+      share_out(layer, longest, kv, observation);
+    }
     for (std::size_t l = 0; l < layer; ++l) {
-      if (pending_capacities_[l] < capacities_[l]) {
+      if (cascades ? pending_capacities_[l] < capacities_[l] : layer == waiting_layers()) {
         check_arrived(l, views(l));
         changed_.push_back(l);
       }
     }
-    changed_.push_back(layer);
-    plan_->selector().select(scores, pending_capacities_[layer], workspace_, selection_);
-    carried_.resize(plan_->shape().layers);
-    detail::CarriedScores& own = carried_[layer];
-    own.assign_selected(scores, selection_);
+    const std::size_t capacity = at_least_window(pending_capacities_[layer], longest);
+    check_protected(layer, scores, capacity);
+    carry(layer, scores);
+    mark_protected(layer, scores);
+    plan_->selector().select(scores, capacity, workspace_, selection_);
+    if constexpr (cascades) {
+      kept_scores_.resize(plan_->shape().layers);
+      kept_scores_[layer].assign_selected(scores, selection_);
+    }
     keep(layer, kv, kv, selection_);
     capacities_[layer] = pending_capacities_[layer];
-    preferences_.push_back(pending_preferences_.back());
+    ++arrived_;
     for (const std::size_t l : changed_) {
-      if (l == layer) {
-        break;
-      }
-      const Scores<granularity> earlier(carried_[l].values, carried_[l].ends, carried_[l].window);
-      plan_->selector().select(earlier, pending_capacities_[l], workspace_, selection_);
-      const auto& view = views(l);
-      keep(l, view, view, selection_);
-      carried_[l].keep_selected(selection_);
-      capacities_[l] = pending_capacities_[l];
+      shrink_again(l, views(l), pending_capacities_[l]);
     }
+    changed_.push_back(layer);
+    return changed_;
+  }
+
+  /// Shrinks all layers of a composition that must see the whole model first, once each has arrived. Returns
+  /// all layers.
+  ///
+  /// Throws ArgumentError naming a layer that has not arrived, or whose view is not what it was; nothing has
+  /// moved then.
+  template <class Views>
+  std::span<const std::size_t> finish(Views&& views) {
+    static_assert(P::reach == Reach::all_layers,
+                  "this composition need not see the whole model: there is nothing to finish");
+    const std::size_t layers = plan_->shape().layers;
+    check_layer(0);
+    detail::require(arrived_ == layers, "layer ", arrived_, " has not arrived: finish() wants all ", layers,
+                    " layers of the model");
+    changed_.clear();
+    for (std::size_t l = 0; l < layers; ++l) {
+      check_arrived(l, views(l));
+      changed_.push_back(l);
+    }
+    for (std::size_t l = 0; l < layers; ++l) {
+      shrink_again(l, views(l), capacities_[l]);
+    }
+    arrived_ = 0;
     return changed_;
   }
 
@@ -272,7 +302,8 @@ class Compressor {
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
     const std::size_t longest = check_scores(layer, scores);
-    mark_protected(layer, scores, capacity(layer, longest));
+    check_protected(layer, scores, capacity(layer, longest));
+    mark_protected(layer, scores);
     plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
     return selection_;
   }
@@ -362,10 +393,10 @@ class Compressor {
     for (const Retained& layer : layers_) {
       total += layer.memory_bytes();
     }
-    for (const detail::CarriedScores& scores : carried_) {
+    for (const detail::KeptScores& scores : kept_scores_) {
       total += scores.memory_bytes();
     }
-    return total;
+    return total + by_position_.capacity() * sizeof(float);
   }
 
  private:
@@ -406,15 +437,98 @@ class Compressor {
     }
   }
 
-  /// A layer that arrived earlier holds what was kept of it: its carried scores are those of its rows.
+  /// A layer that arrived earlier holds what it held then, or what was kept of it: its scores are those
+  /// rows'.
   template <class V>
   void check_arrived(std::size_t layer, const V& kv) const {
     check_view(layer, kv);
     for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
-      detail::require(kv.rows(head) == layers_[layer].rows(head), "layer ", layer, " KV head ", head, " has ",
-                      kv.rows(head), " rows, expected the ", layers_[layer].rows(head),
-                      " that it kept: append after the last layer has arrived");
+      const std::size_t expected = layers_[layer].rows_before(tokens_, head);
+      detail::require(kv.rows(head) == expected, "layer ", layer, " KV head ", head, " has ", kv.rows(head),
+                      " rows, expected the ", expected,
+                      " that it holds of the prompt: append after the last layer has arrived");
     }
+  }
+
+  /// Layers that only look on until a later one arrives.
+  std::size_t waiting_layers() const {
+    if constexpr (P::reach == Reach::all_layers) {
+      return plan_->shape().layers;
+    } else if constexpr (requires { plan_->scorer().hold_layers(); }) {
+      return std::min(plan_->scorer().hold_layers(), plan_->shape().layers - 1);
+    } else {
+      return 0;
+    }
+  }
+
+  /// Turns a layer's own scores into those carried to it: what came before, decayed, and its own.
+  void add_carried(std::size_t layer, const Scores<granularity>& scores) const {
+    const std::span<float> own = scores.row(0);
+    Retained::Cursor positions = layers_[layer].cursor();
+    for (std::size_t t = 0; t < own.size(); ++t) {
+      own[t] = std::fma(plan_->scorer().decay(), by_position_[positions.seek(t)], own[t]);
+    }
+  }
+
+  /// Hands carried scores on to the next layer; nothing where scores are not carried.
+  void carry(std::size_t layer, const Scores<granularity>& scores) {
+    if constexpr (carries) {
+      for (float& score : by_position_) {
+        score *= plan_->scorer().decay();
+      }
+      Retained::Cursor positions = layers_[layer].cursor();
+      const std::span<const float> now = scores.row(0);
+      for (std::size_t t = 0; t < now.size(); ++t) {
+        by_position_[positions.seek(t)] = now[t];
+      }
+    }
+  }
+
+  /// Capacities of the layers that have arrived with `layer`, into `pending_capacities_`.
+  template <class V, class O>
+  void share_out(std::size_t layer, std::size_t longest, const V& kv, const O& observation) {
+    const std::size_t window =
+        std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
+    preferences_.resize(layer);
+    preferences_.push_back(
+        plan_->allocator().preference(input_of(layer, window, kv, observation), workspace_, executor_));
+    pending_capacities_[layer] = longest;
+    const auto arrived = std::span(pending_capacities_).first(layer + 1);
+    most_.resize(arrived.size());
+    plan_->allocator().cascade(preferences_, plan_->scorer().window(),
+                               std::min(mean_ * plan_->shape().layers,
+                                        std::accumulate(arrived.begin(), arrived.end(), std::size_t{0})),
+                               arrived, most_);
+  }
+
+  /// Shrinks a layer that arrived before to `capacity`: by the scores carried so far, or those it arrived
+  /// with.
+  template <class V>
+  void shrink_again(std::size_t layer, const V& kv, std::size_t capacity) {
+    if constexpr (carries) {
+      set_rows(kv);
+      const std::size_t window = std::min(plan_->scorer().window(), rows_[0]);
+      const std::size_t room = at_least_window(capacity, rows_[0]);
+      score_ends_.assign(1, rows_[0] - window);
+      const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, rows_[0] - window),
+                                       score_ends_, window);
+      Retained::Cursor positions = layers_[layer].cursor();
+      const std::span<float> own = scores.row(0);
+      for (std::size_t t = 0; t < own.size(); ++t) {
+        own[t] = by_position_[positions.seek(t)];
+      }
+      check_protected(layer, scores, room);
+      mark_protected(layer, scores);
+      plan_->selector().select(scores, room, workspace_, selection_);
+      keep(layer, kv, kv, selection_);
+    } else {
+      detail::KeptScores& kept = kept_scores_[layer];
+      plan_->selector().select(Scores<granularity>(kept.values, kept.ends, kept.window), capacity, workspace_,
+                               selection_);
+      keep(layer, kv, kv, selection_);
+      kept.keep_selected(selection_);
+    }
+    capacities_[layer] = capacity;
   }
 
   void resolve(std::size_t tokens, const Protection& protection) {
@@ -441,13 +555,20 @@ class Compressor {
                                                 : tokens - std::min(protection.keep_last, tokens);
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
     mean_ = mean;
-    preferences_.clear();
+    tokens_ = tokens;
+    arrived_ = 0;
+    if constexpr (carries) {
+      by_position_.assign(tokens, 0.0F);
+    }
   }
 
   /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
   /// window still stays whole.
+  std::size_t at_least_window(std::size_t capacity, std::size_t rows) const {
+    return std::max(capacity, std::min(plan_->scorer().window(), rows));
+  }
   std::size_t capacity(std::size_t layer, std::size_t rows) const {
-    return std::max(capacities_[layer], std::min(plan_->scorer().window(), rows));
+    return at_least_window(capacities_[layer], rows);
   }
 
   /// Queries that must be shown beside the window's: where a scorer wants all, those of every row that no
@@ -512,28 +633,41 @@ class Compressor {
     return longest;
   }
 
-  /// Gives protected tokens the highest finite score, which no attention reaches: any selector then keeps
-  /// them. Throws where `capacity` cannot hold them beside the window.
-  void mark_protected(std::size_t layer, const Scores<granularity>& scores, std::size_t capacity) const {
+  /// Calls `visit(token)` for each protected token of a row of scores.
+  template <class Visit>
+  void for_each_protected(std::size_t layer, std::size_t row, std::size_t tokens, Visit&& visit) const {
     if (keep_first_ == 0 && protected_.empty() &&
         keep_last_from_ == std::numeric_limits<std::size_t>::max()) {
       return;  // the usual case costs nothing
     }
+    Retained::Cursor positions = layers_[layer].cursor(row);
+    for (std::size_t token = 0; token < tokens; ++token) {
+      const std::size_t position = positions.seek(token);
+      if (position < keep_first_ || position >= keep_last_from_ ||
+          std::binary_search(protected_.begin(), protected_.end(), position)) {
+        visit(token);
+      }
+    }
+  }
+
+  /// Throws where `capacity` cannot hold the protected tokens beside the window.
+  void check_protected(std::size_t layer, const Scores<granularity>& scores, std::size_t capacity) const {
     const std::size_t room = capacity - scores.window();
     for (std::size_t row = 0; row < scores.rows(); ++row) {
-      Retained::Cursor positions = layers_[layer].cursor(row);
-      const std::span<float> values = scores.row(row);
       std::size_t count = 0;
-      for (std::size_t token = 0; token < values.size(); ++token) {
-        const std::size_t position = positions.seek(token);
-        if (position < keep_first_ || position >= keep_last_from_ ||
-            std::binary_search(protected_.begin(), protected_.end(), position)) {
-          values[token] = std::numeric_limits<float>::max();
-          ++count;
-        }
-      }
+      for_each_protected(layer, row, scores.tokens(row), [&](std::size_t) { ++count; });
       detail::require(count <= room, "layer ", layer, " has room for ", room, " tokens beside the window, ",
                       count, " are protected: raise the budget or its minimum, or protect fewer");
+    }
+  }
+
+  /// Gives protected tokens the highest finite score, which no attention reaches: any selector then keeps
+  /// them.
+  void mark_protected(std::size_t layer, const Scores<granularity>& scores) const {
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      for_each_protected(layer, row, scores.tokens(row), [&](std::size_t token) {
+        scores.row(row)[token] = std::numeric_limits<float>::max();
+      });
     }
   }
 
@@ -653,15 +787,17 @@ class Compressor {
   std::vector<std::size_t> capacities_;          // [layer]
   std::vector<std::size_t> pending_capacities_;  // of a begin() under way
   std::vector<Retained> layers_;
-  // Of compositions that reach over layers: p, what has arrived, and scores of the rows that may go later.
-  std::size_t mean_ = 0;
-  std::vector<double> preferences_;  // [layer that has arrived]
-  std::vector<double> pending_preferences_;
-  std::vector<std::size_t> most_;
+  // Of compositions that reach over layers.
+  std::size_t mean_ = 0;     // p
+  std::size_t tokens_ = 0;   // of the sequence so far
+  std::size_t arrived_ = 0;  // layers
   std::vector<std::size_t> changed_;
-  std::vector<detail::CarriedScores> carried_;  // [layer]
-  std::vector<std::size_t> rows_;               // [kv_head], of the layer at hand
-  std::vector<std::size_t> score_ends_;         // [row of scores]
+  std::vector<float> by_position_;  // scores carried from layer to layer
+  std::vector<double> preferences_;
+  std::vector<std::size_t> most_;
+  std::vector<detail::KeptScores> kept_scores_;  // [layer], of the rows that may go later
+  std::vector<std::size_t> rows_;                // [kv_head], of the layer at hand
+  std::vector<std::size_t> score_ends_;          // [row of scores]
   std::vector<std::uint32_t> protected_;
   std::size_t keep_first_ = 0;
   std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();

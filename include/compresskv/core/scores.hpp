@@ -46,7 +46,7 @@ class Scores {
 namespace detail {
 
 /// Scores of the evictable rows that a layer still holds, for when it must shrink again.
-struct CarriedScores {
+struct KeptScores {
   std::vector<float> values;
   std::vector<std::size_t> ends;  // [row of scores]
   std::size_t window = 0;

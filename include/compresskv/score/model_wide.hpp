@@ -1,0 +1,91 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/head_scores.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/score/scorer.hpp"
+#include "compresskv/score/weighted_retrieval.hpp"
+
+namespace compresskv::score {
+
+/// Ours: the few best retrieval heads of the whole model choose one set of tokens for all layers.
+///
+///     s[t] = sum over the N best (layer, head) pairs  r[l][h] * A[l][h][t]
+///
+/// `A` is a head's pooled window score (METHOD.md section 2, steps 2 to 5), `r` its retrieval score (Eq. 5 of
+/// arXiv 2606.24467). Known only when all layers have been seen: `Compressor::arrive` for each, then
+/// `finish`, which shrinks them all; the whole cache is alive until then. Equal scores `r`: the lower layer,
+/// then the lower head. Cost: window attention of N heads in all, and one float a token of the prompt.
+class ModelWide {
+ public:
+  static constexpr Granularity granularity = Granularity::layer;
+  static constexpr Needs needs = Needs::window_attention;
+  static constexpr Reach reach = Reach::all_layers;
+
+  struct Options {
+    std::size_t heads = 16;  ///< N, of the whole model
+    std::size_t window = 16;
+    kernel::Pool pool = kernel::Pool::average;
+    std::size_t pool_width = 5;  ///< odd
+    bool equal_weights = false;  ///< r = 1 for the chosen heads: an ablation
+  };
+
+  /// Throws ArgumentError for no heads or more than the model has, no window or an even pooling width.
+  ModelWide(const HeadScores& scores, const Options& options)
+      : heads_(weighted(scores, options), scores.heads(), options.window, options.pool, options.pool_width) {}
+  /// A ranking compares heads of one layer alone: give the raw scores that calibration writes.
+  ModelWide(const HeadRanking&, const Options&) = delete;
+
+  std::size_t window() const { return heads_.window(); }
+  /// Layers add up as they are.
+  float decay() const { return 1.0F; }
+  void validate(const ModelShape& shape) const { heads_.validate(shape); }
+
+  template <class Kv, class O, class X>
+  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
+             const Scores<granularity>& scores) const {
+    heads_.score(in, workspace, executor, scores.row(0));
+  }
+
+ private:
+  using Heads = std::vector<std::vector<WeightedRetrieval::Head>>;
+
+  static Heads weighted(const HeadScores& scores, const Options& options) {
+    const std::size_t all = scores.layers() * scores.heads();
+    detail::require(options.heads > 0 && options.heads <= all, "heads is ", options.heads,
+                    ", must be 1 to the ", all, " of the model");
+    struct Pair {
+      double score;
+      std::size_t layer;
+      std::size_t head;
+    };
+    std::vector<Pair> pairs;
+    for (std::size_t layer = 0; layer < scores.layers(); ++layer) {
+      for (std::size_t head = 0; head < scores.heads(); ++head) {
+        pairs.push_back({scores.mean(layer, head), layer, head});
+      }
+    }
+    std::stable_sort(pairs.begin(), pairs.end(),
+                     [](const Pair& a, const Pair& b) { return a.score > b.score; });
+    Heads layers(scores.layers());
+    for (const Pair& pair : std::span(pairs).first(options.heads)) {
+      layers[pair.layer].push_back({.head = static_cast<std::uint32_t>(pair.head),
+                                    .weight = options.equal_weights ? 1.0F : static_cast<float>(pair.score)});
+    }
+    return layers;
+  }
+
+  WeightedRetrieval heads_;
+};
+
+static_assert(Scorer<ModelWide>);
+
+}  // namespace compresskv::score
