@@ -1,4 +1,4 @@
-// expect: use of deleted function|call to deleted constructor
+// expect: a ranking says who is better, not by how much: give the raw head scores that calibration writes
 #include "scorer.hpp"
 
 // The raw scores weigh the heads: a bare ranking has none.

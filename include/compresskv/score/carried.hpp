@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -50,8 +51,12 @@ class Carried {
     detail::require(std::isfinite(options.decay) && options.decay >= 0.0F && options.decay <= 1.0F,
                     "decay is ", options.decay, ", must be between 0 and 1");
   }
-  /// A ranking says who is better, not by how much: give the raw scores that calibration writes.
-  Carried(const HeadRanking&, const Options&) = delete;
+  template <std::same_as<HeadRanking> Ranking>
+  Carried(const Ranking&, const Options&) {
+    static_assert(!std::same_as<Ranking, HeadRanking>,
+                  "a ranking says who is better, not by how much: give the raw head scores that calibration "
+                  "writes (io::load_head_scores)");
+  }
 
   std::size_t window() const { return options_.window; }
   float decay() const { return options_.decay; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -41,8 +42,12 @@ class ModelWide {
   /// Throws ArgumentError for no heads or more than the model has, no window or an even pooling width.
   ModelWide(const HeadScores& scores, const Options& options)
       : heads_(weighted(scores, options), scores.heads(), options.window, options.pool, options.pool_width) {}
-  /// A ranking compares heads of one layer alone: give the raw scores that calibration writes.
-  ModelWide(const HeadRanking&, const Options&) = delete;
+  template <std::same_as<HeadRanking> Ranking>
+  ModelWide(const Ranking&, const Options&) {
+    static_assert(!std::same_as<Ranking, HeadRanking>,
+                  "a ranking compares heads of one layer alone: give the raw head scores that calibration "
+                  "writes (io::load_head_scores)");
+  }
 
   std::size_t window() const { return heads_.window(); }
   /// Layers add up as they are.
