@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <vector>
 
+#include "reference/cache.hpp"
 #include "reference/errors.hpp"
+#include "reference/forced_path.hpp"
 #include "reference/random.hpp"
 #include "reference/scores.hpp"
 
@@ -59,6 +61,26 @@ TEST(Pooling, IsTheReferencesOverAllLengthsAndWidths) {
         // Positive terms: one rounding an addition, one for the division.
         ASSERT_NEAR(average[t], expected[t], 0x1p-24 * static_cast<double>(width + 1) * expected[t]);
         ASSERT_EQ(static_cast<double>(max[t]), expected_max[t]);
+      }
+    }
+  }
+}
+
+TEST(Pooling, PathsAgreeBitForBit) {
+  reference::Random random(32);
+  for (std::size_t count = 1; count < 120; ++count) {
+    std::vector<float> in(count);
+    for (float& x : in) {
+      x = random.gaussian();
+    }
+    for (const std::size_t width : {1U, 3U, 5U, 7U, 31U}) {
+      for (const Pool pool : {Pool::average, Pool::max}) {
+        const reference::ForcedPath portable(CodePath::portable);
+        const auto expected = pooled(in, pool, width);
+        if (supported(CodePath::avx2)) {
+          const reference::ForcedPath avx2(CodePath::avx2);
+          ASSERT_TRUE(reference::same_bytes(pooled(in, pool, width), expected)) << count << " x " << width;
+        }
       }
     }
   }

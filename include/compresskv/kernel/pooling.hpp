@@ -5,6 +5,11 @@
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/kernel/code_path.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace compresskv::kernel {
 
@@ -20,20 +25,62 @@ inline void check_pool_width(std::size_t width) {
                               ", must be odd so that every token keeps its place");
 }
 
-/// `out[t] += pool(in)[t]`, stride 1, same length. Cost: width adds a token.
-inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, std::span<float> out) {
+namespace portable {
+
+/// `out[t] += pool(in)[t]` for `first <= t < last`.
+inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, std::size_t first,
+                       std::size_t last, std::span<float> out) {
   const std::size_t reach = width / 2;
-  const std::size_t count = in.size();
-  const auto pooled = [&](std::size_t first, std::size_t last) {
-    float value = in[first];
-    for (std::size_t j = first + 1; j < last; ++j) {
+  for (std::size_t t = first; t < last; ++t) {
+    const std::size_t end = std::min(t + reach + 1, in.size());
+    std::size_t j = t < reach ? 0 : t - reach;
+    float value = in[j];
+    while (++j < end) {
       value = pool == Pool::average ? value + in[j] : std::max(value, in[j]);
     }
-    return pool == Pool::average ? value / static_cast<float>(width) : value;
-  };
-  for (std::size_t t = 0; t < count; ++t) {
-    out[t] += pooled(t < reach ? 0 : t - reach, std::min(t + reach + 1, count));
+    out[t] += pool == Pool::average ? value / static_cast<float>(width) : value;
   }
+}
+
+}  // namespace portable
+
+#if defined(__x86_64__)
+namespace avx2 {
+
+/// The same for tokens with all their neighbours inside; returns where it stopped.
+[[gnu::target("avx2,fma")]] inline std::size_t add_pooled(const float* in, Pool pool, std::size_t width,
+                                                          std::size_t first, std::size_t last, float* out) {
+  const std::size_t reach = width / 2;
+  const __m256 divisor = _mm256_set1_ps(static_cast<float>(width));
+  std::size_t t = first;
+  for (; t + 8 <= last; t += 8) {
+    const float* from = in + t - reach;
+    __m256 value = _mm256_loadu_ps(from);
+    for (std::size_t j = 1; j < width; ++j) {
+      const __m256 next = _mm256_loadu_ps(from + j);
+      // Of equal numbers the second operand, as std::max keeps the first.
+      value = pool == Pool::average ? _mm256_add_ps(value, next) : _mm256_max_ps(next, value);
+    }
+    value = pool == Pool::average ? _mm256_div_ps(value, divisor) : value;
+    _mm256_storeu_ps(out + t, _mm256_add_ps(_mm256_loadu_ps(out + t), value));
+  }
+  return t;
+}
+
+}  // namespace avx2
+#endif
+
+/// `out[t] += pool(in)[t]`, stride 1, same length. `in` must not be NaN. Cost: width adds a token.
+inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, std::span<float> out) {
+  std::size_t done = 0;
+#if defined(__x86_64__)
+  const std::size_t reach = width / 2;
+  if (code_path() == CodePath::avx2 && in.size() >= width + 8) {
+    portable::add_pooled(in, pool, width, 0, reach, out);
+    done = avx2::add_pooled(in.data(), pool, width, reach, in.size() - reach, out.data());
+  }
+#endif
+  portable::add_pooled(in, pool, width, done, in.size(), out);
 }
 
 }  // namespace compresskv::kernel
