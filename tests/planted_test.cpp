@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <compresskv/compresskv.hpp>
+#include <compresskv/methods.hpp>
 #include <cstdint>
 #include <vector>
 
@@ -47,12 +48,14 @@ class Planted {
     }
     // Logits of 12 * 12 / 8 = 18 outweigh the other tokens together.
     // Axis 0 marks the answer, axis 1 what draws the other heads: the first tokens and many scattered ones.
+    // Axis 2 is what no query looks at and all tokens but the answer's have: those are long, and alike.
     for (std::size_t head = 0; head < c.kv_heads; ++head) {
       for (std::size_t t = 0; t < tokens; ++t) {
         const bool answer = t >= c.span_first && t < c.span_first + c.span_tokens;
         const bool lure = !answer && (t < 4 || t % 7 == 3);
         cache_.keys[cache_.at(head, t, 0)] = static_cast<T>(answer ? 12.0F : 0.0F);
         cache_.keys[cache_.at(head, t, 1)] = static_cast<T>(lure ? 8.0F : answer ? -8.0F : 0.0F);
+        cache_.keys[cache_.at(head, t, 2)] = static_cast<T>(answer ? 0.0F : 24.0F);
       }
     }
     for (std::size_t head = 0; head < shape_.query_heads; ++head) {
@@ -64,6 +67,7 @@ class Planted {
         const bool retrieves = std::find(right_.begin(), right_.end(), head) != right_.end();
         query[0] = static_cast<T>(retrieves ? 12.0F : 0.0F);
         query[1] = static_cast<T>(retrieves ? 0.0F : 8.0F);
+        query[2] = static_cast<T>(0.0F);
       }
     }
   }
@@ -96,6 +100,48 @@ class Planted {
                                               {.heads_per_layer = std::min<std::size_t>(4, heads.size()),
                                                .window = window}},
                      capacity, cache);
+  }
+
+  /// Share of the answer's span that a method keeps, over the KV heads with a head that retrieves.
+  double span_kept_by(Method method, std::size_t capacity) const {
+    const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
+                                  .heads = HeadRanking{{right_}},
+                                  .heads_per_layer = std::min<std::size_t>(4, right_.size()),
+                                  .window = window};
+    // Every token asks as the window's do: what methods want that look at all queries.
+    const std::size_t shown = method == Method::h2o ? tokens : window;
+    std::vector<T> queries;
+    for (std::size_t i = 0; i < shape_.query_heads * shown; ++i) {
+      const auto row = queries_.begin() +
+                       static_cast<std::ptrdiff_t>((i / shown * window + i % shown % window) * head_dim);
+      queries.insert(queries.end(), row, row + static_cast<std::ptrdiff_t>(head_dim));
+    }
+    const QueryWindow<T> observation(
+        queries.data(), {.query_heads = shape_.query_heads, .queries = shown, .head_dim = head_dim});
+    auto cache = cache_;
+    double found = 0.0;
+    std::size_t looked = 0;
+    with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
+      const Plan plan{shape_, scorer, selector, allocator};
+      Compressor compressor{plan};
+      compressor.begin(tokens);
+      if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
+        compressor.compress(0, cache.view(), observation);
+      } else {
+        compressor.arrive(
+            0, [&](std::size_t) { return cache.view(); }, observation);
+      }
+      const Retained& kept = compressor.retained(0);
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+        if (std::none_of(right_.begin(), right_.end(), [&](auto h) { return h / case_.group == head; })) {
+          continue;
+        }
+        for (std::size_t t = case_.span_first; t < case_.span_first + case_.span_tokens; ++t, ++looked) {
+          found += kept.row(t, head).has_value() ? 1.0 : 0.0;
+        }
+      }
+    });
+    return found / static_cast<double>(looked);
   }
 
   /// What the last query of a head attends to, over the rows that are there.
@@ -179,6 +225,29 @@ TYPED_TEST(PlantedCache, StreamingLosesIt) {
     // Unless the span is among the most recent anyway, which none here is.
     ASSERT_LT(c.span_first + c.span_tokens, Planted<TypeParam>::tokens - (capacity - 4));
     EXPECT_EQ(planted.span_kept(score::StreamingLlm{}, capacity, cache), 0.0) << "seed " << c.seed;
+  }
+}
+
+TEST(PlantedMethods, SeparateThoseThatLookFromThoseThatDoNot) {
+  for (const Case& c : cases) {
+    const Planted<float> planted(c);
+    for (const MethodInfo& row : methods) {
+      if (row.method == Method::full) {
+        continue;
+      }
+      for (const std::size_t capacity : {44U, 48U}) {
+        SCOPED_TRACE(testing::Message() << row.name << " seed " << c.seed << " capacity " << capacity);
+        const double kept = planted.span_kept_by(row.method, capacity);
+        const bool blind = row.method == Method::streaming || row.method == Method::random;
+        // H2O adds up attention: few queries come after the span of seed 4, so that earlier tokens have more.
+        const bool late = row.method == Method::h2o && c.seed == 4;
+        if (blind || late) {
+          EXPECT_LE(kept, 0.2);
+        } else {
+          EXPECT_EQ(kept, 1.0);
+        }
+      }
+    }
   }
 }
 
