@@ -4,6 +4,7 @@
 
 #include <fstream>
 #include <iterator>
+#include <nlohmann/json.hpp>
 #include <system_error>
 
 #include "engine/error.hpp"
@@ -41,6 +42,24 @@ void CacheArguments::apply_to(Compression& how) const {
   how.window = window;
   how.heads_per_layer = heads_per_layer;
   how.pool = pool == "max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
+}
+
+std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
+                                                 const std::string& sha256) {
+  std::error_code failure;
+  for (const auto& folder : std::filesystem::directory_iterator{models, failure}) {
+    const std::filesystem::path record_file = folder.path() / "calibration.json";
+    if (!std::filesystem::exists(record_file, failure)) {
+      continue;
+    }
+    const auto record = nlohmann::json::parse(read_text_file(record_file), nullptr, false);
+    if (record.is_object() && record.value("model_sha256", "") == sha256) {
+      const std::string name = record.value("model", "");
+      return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
+                              .errors = folder.path() / (name + "_layer_score.jsonl")};
+    }
+  }
+  return std::nullopt;
 }
 
 std::string read_text_file(const std::filesystem::path& path) {

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <compresskv/compresskv.hpp>
 #include <cstddef>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "engine/kv_cache.hpp"
@@ -32,6 +32,16 @@ struct CacheArguments {
   void apply_to(Compression& how) const;
   engine::KvType type() const { return engine::parse_kv_type(kv_type); }
 };
+
+/// What `ckv calibrate` has made for a model.
+struct CalibrationFiles {
+  std::filesystem::path heads;
+  std::filesystem::path errors;
+};
+
+/// The calibration of this very file among the folders of `models`, told by its digest.
+std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
+                                                 const std::string& sha256);
 
 /// A file's bytes. Throws engine::Error naming it.
 std::string read_text_file(const std::filesystem::path& path);

@@ -18,6 +18,7 @@
 
 #include "arguments.hpp"
 #include "commands.hpp"
+#include "compress.hpp"
 #include "engine/error.hpp"
 #include "engine/sha256.hpp"
 #include "needle.hpp"
@@ -147,36 +148,34 @@ compresskv::LayerErrors measure_errors(const CalibrateArguments& arguments, cons
                   .heads = ranking};
   arguments.cache.apply_to(how);
   calibration::EvictionErrorAccumulator errors{static_cast<std::size_t>(config.layers)};
-  with_plan(how, shape_of(config, engine::KvType::f32), [&](const auto& plan) {
-    compresskv::Compressor compressor{plan, engine::PoolExecutor{&loaded.model.pool()}};
-    // One data set a length: long prompts must not rule the mean because they lose more.
-    std::size_t open = 0;
-    for (const CalibrationRun& run : runs) {
-      if (run.length != open) {
-        if (open != 0) {
-          errors.end_data_set();
-        }
-        open = run.length;
-        errors.begin_data_set(fmt::format("needle_{}", open));
+  const auto compressor = make_compressor(how, shape_of(config, engine::KvType::f32), loaded.model.pool());
+  // One data set a length: long prompts must not rule the mean because they lose more.
+  std::size_t open = 0;
+  for (const CalibrationRun& run : runs) {
+    if (run.length != open) {
+      if (open != 0) {
+        errors.end_data_set();
       }
-      engine::Sequence sequence{loaded.model};
-      sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
-        errors.add(static_cast<std::size_t>(layer), full, evicted);
-      };
-      const auto on_layer = [&](engine::LayerView& layer) {
-        compress_layer(compressor, layer.shadow());
-        const double share = static_cast<double>(layer.layer + 1) / config.layers;
-        progress.show(done + share * static_cast<double>(run.prompt.tokens.size()), "measuring layers");
-        check_interrupt();
-      };
-      compressor.begin(run.prompt.tokens.size());
-      decode_greedily(loaded, sequence, run.prompt.tokens,
-                      {.window = how.window, .on_layer = on_layer, .on_logits = {}}, arguments.max_new_tokens,
-                      [](TokenId) {});
-      done += static_cast<double>(run.prompt.tokens.size());
+      open = run.length;
+      errors.begin_data_set(fmt::format("needle_{}", open));
     }
-    errors.end_data_set();
-  });
+    engine::Sequence sequence{loaded.model};
+    sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
+      errors.add(static_cast<std::size_t>(layer), full, evicted);
+    };
+    const auto on_layer = [&](engine::LayerView& layer) {
+      compressor->compress(layer.shadow(), {.queries = queries_of(layer)});
+      const double share = static_cast<double>(layer.layer + 1) / config.layers;
+      progress.show(done + share * static_cast<double>(run.prompt.tokens.size()), "measuring layers");
+      check_interrupt();
+    };
+    compressor->begin(run.prompt.tokens.size());
+    decode_greedily(loaded, sequence, run.prompt.tokens,
+                    {.window = how.window, .on_layer = on_layer, .on_logits = {}}, arguments.max_new_tokens,
+                    [](TokenId) {});
+    done += static_cast<double>(run.prompt.tokens.size());
+  }
+  errors.end_data_set();
   return errors.errors();
 }
 

@@ -9,5 +9,6 @@ void add_generate(CLI::App& app);
 void add_calibrate(CLI::App& app);
 void add_demo(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_evaluate(CLI::App& app);
 
 }  // namespace ckv

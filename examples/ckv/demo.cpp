@@ -46,34 +46,11 @@ struct DemoArguments {
   std::filesystem::path json;
 };
 
-struct Calibration {
-  std::filesystem::path heads;
-  std::filesystem::path errors;
-};
-
-/// The calibration of this very file among the folders of `models`, told by its digest.
-std::optional<Calibration> find_calibration(const std::filesystem::path& models, const std::string& sha256) {
-  std::error_code failure;
-  for (const auto& folder : std::filesystem::directory_iterator{models, failure}) {
-    const std::filesystem::path record_file = folder.path() / "calibration.json";
-    if (!std::filesystem::exists(record_file, failure)) {
-      continue;
-    }
-    const Json record = Json::parse(read_text_file(record_file), nullptr, false);
-    if (record.is_object() && record.value("model_sha256", "") == sha256) {
-      const std::string name = record.value("model", "");
-      return Calibration{.heads = folder.path() / (name + "_head_idx.json"),
-                         .errors = folder.path() / (name + "_layer_score.jsonl")};
-    }
-  }
-  return std::nullopt;
-}
-
 /// The rankings to run with: the user's, else the ones found; errors only as asked for.
 Compression compression_of(const DemoArguments& arguments, const std::string& sha256) {
-  Calibration files{.heads = arguments.heads, .errors = arguments.errors};
+  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
   if (files.heads.empty()) {
-    const std::optional<Calibration> found = find_calibration(arguments.models_dir, sha256);
+    const std::optional<CalibrationFiles> found = find_calibration(arguments.models_dir, sha256);
     if (!found) {
       throw UsageError(fmt::format(
           "no calibration of this model in '{}': make one with `ckv calibrate --model {} --out DIR` "
@@ -142,7 +119,7 @@ void print_head() {
 
 void print_row(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
   const std::optional<bool> is_right = right(question, result);
-  const std::string compress = method.needs_budget
+  const std::string compress = method.method != Method::full
                                    ? fmt::format("{:.1f} ({:.2f} %)", result.compress_ms,
                                                  100.0 * result.compress_ms / result.prefill_ms)
                                    : std::string("-");
@@ -179,7 +156,7 @@ void demo(const DemoArguments& arguments) {
     }
   }
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
-  Compression how = compression_of(arguments, sha256);
+  const Compression compresskv_way = compression_of(arguments, sha256);
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
   const Question question = ask(arguments, loaded);
 
@@ -195,7 +172,7 @@ void demo(const DemoArguments& arguments) {
               {"prompt_tokens", question.tokens.size()},
               {"layers", loaded.model.config().layers},
               {"question", question.text},
-              {"budgets", how.errors ? "by layer error" : "uniform"},
+              {"budgets", compresskv_way.errors ? "by layer error" : "uniform"},
               {"needle", nullptr}};
   if (question.needle) {
     out["needle"] = {{"first", question.needle->first}, {"last", question.needle->last}};
@@ -215,7 +192,11 @@ void demo(const DemoArguments& arguments) {
     options.on_layer = [&](std::size_t done) {
       progress.show(static_cast<double>(i) + static_cast<double>(done) / layers, info(todo[i].first).name);
     };
+    Compression how = compresskv_way;
     how.method = method;
+    if (method != Method::compresskv) {
+      how.errors.reset();
+    }
     how.budget = compresskv::Budget::kept_ratio(share);
     const RunResult result = run(loaded, question.tokens, how, options);
     progress.clear();

@@ -29,7 +29,7 @@ struct GenerateArguments {
   std::string prompt;
   std::filesystem::path prompt_file;
   std::string question;
-  std::string method = std::string(methods.front().name);
+  std::string method = std::string(info(Method::compresskv).name);
   std::size_t rows = 0;
   double ratio = 0.0;
   std::uint64_t bytes = 0;
@@ -50,15 +50,6 @@ struct GenerateArguments {
   const CLI::Option* bytes_option = nullptr;
 };
 
-const MethodInfo& method_named(const std::string& name) {
-  for (const MethodInfo& row : methods) {
-    if (row.name == name) {
-      return row;
-    }
-  }
-  throw UsageError(fmt::format("--method {} is not known", name));
-}
-
 std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) {
   if (arguments.rows_option->count() > 0) {
     return compresskv::Budget::tokens_per_layer(arguments.rows);
@@ -78,7 +69,7 @@ std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) 
 
 /// What the options ask for. Throws UsageError before any file is opened where they do not go together.
 Compression compression_of(const GenerateArguments& arguments) {
-  const MethodInfo& method = method_named(arguments.method);
+  const MethodInfo& method = compresskv::method_named(arguments.method);
   Compression how{.method = method.method, .budget = budget_of(arguments)};
   arguments.cache.apply_to(how);
   how.working_rows = arguments.working_rows;
@@ -86,11 +77,17 @@ Compression compression_of(const GenerateArguments& arguments) {
     throw UsageError(fmt::format("--working-rows {} asks for evictions, and --method full has none: drop one",
                                  how.working_rows));
   }
+  if (how.working_rows > 0 && reaches_back(how.method)) {
+    throw UsageError(fmt::format(
+        "--working-rows {} does not go with --method {}, whose layers share rows once they have all come: "
+        "drop one",
+        how.working_rows, method.name));
+  }
   if (how.working_rows > 0 && how.working_rows < how.window) {
     throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",
                                  how.working_rows, how.window));
   }
-  if (method.needs_budget && !how.budget) {
+  if (how.method != Method::full && !how.budget) {
     throw UsageError(
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
@@ -102,9 +99,9 @@ Compression compression_of(const GenerateArguments& arguments) {
   }
   if (method.needs_heads) {
     how.heads = compresskv::io::load_head_ranking(arguments.heads);
-    if (!arguments.errors.empty()) {
-      how.errors = compresskv::io::load_layer_errors(arguments.errors);
-    }
+  }
+  if (!arguments.errors.empty()) {
+    how.errors = compresskv::io::load_layer_errors(arguments.errors);
   }
   return how;
 }
@@ -247,14 +244,6 @@ void generate(const GenerateArguments& arguments) {
   }
 }
 
-std::string method_help() {
-  std::string help = "What is kept of the cache at the end of prefill:";
-  for (const MethodInfo& row : methods) {
-    help += fmt::format("\n{}: {}", row.name, row.summary);
-  }
-  return help;
-}
-
 }  // namespace
 
 void add_generate(CLI::App& app) {
@@ -275,13 +264,10 @@ void add_generate(CLI::App& app) {
           "Feed the text as it is, without chat template: special tokens in it are recognised, none added")
       ->excludes(question);
 
-  std::vector<std::string> names;
-  names.reserve(methods.size());
-  for (const MethodInfo& row : methods) {
-    names.emplace_back(row.name);
-  }
-  command->add_option("--method", arguments->method, method_help())
-      ->check(CLI::IsMember(names))
+  command
+      ->add_option("--method", arguments->method,
+                   "What is kept of the cache at the end of prefill:\n" + method_help())
+      ->check(CLI::IsMember(method_names()))
       ->capture_default_str();
   CLI::Option_group* budget = command->add_option_group(
       "Budget", "How much to keep, window included: one of these; `full` needs none");
@@ -296,13 +282,15 @@ void add_generate(CLI::App& app) {
   budget->require_option(0, 1);
 
   command
-      ->add_option("--heads", arguments->heads,
-                   "For compresskv: head ranking or raw head scores, as `ckv calibrate` writes them")
+      ->add_option(
+          "--heads", arguments->heads,
+          "For the compresskv methods: head ranking or raw head scores, as `ckv calibrate` writes them")
       ->type_name("FILE");
   command
       ->add_option(
           "--errors", arguments->errors,
-          "For compresskv: layer errors, by which layers share the budget; without: every layer the same")
+          "Layer errors, by which layers share the budget; without: every layer the same. pyramidkv and cake "
+          "have budgets of their own")
       ->type_name("FILE");
   CLI::Option* chunk = command
                            ->add_option("--prefill-chunk", arguments->prefill_chunk,

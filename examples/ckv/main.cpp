@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
   ckv::add_generate(app);
   ckv::add_calibrate(app);
   ckv::add_demo(app);
+  ckv::add_evaluate(app);
   ckv::add_inspect(app);
   ckv::catch_interrupts();
   try {

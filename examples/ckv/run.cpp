@@ -8,6 +8,7 @@
 #include <optional>
 #include <utility>
 
+#include "compress.hpp"
 #include "engine/error.hpp"
 #include "terminal.hpp"
 
@@ -62,38 +63,45 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
     std::iota(all[0].begin(), all[0].end(), 0U);
     result.kept.assign(static_cast<std::size_t>(config.layers), all);
   } else {
-    const auto read_with = [&](const auto& plan) {
-      compresskv::Compressor compressor{plan, engine::PoolExecutor{&loaded.model.pool()}};
-      RecentQueries recent{config, how.window};
-      bool begun = false;
-      for_chunks([&](std::span<const TokenId> chunk, std::size_t tokens) {
-        const bool last = tokens == prompt.size();
-        const bool compress = last || how.working_rows > 0;
-        auto began = Clock::now();
-        if (compress && begun) {
-          compressor.begin_turn(tokens);
-        } else if (compress) {
-          compressor.begin(tokens);
-          begun = true;
+    const bool whole = options.prefill_chunk == 0 || options.prefill_chunk >= prompt.size();
+    const bool all_queries = wants_all_queries(how.method);
+    const std::size_t observers = all_queries ? prompt.size() : how.window;
+    // A compaction has seen the queries before it: what then observes are those of the chunk.
+    const bool chunk_alone = whole || (all_queries && how.working_rows > 0);
+    const auto compressor =
+        make_compressor(how, shape_of(config, options.kv_type), loaded.model.pool(), prompt.size());
+    std::optional<RecentQueries> recent;
+    if (!chunk_alone) {
+      recent.emplace(config, observers);
+    }
+    bool begun = false;
+    for_chunks([&](std::span<const TokenId> chunk, std::size_t tokens) {
+      const bool last = tokens == prompt.size();
+      const bool compress = last || how.working_rows > 0;
+      auto began = Clock::now();
+      if (compress && begun) {
+        compressor->begin_turn(tokens);
+      } else if (compress) {
+        compressor->begin(tokens);
+        begun = true;
+      }
+      result.compress_ms += milliseconds_since(began);
+      const auto on_layer = [&](engine::LayerView& layer) {
+        began = Clock::now();
+        const compresskv::QueryWindow<float> queries = recent ? recent->add(layer) : queries_of(layer);
+        if (compress) {
+          compressor->compress(layer, {.queries = queries});
         }
         result.compress_ms += milliseconds_since(began);
-        const auto on_layer = [&](engine::LayerView& layer) {
-          began = Clock::now();
-          const compresskv::QueryWindow<float> queries = recent.add(layer);
-          if (compress) {
-            const compresskv::Retained& kept = compress_layer(compressor, layer, queries);
-            next_position = kept.next_position();
-            if (last) {
-              result.kept.push_back(positions_of(kept, static_cast<std::size_t>(layer.kv_heads)));
-            }
-          }
-          result.compress_ms += milliseconds_since(began);
-          layer_done();
-        };
-        sequence.prefill(chunk, {.window = how.window, .on_layer = on_layer, .on_logits = {}});
-      });
-    };
-    with_plan(how, shape_of(config, options.kv_type), read_with, prompt.size());
+        layer_done();
+      };
+      sequence.prefill(chunk, {.window = observers, .on_layer = on_layer, .on_logits = {}});
+    });
+    for (std::size_t layer = 0; layer < static_cast<std::size_t>(config.layers); ++layer) {
+      const compresskv::Retained& kept = compressor->retained(layer);
+      next_position = kept.next_position();
+      result.kept.push_back(positions_of(kept, static_cast<std::size_t>(config.kv_heads)));
+    }
     result.compress_ms += sequence.shrink_time().count();
   }
   result.prefill_ms = milliseconds_since(start);
@@ -136,6 +144,14 @@ compresskv::QueryWindow<float> RecentQueries::add(const engine::LayerView& layer
   const auto head_dim = static_cast<std::size_t>(layer.head_dim);
   recent.append(layer.queries, layer.window, {.head = layer.window * head_dim, .query = head_dim});
   return recent.view();
+}
+
+void give_back(engine::LayerView& layer, const compresskv::Retained& kept) {
+  std::vector<std::size_t> rows(static_cast<std::size_t>(layer.kv_heads));
+  for (std::size_t head = 0; head < rows.size(); ++head) {
+    rows[head] = kept.rows(head);
+  }
+  layer.shrink(rows);
 }
 
 std::string message_text(std::string_view text, std::string_view question) {

@@ -66,6 +66,9 @@ class RecentQueries {
   std::vector<compresskv::RecentQueries<float>> layers_;
 };
 
+/// The layer holds what the library has kept of it; the rest of its memory goes back.
+void give_back(engine::LayerView& layer, const compresskv::Retained& kept);
+
 /// Compresses one layer where it lies, by these queries, and gives its memory back.
 template <class Compressor>
 const compresskv::Retained& compress_layer(Compressor& compressor, engine::LayerView& layer,
@@ -73,11 +76,7 @@ const compresskv::Retained& compress_layer(Compressor& compressor, engine::Layer
   return engine::with_kv_type(layer.type, [&]<typename T>(T*) -> const compresskv::Retained& {
     const compresskv::Retained& kept =
         compressor.compress(static_cast<std::size_t>(layer.layer), view_of<T>(layer), queries);
-    std::vector<std::size_t> rows(static_cast<std::size_t>(layer.kv_heads));
-    for (std::size_t head = 0; head < rows.size(); ++head) {
-      rows[head] = kept.rows(head);
-    }
-    layer.shrink(rows);
+    give_back(layer, kept);
     return kept;
   });
 }

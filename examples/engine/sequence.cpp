@@ -83,6 +83,17 @@ void norm_rows(const Matrix& in, const Vector& weight, float epsilon, Matrix& ou
 
 }  // namespace
 
+LayerView::LayerView(int layer_index, LayerCache& cache, int query_heads)
+    : layer{layer_index},
+      type{cache.type()},
+      heads{query_heads},
+      kv_heads{cache.kv_heads()},
+      head_dim{cache.head_dim()},
+      rows{std::ranges::max(cache.rows())},
+      allocated_rows{cache.allocated_rows(0)},
+      head_rows{cache.rows()},
+      cache_{&cache} {}
+
 void LayerView::shrink(std::size_t rows_kept) {
   shrink(std::vector<std::size_t>(static_cast<std::size_t>(kv_heads), rows_kept));
 }
@@ -104,20 +115,28 @@ void LayerView::shrink(std::span<const std::size_t> rows_kept) {
 LayerView& LayerView::shadow() {
   if (!shadow_) {
     shadow_cache_.emplace(*cache_);
-    shadow_ = std::make_unique<LayerView>();
-    shadow_->layer = layer;
-    shadow_->type = type;
-    shadow_->heads = heads;
-    shadow_->kv_heads = kv_heads;
-    shadow_->head_dim = head_dim;
-    shadow_->rows = rows;
-    shadow_->allocated_rows = allocated_rows;
-    shadow_->head_rows = shadow_cache_->rows();
+    shadow_.reset(new LayerView{layer, *shadow_cache_, heads});
     shadow_->window = window;
     shadow_->queries = queries;
-    shadow_->cache_ = &*shadow_cache_;
   }
   return *shadow_;
+}
+
+LayerView& LayerView::earlier(int earlier_layer) {
+  if (earlier_layer < 0 || earlier_layer >= layer) {
+    throw Error(fmt::format("layer {}: layer {} has not come before it", layer, earlier_layer));
+  }
+  const auto l = static_cast<std::size_t>(earlier_layer);
+  LayerCache& cache = before_[l];
+  if (std::ranges::min(cache.rows()) != std::ranges::max(cache.rows())) {
+    throw Error(
+        fmt::format("layer {}: the KV heads of layer {} hold different numbers of rows, so that they do not "
+                    "lie at one distance",
+                    layer, earlier_layer));
+  }
+  earlier_.resize(static_cast<std::size_t>(layer));
+  if (!earlier_[l]) earlier_[l].reset(new LayerView{earlier_layer, cache, heads});
+  return *earlier_[l];
 }
 
 Sequence::Sequence(const Model& model, SequenceOptions options) : model_{&model}, options_{options} {
@@ -156,6 +175,22 @@ Sequence Sequence::clone() const {
   copy.prefill_peak_ = prefill_peak_;
   copy.shrink_time_ = shrink_time_;
   copy.logits_ = logits_;
+  return copy;
+}
+
+Sequence Sequence::clone(const std::function<void(LayerView&)>& on_layer) const {
+  check_no_shadow("clone");
+  Sequence copy{*model_, options_};
+  copy.next_position_ = next_position_;
+  copy.contiguous_from_ = contiguous_from_;
+  copy.logits_ = logits_;
+  for (std::size_t l = 0; l < caches_.size(); ++l) {
+    copy.caches_[l] = caches_[l];
+    copy.meter_.change(0, caches_[l].bytes());
+    if (copy.show_layer(static_cast<int>(l), 0, nullptr, on_layer)) copy.contiguous_from_ = next_position_;
+    copy.caches_[l].fit(copy.meter_);
+  }
+  copy.prefill_peak_ = copy.meter_.peak;
   return copy;
 }
 
@@ -246,28 +281,8 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
         Eigen::Map<Matrix>{window_queries.data() + h * window * head_dim, window, head_dim} =
             queries.block(count - window, h * head_dim, window, head_dim);
       }
-      LayerView view;
-      view.layer = l;
-      view.type = cache.type();
-      view.heads = c.heads;
-      view.kv_heads = c.kv_heads;
-      view.head_dim = c.head_dim;
-      view.rows = std::ranges::max(cache.rows());
-      view.allocated_rows = cache.allocated_rows(0);
-      view.head_rows = cache.rows();
-      view.window = static_cast<std::size_t>(window);
-      view.queries = window_queries.data();
-      view.cache_ = &cache;
-      options.on_layer(view);
-      if (!view.kept_.empty()) {
-        cache.truncate(view.kept_);
-        shrunk = true;
-      }
-      if (view.shadow_) {
-        if (!view.shadow_->kept_.empty()) view.shadow_cache_->truncate(view.shadow_->kept_);
-        view.shadow_cache_->fit(shadow_meter_);
-        shadows_[static_cast<std::size_t>(l)] = std::move(view.shadow_cache_);
-      }
+      shrunk =
+          show_layer(l, static_cast<std::size_t>(window), window_queries.data(), options.on_layer) || shrunk;
     }
     const auto start = std::chrono::steady_clock::now();
     cache.fit(meter_);
@@ -301,6 +316,34 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   next_position_ += tokens.size();
   if (shrunk) contiguous_from_ = next_position_;
   prefill_peak_ = meter_.peak;
+}
+
+// Shows a layer and takes from it, and from those before it, what the callback gave up; whether it did.
+bool Sequence::show_layer(int layer, std::size_t window, const float* queries,
+                          const std::function<void(LayerView&)>& on_layer) {
+  const auto l = static_cast<std::size_t>(layer);
+  LayerView view{layer, caches_[l], model_->config().heads};
+  view.window = window;
+  view.queries = queries;
+  view.before_ = std::span(caches_).first(l);
+  on_layer(view);
+  bool shrunk = !view.kept_.empty();
+  if (shrunk) caches_[l].truncate(view.kept_);
+  const auto start = std::chrono::steady_clock::now();
+  for (const std::unique_ptr<LayerView>& earlier : view.earlier_) {
+    if (!earlier || earlier->kept_.empty()) continue;
+    LayerCache& cache = caches_[static_cast<std::size_t>(earlier->layer)];
+    cache.truncate(earlier->kept_);
+    cache.fit(meter_);
+    shrunk = true;
+  }
+  shrink_time_ += std::chrono::steady_clock::now() - start;
+  if (view.shadow_) {
+    if (!view.shadow_->kept_.empty()) view.shadow_cache_->truncate(view.shadow_->kept_);
+    view.shadow_cache_->fit(shadow_meter_);
+    shadows_[l] = std::move(view.shadow_cache_);
+  }
+  return shrunk;
 }
 
 void Sequence::check_no_shadow(const char* what) const {

@@ -61,10 +61,19 @@ class LayerView {
   /// itself. The first call makes the copy. No more than decoding may follow: neither prefill nor truncate.
   LayerView& shadow();
 
+  /// A layer before this one, of which more is to go now that this one has come (CAKE's budgets): it may be
+  /// shrunk again, and is cut when this layer's callback returns. Queries are not kept, so `window` is 0.
+  /// Throws Error for a layer that has not come yet, and where KV heads hold different numbers of rows.
+  LayerView& earlier(int earlier_layer);
+
  private:
   friend class Sequence;
+  LayerView(int layer_index, LayerCache& cache, int query_heads);
+
   LayerCache* cache_ = nullptr;
-  std::vector<std::size_t> kept_;  // empty: all
+  std::vector<std::size_t> kept_;                    // empty: all
+  std::span<LayerCache> before_;                     // the caches of the layers before this one
+  std::vector<std::unique_ptr<LayerView>> earlier_;  // [layer], those asked for
   std::unique_ptr<LayerView> shadow_;
   std::optional<LayerCache> shadow_cache_;
 };
@@ -145,6 +154,11 @@ class Sequence {
   /// A deep copy, cache included: several continuations of one prompt. Hooks are not copied.
   Sequence clone() const;
 
+  /// The same, layer by layer: `on_layer` sees each copied layer as prefill shows it, but without queries,
+  /// and what it gives up is freed before the next one is copied. So one prefill serves many ways to
+  /// compress. Throws Error where a layer has a shadow.
+  Sequence clone(const std::function<void(LayerView&)>& on_layer) const;
+
   std::span<const float> logits() const { return {logits_.data(), static_cast<std::size_t>(logits_.size())}; }
   Hooks& hooks() { return hooks_; }
   const Model& model() const { return *model_; }
@@ -174,6 +188,8 @@ class Sequence {
   friend void decode_batch(std::span<const DecodeStep> steps);
 
   void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
+  bool show_layer(int layer, std::size_t window, const float* queries,
+                  const std::function<void(LayerView&)>& on_layer);
   void show_last_attention(int layer, std::span<const float> query) const;
   void check_truncate(std::size_t position) const;
   void check_no_shadow(const char* what) const;

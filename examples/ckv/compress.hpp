@@ -1,0 +1,57 @@
+// A library compressor for one prompt, whichever method it is: the methods are compiled in one place.
+#pragma once
+
+#include <compresskv/core/retained.hpp>
+#include <compresskv/core/shape.hpp>
+#include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/query_window.hpp>
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/sequence.hpp"
+#include "engine/thread_pool.hpp"
+#include "method.hpp"
+
+namespace ckv {
+
+/// What shows how a layer is looked at: queries, and where a method wants those of the whole prompt perhaps
+/// their attention, summed already.
+struct Observed {
+  compresskv::QueryWindow<float> queries;
+  const compresskv::AttentionSums* sums = nullptr;
+};
+
+/// Belongs to one sequence. Throws as the library's Compressor does.
+class PromptCompressor {
+ public:
+  PromptCompressor() = default;
+  PromptCompressor(const PromptCompressor&) = delete;
+  PromptCompressor& operator=(const PromptCompressor&) = delete;
+  virtual ~PromptCompressor() = default;
+
+  virtual void begin(std::size_t prompt_tokens) = 0;
+  virtual void begin_turn(std::size_t total_tokens) = 0;
+
+  /// Compresses a layer where it lies and gives its memory back; where the method reaches back, that of
+  /// earlier layers too.
+  virtual void compress(engine::LayerView& layer, const Observed& observed) = 0;
+
+  virtual const compresskv::Retained& retained(std::size_t layer) const = 0;
+};
+
+/// For any method but `full`, which has nothing to compress. `prompt_tokens` matters with `working_rows`
+/// alone; `pool` must outlive the result. Throws compresskv::ArgumentError where something does not fit the
+/// model.
+std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const compresskv::ModelShape& shape,
+                                                  engine::ThreadPool& pool, std::size_t prompt_tokens = 0);
+
+/// [query_head][token] attention that each token of a layer draws from all queries of the prompt, as the
+/// library sums it up: what `Observed::sums` shows. Columns of the window are not filled. `layer` must hold
+/// every row, `queries` show them all.
+std::vector<float> sum_attention(const engine::LayerCache& layer,
+                                 const compresskv::QueryWindow<float>& queries, std::size_t window,
+                                 const compresskv::ModelShape& shape, engine::ThreadPool& pool);
+
+}  // namespace ckv

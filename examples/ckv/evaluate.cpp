@@ -1,0 +1,713 @@
+// ckv evaluate: every method on the same prompts, from one prefill each.
+
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <compresskv/core/version.hpp>
+#include <compresskv/io/calibration_files.hpp>
+#include <cstddef>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "arguments.hpp"
+#include "commands.hpp"
+#include "compress.hpp"
+#include "engine/error.hpp"
+#include "engine/sha256.hpp"
+#include "records.hpp"
+#include "run.hpp"
+#include "tasks.hpp"
+#include "terminal.hpp"
+#include "usage_error.hpp"
+
+namespace ckv {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct EvaluateArguments {
+  ModelArguments model;
+  CacheArguments cache;
+  std::vector<std::string> methods = {"all"};
+  std::vector<std::string> tasks = {"needle"};
+  std::vector<double> ratios;
+  std::vector<std::size_t> tokens;
+  std::vector<std::size_t> lengths = {1000};
+  std::size_t prompts = 20;
+  std::size_t depths = 5;
+  std::uint64_t seed = 0;
+  std::filesystem::path heads;
+  std::filesystem::path errors;
+  std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
+  std::filesystem::path haystack;
+  std::size_t max_new_tokens = 32;
+  std::filesystem::path out;
+};
+
+/// One cell's way: a method at a budget.
+struct Variant {
+  std::string method;  ///< as the user wrote it
+  Json budget;
+  Compression how;
+};
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+double rounded(double milliseconds) { return std::round(1000.0 * milliseconds) / 1000.0; }
+
+// ---- what is asked for ----
+
+/// "name:option:option": a method and what is special about it.
+Compression parse_method(const std::string& text, const Compression& base,
+                         const std::optional<compresskv::LayerErrors>& errors) {
+  std::vector<std::string> parts;
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const std::size_t end = std::min(text.find(':', begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  Compression how = base;
+  try {
+    how.method = compresskv::method_named(parts[0]).method;
+  } catch (const compresskv::ArgumentError& error) {
+    throw UsageError(fmt::format("--methods: {}", error.what()));
+  }
+  // The paper's budgets belong to the paper's method; the others' are their own.
+  bool by_errors = info(how.method).needs_heads && errors.has_value();
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    const std::string& part = parts[i];
+    const std::size_t equals = std::min(part.find('='), part.size());
+    const std::string name = part.substr(0, equals);
+    const std::string value = equals < part.size() ? part.substr(equals + 1) : std::string();
+    std::size_t number = 0;
+    const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), number);
+    const bool is_number =
+        !value.empty() && failure == std::errc{} && end == value.data() + value.size() && number > 0;
+    if (part == "uniform") {
+      by_errors = false;
+    } else if (part == "errors" && errors) {
+      by_errors = true;
+    } else if (part == "errors") {
+      throw UsageError(fmt::format("--methods {} wants layer errors: name them with --errors", text));
+    } else if (name == "window" && is_number) {
+      how.window = number;
+    } else if (name == "heads" && is_number) {
+      how.heads_per_layer = number;
+    } else if (name == "width" && is_number) {
+      how.pool_width = number;
+    } else if (name == "seed" && is_number) {
+      how.seed = number;
+    } else if (part == "pool=avg" || part == "pool=max") {
+      how.pool = part == "pool=max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
+    } else {
+      throw UsageError(fmt::format(
+          "--methods {}: '{}' is not known; options are uniform, errors, window=N, heads=N, width=N, "
+          "seed=N, pool=avg and pool=max",
+          text, part));
+    }
+  }
+  if (by_errors) {
+    how.errors = errors;
+  }
+  return how;
+}
+
+std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
+  std::vector<std::string> names;
+  for (const std::string& name : arguments.methods) {
+    const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
+    for (const std::string& method : more) {
+      // The full cache always answers first.
+      if (method != "full" && std::find(names.begin(), names.end(), method) == names.end()) {
+        names.push_back(method);
+      }
+    }
+  }
+  return names;
+}
+
+std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const CalibrationFiles& files) {
+  Compression base;
+  arguments.cache.apply_to(base);
+  if (!files.heads.empty()) {
+    base.heads = compresskv::io::load_head_ranking(files.heads);
+  }
+  std::optional<compresskv::LayerErrors> errors;
+  if (!files.errors.empty()) {
+    errors = compresskv::io::load_layer_errors(files.errors);
+  }
+  std::vector<Variant> variants;
+  const auto add = [&](const std::string& method, Json budget, const compresskv::Budget& amount) {
+    Variant variant{.method = method, .budget = std::move(budget), .how = parse_method(method, base, errors)};
+    variant.how.budget = amount;
+    if (info(variant.how.method).needs_heads && !base.heads) {
+      throw UsageError(fmt::format(
+          "--methods {} needs --heads: no calibration of this model in '{}'; `ckv calibrate --model {} --out "
+          "DIR` makes one",
+          method, arguments.models_dir.string(), arguments.model.model.string()));
+    }
+    variants.push_back(std::move(variant));
+  };
+  for (const double ratio : arguments.ratios) {
+    if (!(ratio > 0.0 && ratio <= 1.0)) {
+      throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
+    }
+  }
+  for (const std::string& method : wanted_methods(arguments)) {
+    for (const double ratio : arguments.ratios) {
+      add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
+    }
+    for (const std::size_t rows : arguments.tokens) {
+      add(method, {{"tokens", rows}}, compresskv::Budget::tokens_per_layer(rows));
+    }
+  }
+  return variants;
+}
+
+Json file_digest(const std::filesystem::path& path) {
+  return path.empty() ? Json() : Json(engine::sha256_of_file(path));
+}
+
+/// What records of one file must have in common. Methods, budgets, lengths and the number of prompts may
+/// grow.
+Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& files,
+                 const std::string& sha256) {
+  return {{"file", "ckv evaluate"},
+          {"version", fmt::format("{}.{}.{}", COMPRESSKV_VERSION_MAJOR, COMPRESSKV_VERSION_MINOR,
+                                  COMPRESSKV_VERSION_PATCH)},
+          {"model", arguments.model.model.filename().string()},
+          {"model_sha256", sha256},
+          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
+          {"settings",
+           {{"seed", arguments.seed},
+            {"depths", arguments.depths},
+            {"window", arguments.cache.window},
+            {"heads_per_layer", arguments.cache.heads_per_layer},
+            {"pool", arguments.cache.pool},
+            {"kv_type", arguments.cache.kv_type},
+            {"max_new_tokens", arguments.max_new_tokens},
+            {"heads_sha256", file_digest(files.heads)},
+            {"errors_sha256", file_digest(files.errors)},
+            {"haystack", arguments.haystack.empty() ? Json("King James text of Debian's bible-kjv")
+                                                    : file_digest(arguments.haystack)}}}};
+}
+
+// ---- one prompt ----
+
+/// A prompt that was read from the full cache, with the queries that methods want to see.
+struct ReadPrompt {
+  engine::Sequence sequence;
+  std::size_t window = 0;                        ///< queries kept
+  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
+  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
+  double prefill_ms = 0.0;
+  double sums_ms = 0.0;
+};
+
+struct Outcome {
+  std::string answer;
+  std::size_t rows = 0;  ///< over all layers and KV heads
+  double compress_ms = 0.0;
+};
+
+class Evaluation {
+ public:
+  Evaluation(const LoadedModel& loaded, const EvaluateArguments& arguments)
+      : loaded_(&loaded),
+        type_(arguments.cache.type()),
+        shape_(shape_of(loaded.model.config(), type_)),
+        max_new_tokens_(arguments.max_new_tokens) {}
+
+  const compresskv::ModelShape& shape() const { return shape_; }
+
+  /// `window` queries a layer are kept; 0 stands for all.
+  ReadPrompt read(std::span<const TokenId> prompt, std::size_t window,
+                  const std::function<void(double)>& progress) const {
+    const auto start = Clock::now();
+    ReadPrompt out{.sequence = engine::Sequence{loaded_->model, {.kv_type = type_}},
+                   .window = window == 0 ? prompt.size() : std::min(window, prompt.size())};
+    const auto on_layer = [&](engine::LayerView& layer) {
+      const auto count =
+          static_cast<std::size_t>(layer.heads) * layer.window * static_cast<std::size_t>(layer.head_dim);
+      out.queries.emplace_back(layer.queries, layer.queries + count);
+      progress(static_cast<double>(layer.layer + 1) / static_cast<double>(shape_.layers));
+      check_interrupt();
+    };
+    out.sequence.prefill(prompt, {.window = out.window, .on_layer = on_layer, .on_logits = {}});
+    out.prefill_ms = milliseconds_since(start);
+    return out;
+  }
+
+  compresskv::QueryWindow<float> queries_of(const ReadPrompt& prompt, std::size_t layer) const {
+    return {prompt.queries[layer].data(),
+            compresskv::QueryShape{
+                .query_heads = shape_.query_heads, .queries = prompt.window, .head_dim = shape_.head_dim}};
+  }
+
+  /// A copy of the prompt's cache that holds what the variant keeps.
+  std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Variant& variant) const {
+    Outcome outcome;
+    const std::size_t tokens = prompt.sequence.next_position();
+    const bool by_sums = wants_all_queries(variant.how.method);
+    if (by_sums && prompt.sums.empty()) {
+      const auto start = Clock::now();
+      for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+        prompt.sums.push_back(sum_attention(prompt.sequence.cache(static_cast<int>(layer)),
+                                            queries_of(prompt, layer), variant.how.window, shape_,
+                                            loaded_->model.pool()));
+        check_interrupt();
+      }
+      prompt.sums_ms = milliseconds_since(start);
+    }
+    auto start = Clock::now();
+    const auto compressor = make_compressor(variant.how, shape_, loaded_->model.pool());
+    compressor->begin(tokens);
+    outcome.compress_ms = milliseconds_since(start);
+    engine::Sequence sequence = prompt.sequence.clone([&](engine::LayerView& layer) {
+      start = Clock::now();
+      const auto index = static_cast<std::size_t>(layer.layer);
+      std::optional<compresskv::AttentionSums> sums;
+      if (by_sums) {
+        sums.emplace(prompt.sums[index].data(),
+                     compresskv::AttentionShape{
+                         .query_heads = shape_.query_heads, .queries = tokens, .tokens = tokens});
+      }
+      compressor->compress(layer, {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
+      outcome.compress_ms += milliseconds_since(start);
+    });
+    outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
+    outcome.rows = rows_of(sequence);
+    return {std::move(sequence), outcome};
+  }
+
+  std::size_t rows_of(const engine::Sequence& sequence) const {
+    std::size_t rows = 0;
+    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+        rows += sequence.rows(static_cast<int>(layer), static_cast<int>(head));
+      }
+    }
+    return rows;
+  }
+
+  /// Greedy answers of all sequences, which advance as one batch: the weights are read once a step. A
+  /// sequence that has ended its answer leaves the batch.
+  std::vector<std::string> answer(std::span<engine::Sequence* const> sequences) const {
+    std::vector<std::vector<TokenId>> said(sequences.size());
+    std::vector<std::size_t> open(sequences.size());
+    for (std::size_t i = 0; i < open.size(); ++i) {
+      open[i] = i;
+    }
+    std::vector<engine::DecodeStep> steps;
+    for (std::size_t step = 0; step < max_new_tokens_ && !open.empty(); ++step) {
+      check_interrupt();
+      steps.clear();
+      std::vector<std::size_t> still;
+      for (const std::size_t i : open) {
+        const TokenId token = engine::greedy(sequences[i]->logits());
+        if (loaded_->tokenizer.is_end_of_generation(token)) {
+          continue;
+        }
+        said[i].push_back(token);
+        if (sequences[i]->next_position() < loaded_->model.config().context) {
+          steps.push_back(
+              {.sequence = sequences[i], .token = token, .position = sequences[i]->next_position()});
+          still.push_back(i);
+        }
+      }
+      open = std::move(still);
+      if (!steps.empty() && step + 1 < max_new_tokens_) {
+        engine::decode_batch(steps);
+      }
+    }
+    std::vector<std::string> answers;
+    for (const std::vector<TokenId>& tokens : said) {
+      engine::StreamDecoder text{loaded_->tokenizer};
+      std::string answer;
+      for (const TokenId token : tokens) {
+        answer += text.push(token);
+      }
+      answers.push_back(answer + text.finish());
+    }
+    return answers;
+  }
+
+ private:
+  const LoadedModel* loaded_;
+  engine::KvType type_;
+  compresskv::ModelShape shape_;
+  std::size_t max_new_tokens_;
+};
+
+// ---- the grid ----
+
+struct Cell {
+  std::string task;
+  std::size_t length = 0;
+  std::size_t prompt = 0;
+  std::string method;
+  std::string budget;
+
+  auto operator<=>(const Cell&) const = default;
+};
+
+Cell cell_of(const Json& record) {
+  return {.task = record.at("task"),
+          .length = record.at("length"),
+          .prompt = record.at("prompt"),
+          .method = record.at("method"),
+          .budget = record.at("budget").dump()};
+}
+
+bool is_right(const TaskPrompt& prompt, std::string_view answer) {
+  return std::all_of(prompt.expect.begin(), prompt.expect.end(),
+                     [&](const std::string& expect) { return holds(answer, expect); });
+}
+
+class Grid {
+ public:
+  Grid(const EvaluateArguments& arguments, const LoadedModel& loaded, const Haystack& haystack,
+       std::span<const Variant> variants, RecordFile& file)
+      : arguments_(&arguments),
+        loaded_(&loaded),
+        haystack_(&haystack),
+        variants_(variants),
+        file_(&file),
+        evaluation_(loaded, arguments) {
+    for (const Json& record : file.records()) {
+      keep(record);
+    }
+    for (const Variant& variant : variants) {
+      widest_ = std::max(widest_, variant.how.window);
+    }
+  }
+
+  void run() {
+    double total = 0.0;
+    for (const std::size_t length : arguments_->lengths) {
+      total += static_cast<double>(length * arguments_->prompts * arguments_->tasks.size());
+    }
+    Progress progress{"evaluate", total};
+    double done = 0.0;
+    for (const std::string& task : arguments_->tasks) {
+      for (const std::size_t length : arguments_->lengths) {
+        run_length(task, length, progress, done);
+        done += static_cast<double>(length * arguments_->prompts);
+      }
+    }
+    progress.clear();
+  }
+
+  const std::map<Cell, Json>& records() const { return records_; }
+
+ private:
+  using Show = std::function<void(double share, std::string_view what)>;
+
+  /// Prompts go round the depths; each depth is to have its share of those that the full cache answers.
+  void run_length(const std::string& task, std::size_t length, Progress& progress, double done) {
+    const std::size_t depths = arguments_->depths;
+    constexpr std::size_t patience = 10;  // prompts tried for each that is wanted
+    std::vector<std::size_t> missing(depths);
+    for (std::size_t d = 0; d < depths; ++d) {
+      missing[d] = arguments_->prompts / depths + (d < arguments_->prompts % depths ? 1 : 0);
+    }
+    std::size_t answered = 0;
+    const std::size_t rounds = patience * ((arguments_->prompts + depths - 1) / depths);
+    for (std::size_t round = 0; round < rounds && answered < arguments_->prompts; ++round) {
+      for (std::size_t d = 0; d < depths; ++d) {
+        if (missing[d] == 0) {
+          continue;
+        }
+        const PromptPlace place{
+            .seed = arguments_->seed,
+            .length = length,
+            .index = round * depths + d,
+            .depth = depths == 1 ? 0.5 : static_cast<double>(d) / static_cast<double>(depths - 1)};
+        const auto show = [&](double share, std::string_view what) {
+          progress.show(done + (static_cast<double>(answered) + share) * static_cast<double>(length),
+                        fmt::format("{}, {} tokens, prompt {}: {}", task, length, place.index, what));
+        };
+        if (run_prompt(task, place, show)) {
+          --missing[d];
+          ++answered;
+        }
+      }
+    }
+    if (answered < arguments_->prompts) {
+      progress.clear();
+      fmt::print(stderr, "ckv: {} at {} tokens: the full cache answers {} of the {} prompts wanted\n", task,
+                 length, answered, arguments_->prompts);
+    }
+  }
+
+  /// Whether the full cache answers it; then all variants have, too.
+  bool run_prompt(const std::string& task, const PromptPlace& place, const Show& show) {
+    Json common = {{"task", task}, {"length", place.length}, {"prompt", place.index}, {"depth", place.depth}};
+    const auto cell = [&](const std::string& method, const Json& budget) {
+      return Cell{.task = task,
+                  .length = place.length,
+                  .prompt = place.index,
+                  .method = method,
+                  .budget = budget.dump()};
+    };
+    const auto full_record = records_.find(cell("full", nullptr));
+    if (full_record != records_.end() && !full_record->second.at("right").get<bool>()) {
+      return false;
+    }
+    std::vector<const Variant*> todo;
+    for (const Variant& variant : variants_) {
+      if (!records_.contains(cell(variant.method, variant.budget))) {
+        todo.push_back(&variant);
+      }
+    }
+    if (full_record != records_.end() && todo.empty()) {
+      return true;
+    }
+
+    const TaskPrompt prompt = task_prompt(task, *loaded_, *haystack_, place);
+    const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
+      return wants_all_queries(variant->how.method);
+    });
+    ReadPrompt read = evaluation_.read(prompt.tokens, all_queries ? 0 : widest_,
+                                       [&](double share) { show(0.4 * share, "reading"); });
+    common["expect"] = prompt.expect;
+    common["prompt_tokens"] = prompt.tokens.size();
+    if (full_record == records_.end()) {
+      engine::Sequence full = read.sequence.clone();
+      engine::Sequence* const only = &full;
+      const std::string answer = evaluation_.answer({&only, 1})[0];
+      const Outcome outcome{.answer = answer, .rows = evaluation_.rows_of(read.sequence), .compress_ms = 0.0};
+      Json record = record_of(common, "full", nullptr, prompt, outcome);
+      record["prefill_ms"] = rounded(read.prefill_ms);
+      add(record);
+      if (!is_right(prompt, answer)) {
+        return false;
+      }
+    }
+
+    std::vector<engine::Sequence> sequences;
+    std::vector<Outcome> outcomes;
+    for (const Variant* variant : todo) {
+      show(0.4 + 0.2 * static_cast<double>(sequences.size()) / static_cast<double>(todo.size()),
+           "compressing");
+      auto [sequence, outcome] = evaluation_.compress(read, *variant);
+      check_rows(*variant, prompt.tokens.size(), outcome.rows);
+      sequences.push_back(std::move(sequence));
+      outcomes.push_back(std::move(outcome));
+      check_interrupt();
+    }
+    show(0.6, "answering");
+    std::vector<engine::Sequence*> batch;
+    for (engine::Sequence& sequence : sequences) {
+      batch.push_back(&sequence);
+    }
+    const std::vector<std::string> answers = evaluation_.answer(batch);
+    for (std::size_t i = 0; i < todo.size(); ++i) {
+      outcomes[i].answer = answers[i];
+      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i]));
+    }
+    return true;
+  }
+
+  /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
+  void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
+    const compresskv::ModelShape& shape = evaluation_.shape();
+    const std::size_t expected =
+        variant.how.budget->resolve(tokens, variant.how.window, shape) * shape.layers * shape.kv_heads;
+    if (rows != expected) {
+      throw engine::Error(
+          fmt::format("{} at {} keeps {} rows of a prompt of {} tokens, all methods are to keep {}: not a "
+                      "fair comparison",
+                      variant.method, variant.budget.dump(), rows, tokens, expected));
+    }
+  }
+
+  Json record_of(const Json& common, const std::string& method, const Json& budget, const TaskPrompt& prompt,
+                 const Outcome& outcome) const {
+    Json record = common;
+    record["method"] = method;
+    record["budget"] = budget;
+    record["right"] = is_right(prompt, outcome.answer);
+    record["answer"] = outcome.answer;
+    record["rows"] = outcome.rows;
+    record["kv_bytes"] = outcome.rows * evaluation_.shape().kv_row_bytes;
+    record["compress_ms"] = rounded(outcome.compress_ms);
+    return record;
+  }
+
+  void add(const Json& record) {
+    file_->add(record);
+    keep(record);
+  }
+
+  void keep(const Json& record) { records_.insert_or_assign(cell_of(record), record); }
+
+  const EvaluateArguments* arguments_;
+  const LoadedModel* loaded_;
+  const Haystack* haystack_;
+  std::span<const Variant> variants_;
+  RecordFile* file_;
+  Evaluation evaluation_;
+  std::map<Cell, Json> records_;
+  std::size_t widest_ = 1;
+};
+
+void print_summary(const EvaluateArguments& arguments, std::span<const Variant> variants,
+                   const std::map<Cell, Json>& records) {
+  struct Sum {
+    std::size_t prompts = 0;
+    std::size_t right = 0;
+    double bytes = 0.0;
+    double ms = 0.0;
+  };
+  std::map<std::tuple<std::string, std::size_t, std::string, std::string>, Sum> sums;
+  for (const auto& [cell, record] : records) {
+    if (cell.method == "full" && !record.at("right").get<bool>()) {
+      continue;
+    }
+    Sum& sum = sums[{cell.task, cell.length, cell.budget, cell.method}];
+    ++sum.prompts;
+    sum.right += record.at("right").get<bool>() ? 1 : 0;
+    sum.bytes += record.at("kv_bytes").get<double>();
+    sum.ms += record.at("compress_ms").get<double>();
+  }
+  fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>8}{:>12}{:>13}\n", "task", "tokens", "budget", "method",
+             "prompts", "right", "KV bytes", "compress ms");
+  const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
+                       const Json& budget) {
+    const auto found = sums.find({task, length, budget.dump(), method});
+    if (found == sums.end()) {
+      return;
+    }
+    const Sum& sum = found->second;
+    const auto count = static_cast<double>(sum.prompts);
+    fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>6.1f} %{:>12.0f}{:>13.1f}\n", task, length,
+               budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump(), method,
+               sum.prompts, 100.0 * static_cast<double>(sum.right) / count, sum.bytes / count,
+               sum.ms / count);
+  };
+  for (const std::string& task : arguments.tasks) {
+    for (const std::size_t length : arguments.lengths) {
+      row(task, length, "full", nullptr);
+      for (const Variant& variant : variants) {
+        row(task, length, variant.method, variant.budget);
+      }
+    }
+  }
+  fmt::print("\nEvery method held the same bytes at each budget: checked.\n");
+}
+
+void evaluate(const EvaluateArguments& arguments) {
+  if (arguments.ratios.empty() && arguments.tokens.empty()) {
+    throw UsageError("no budget: give --ratios, --tokens or both");
+  }
+  const std::string sha256 = engine::sha256_of_file(arguments.model.model);
+  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  if (files.heads.empty()) {
+    if (const auto found = find_calibration(arguments.models_dir, sha256)) {
+      files.heads = found->heads;
+      files.errors = files.errors.empty() ? found->errors : files.errors;
+    }
+  }
+  const std::vector<Variant> variants = wanted_variants(arguments, files);
+  RecordFile file{arguments.out, header_json(arguments, files, sha256)};
+  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
+  for (const Variant& variant : variants) {
+    try {
+      variant.how.budget->validate(variant.how.window, shape);
+      make_compressor(variant.how, shape, loaded.model.pool());
+    } catch (const compresskv::ArgumentError& error) {
+      throw UsageError(fmt::format("--methods {}: {}", variant.method, error.what()));
+    }
+  }
+  const Haystack haystack = Haystack::from(arguments.haystack);
+  Grid grid{arguments, loaded, haystack, variants, file};
+  grid.run();
+  print_summary(arguments, variants, grid.records());
+}
+
+}  // namespace
+
+void add_evaluate(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "evaluate", "Compare methods and budgets on the same prompts, from one prefill each");
+  const auto arguments = std::make_shared<EvaluateArguments>();
+  arguments->model.add_to(*command);
+  command
+      ->add_option("--methods", arguments->methods,
+                   "Methods to compare, or `all`; the full cache always answers first. Options may follow: "
+                   "compresskv:uniform, snapkv:errors, compresskv:heads=8:window=16:pool=max\n" +
+                       method_help())
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--tasks", arguments->tasks, "What is asked\n" + task_help())
+      ->delimiter(',')
+      ->check(CLI::IsMember(task_names()))
+      ->capture_default_str();
+  command->add_option("--ratios", arguments->ratios, "Shares of the cache to keep")->delimiter(',');
+  command->add_option("--tokens", arguments->tokens, "Tokens a layer to keep, on average")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  command->add_option("--lengths", arguments->lengths, "Lengths of the prompts in tokens: 1000,2000,4000")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--prompts", arguments->prompts,
+          "Prompts of each length, shared out over the depths; those that the full cache answers wrongly "
+          "are replaced")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--depths", arguments->depths, "Depths of the needle, evenly from first to last")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--seed", arguments->seed, "Of the prompts")->capture_default_str();
+  command
+      ->add_option("--heads", arguments->heads,
+                   "Head ranking or raw scores; default: the one in --models-dir made from this model file")
+      ->type_name("FILE");
+  command
+      ->add_option(
+          "--errors", arguments->errors,
+          "Layer errors, by which the compresskv methods share their budget; default: as with --heads")
+      ->type_name("FILE");
+  command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
+      ->type_name("DIR");
+  command
+      ->add_option("--haystack", arguments->haystack,
+                   "A long text to make prompts from; default: the King James text, from the program `bible`")
+      ->type_name("FILE");
+  arguments->cache.add_to(*command);
+  command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--out", arguments->out,
+                   "Records as JSON Lines; where it is there, what it lacks is added")
+      ->required()
+      ->type_name("FILE.jsonl");
+  command->footer(
+      "Example:\n  ckv evaluate --model M.gguf --methods compresskv,snapkv,streaming --ratios 0.03,0.12 "
+      "--lengths "
+      "1000,2000 --prompts 40 --out results.jsonl\nEvery method keeps the same bytes at a budget, and "
+      "answers "
+      "the same prompts in the same way. `tools/report.py results.jsonl` draws tables and plots.");
+  command->callback([arguments] { evaluate(*arguments); });
+}
+
+}  // namespace ckv

@@ -1,0 +1,38 @@
+// Prompts that tell methods apart, made from a long text by seed; after RULER (arXiv 2404.06654).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "needle.hpp"
+#include "run.hpp"
+
+namespace ckv {
+
+/// Where a prompt stands in the grid. The same numbers give the same prompt.
+struct PromptPlace {
+  std::uint64_t seed = 0;
+  std::size_t length = 1000;  ///< tokens, template and question included; not exceeded
+  std::size_t index = 0;      ///< prompts of one length differ by it
+  double depth = 0.5;
+};
+
+struct TaskPrompt {
+  std::vector<TokenId> tokens;
+  std::vector<std::string> expect;  ///< a right answer holds all of these
+};
+
+/// Names of the tasks.
+std::vector<std::string> task_names();
+
+/// What each task asks, a line each.
+std::string task_help();
+
+/// Throws engine::Error for a task of another name, and where the haystack or the length is too short.
+TaskPrompt task_prompt(std::string_view task, const LoadedModel& loaded, const Haystack& haystack,
+                       const PromptPlace& place);
+
+}  // namespace ckv
