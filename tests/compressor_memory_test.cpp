@@ -14,14 +14,23 @@
 #include <numeric>
 #include <vector>
 
+#include "reference/allocations.hpp"
 #include "reference/cache.hpp"
 #include "reference/random.hpp"
 
-namespace {
+namespace compresskv::reference {
 
 std::atomic<std::size_t> allocations{0};
-std::atomic<std::size_t> alive{0};       // bytes, as the allocator rounds them up
-std::atomic<std::size_t> most_alive{0};  // since it was last set; exact where one thread allocates
+std::atomic<std::size_t> alive{0};
+std::atomic<std::size_t> most_alive{0};
+
+}  // namespace compresskv::reference
+
+namespace {
+
+using compresskv::reference::alive;
+using compresskv::reference::allocations;
+using compresskv::reference::most_alive;
 
 void* counted(std::size_t size, std::size_t alignment) {
   ++allocations;
