@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <bit>
 #include <cmath>
 #include <compresskv/compresskv.hpp>
 #include <cstdint>
@@ -16,15 +15,18 @@
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/pool.hpp"
+#include "reference/stored.hpp"
 
 namespace compresskv {
 namespace {
 
 using reference::Cache;
+using reference::element;
 using reference::expect_error;
 using reference::Layer;
 using reference::LayoutFunction;
 using reference::Random;
+using reference::randomise;
 using Rows = std::vector<std::uint32_t>;
 
 constexpr std::size_t kv_heads = 2;
@@ -33,46 +35,6 @@ constexpr std::size_t head_dim = 64;
 
 template <class T>
 constexpr std::size_t units_of_row = head_dim / elements_per_unit<T>();
-
-std::uint16_t random_scale(Random& random) {
-  return std::bit_cast<std::uint16_t>(static_cast<Eigen::half>(0.01F + 0.02F * std::abs(random.gaussian())));
-}
-
-float scale_of(std::uint16_t bits) { return static_cast<float>(std::bit_cast<Eigen::half>(bits)); }
-
-void randomise(BlockQ8_0& block, Random& random) {
-  block.scale = random_scale(random);
-  for (std::int8_t& quant : block.quants) {
-    quant = static_cast<std::int8_t>(static_cast<int>(random.below(256)) - 128);
-  }
-}
-
-void randomise(BlockQ4_0& block, Random& random) {
-  block.scale = std::bit_cast<std::uint16_t>(static_cast<Eigen::half>(0.2F + 0.1F * random.gaussian()));
-  for (std::uint8_t& pair : block.quants) {
-    pair = static_cast<std::uint8_t>(random.below(256));
-  }
-}
-
-template <Element T>
-void randomise(T& x, Random& random) {
-  x = static_cast<T>(1.5F * random.gaussian());
-}
-
-// ggml's definitions: an element is the scale times a byte; or times a nibble less 8, the first 16 elements
-// in the low ones.
-float element(const BlockQ8_0& block, std::size_t e) {
-  return scale_of(block.scale) * static_cast<float>(block.quants[e]);
-}
-float element(const BlockQ4_0& block, std::size_t e) {
-  const int byte = block.quants[e % 16];
-  return scale_of(block.scale) * static_cast<float>((e < 16 ? byte % 16 : byte / 16) - 8);
-}
-
-template <Element T>
-float element(T x, std::size_t) {
-  return static_cast<float>(x);
-}
 
 reference::LayerCase sizes() {
   return {.group = 3,
