@@ -26,7 +26,8 @@ const ModelShape shape{.layers = layers, .query_heads = 6, .kv_heads = 3, .head_
 
 MethodSettings settings_of(std::size_t rows) {
   return {.budget = Budget::tokens_per_layer(rows),
-          .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})}};
+          .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
+          .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5}))};
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.
@@ -56,6 +57,9 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
           }
         }
       }
+    }
+    if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::all_layers) {
+      EXPECT_EQ(compressor.finish(view).size(), layers);
     }
     for (std::size_t l = 0; l < layers; ++l) {
       for (std::size_t head = 0; head < 3; ++head) {
@@ -111,6 +115,10 @@ TEST(Methods, SayWhatTheyMiss) {
     if (row.needs_heads) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs a head ranking"});
+    }
+    if (row.needs_scores) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs raw head scores"});
     }
   }
 }

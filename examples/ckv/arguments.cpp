@@ -56,7 +56,8 @@ std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& mo
     if (record.is_object() && record.value("model_sha256", "") == sha256) {
       const std::string name = record.value("model", "");
       return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
-                              .errors = folder.path() / (name + "_layer_score.jsonl")};
+                              .errors = folder.path() / (name + "_layer_score.jsonl"),
+                              .scores = folder.path() / (name + "_head_scores.json")};
     }
   }
   return std::nullopt;

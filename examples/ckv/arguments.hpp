@@ -37,6 +37,7 @@ struct CacheArguments {
 struct CalibrationFiles {
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path scores = {};  ///< raw, of each head
 };
 
 /// The calibration of this very file among the folders of `models`, told by its digest.

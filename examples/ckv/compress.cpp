@@ -105,6 +105,13 @@ class Compressing : public PromptCompressor {
       for (const std::size_t changed : compressor_.arrive(index, views, observation)) {
         give_back(layer_at(changed), compressor_.retained(changed));
       }
+      if constexpr (P::reach == compresskv::Reach::all_layers) {
+        if (index + 1 == plan_.shape().layers) {
+          for (const std::size_t changed : compressor_.finish(views)) {
+            give_back(layer_at(changed), compressor_.retained(changed));
+          }
+        }
+      }
     }
   }
 
@@ -136,12 +143,17 @@ std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const 
                                                   engine::ThreadPool& pool, std::size_t prompt_tokens) {
   const compresskv::MethodSettings settings{.budget = how.budget.value(),
                                             .heads = how.heads,
+                                            .scores = how.scores,
                                             .errors = how.errors,
                                             .heads_per_layer = how.heads_per_layer,
                                             .window = how.window,
                                             .pool = how.pool,
                                             .pool_width = how.pool_width,
-                                            .seed = how.seed};
+                                            .seed = how.seed,
+                                            .decay = how.decay,
+                                            .hold_layers = how.hold_layers,
+                                            .model_heads = how.model_heads,
+                                            .equal_weights = how.equal_weights};
   return compresskv::with_method(
       how.method, settings,
       [&]<class S, class T, class A>(const S& scorer, const T& selector,

@@ -110,12 +110,20 @@ Compression parse_method(const std::string& text, const Compression& base,
       how.pool_width = number;
     } else if (name == "seed" && is_number) {
       how.seed = number;
+    } else if (name == "hold" && is_number) {
+      how.hold_layers = number;
+    } else if (name == "model" && is_number) {
+      how.model_heads = number;
+    } else if (name == "decay" && is_number && number <= 100) {
+      how.decay = static_cast<float>(number) / 100.0F;
+    } else if (part == "equal") {
+      how.equal_weights = true;
     } else if (part == "pool=avg" || part == "pool=max") {
       how.pool = part == "pool=max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
     } else {
       throw UsageError(fmt::format(
           "--methods {}: '{}' is not known; options are uniform, errors, window=N, heads=N, width=N, "
-          "seed=N, pool=avg and pool=max",
+          "seed=N, pool=avg, pool=max, and of methods over layers decay=PERCENT, hold=N, model=N and equal",
           text, part));
     }
   }
@@ -139,11 +147,24 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
   return names;
 }
 
+/// Whether a method asked for weighs heads by their raw scores.
+bool wants_scores(const EvaluateArguments& arguments) {
+  const auto wanted = wanted_methods(arguments);
+  return std::any_of(wanted.begin(), wanted.end(), [](const std::string& text) {
+    return std::any_of(compresskv::methods.begin(), compresskv::methods.end(), [&](const MethodInfo& row) {
+      return row.needs_scores && row.name == text.substr(0, text.find(':'));
+    });
+  });
+}
+
 std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const CalibrationFiles& files) {
   Compression base;
   arguments.cache.apply_to(base);
   if (!files.heads.empty()) {
     base.heads = compresskv::io::load_head_ranking(files.heads);
+  }
+  if (!files.scores.empty()) {
+    base.scores = compresskv::io::load_head_scores(files.scores);
   }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
@@ -153,7 +174,8 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   const auto add = [&](const std::string& method, Json budget, const compresskv::Budget& amount) {
     Variant variant{.method = method, .budget = std::move(budget), .how = parse_method(method, base, errors)};
     variant.how.budget = amount;
-    if (info(variant.how.method).needs_heads && !base.heads) {
+    if ((info(variant.how.method).needs_heads && !base.heads) ||
+        (info(variant.how.method).needs_scores && !base.scores)) {
       throw UsageError(fmt::format(
           "--methods {} needs --heads: no calibration of this model in '{}'; `ckv calibrate --model {} --out "
           "DIR` makes one",
@@ -201,6 +223,7 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
             {"max_new_tokens", arguments.max_new_tokens},
             {"heads_sha256", file_digest(files.heads)},
             {"errors_sha256", file_digest(files.errors)},
+            {"scores_sha256", file_digest(files.scores)},
             {"haystack", arguments.haystack.empty() ? Json("King James text of Debian's bible-kjv")
                                                     : file_digest(arguments.haystack)}}}};
 }
@@ -620,7 +643,10 @@ void evaluate(const EvaluateArguments& arguments) {
     if (const auto found = find_calibration(arguments.models_dir, sha256)) {
       files.heads = found->heads;
       files.errors = files.errors.empty() ? found->errors : files.errors;
+      files.scores = found->scores;
     }
+  } else if (wants_scores(arguments)) {
+    files.scores = files.heads;  // a bare ranking is refused there, with the reason
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
   RecordFile file{arguments.out, header_json(arguments, files, sha256)};

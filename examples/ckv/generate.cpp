@@ -91,11 +91,14 @@ Compression compression_of(const GenerateArguments& arguments) {
     throw UsageError(
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
-  if (method.needs_heads && arguments.heads.empty()) {
+  if ((method.needs_heads || method.needs_scores) && arguments.heads.empty()) {
     throw UsageError(fmt::format(
-        "--method {} needs --heads: the ranking of the model's heads, which `ckv calibrate --model "
+        "--method {} needs --heads: the {} of the model's heads, which `ckv calibrate --model "
         "{} --out DIR` makes",
-        method.name, arguments.model.model.string()));
+        method.name, method.needs_scores ? "raw scores" : "ranking", arguments.model.model.string()));
+  }
+  if (method.needs_scores) {
+    how.scores = compresskv::io::load_head_scores(arguments.heads);
   }
   if (method.needs_heads) {
     how.heads = compresskv::io::load_head_ranking(arguments.heads);

@@ -3,6 +3,7 @@
 
 #include <compresskv/core/budget.hpp>
 #include <compresskv/core/head_ranking.hpp>
+#include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
 #include <compresskv/kernel/pooling.hpp>
 #include <compresskv/methods.hpp>
@@ -23,6 +24,7 @@ struct Compression {
   Method method = Method::full;
   std::optional<compresskv::Budget> budget = std::nullopt;      ///< for all methods but `full`
   std::optional<compresskv::HeadRanking> heads = std::nullopt;  ///< for methods that need it
+  std::optional<compresskv::HeadScores> scores = std::nullopt;  ///< raw, for methods that need them
   /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
@@ -30,7 +32,11 @@ struct Compression {
   std::size_t heads_per_layer = 4;
   compresskv::kernel::Pool pool = compresskv::kernel::Pool::average;
   std::size_t pool_width = 5;
-  std::uint64_t seed = 0;  ///< of `random`
+  std::uint64_t seed = 0;        ///< of `random`
+  float decay = 0.7F;            ///< of `carried`
+  std::size_t hold_layers = 0;   ///< of `carried`
+  std::size_t model_heads = 16;  ///< of `model-wide`
+  bool equal_weights = false;    ///< of both
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;
@@ -40,7 +46,9 @@ struct Compression {
 constexpr bool wants_all_queries(Method method) { return method == Method::h2o; }
 
 /// Whether a layer shrinks again as later ones come.
-constexpr bool reaches_back(Method method) { return method == Method::cake; }
+constexpr bool reaches_back(Method method) {
+  return method == Method::cake || method == Method::carried || method == Method::model_wide;
+}
 
 /// Names of all methods, as the command line takes them.
 std::vector<std::string> method_names();

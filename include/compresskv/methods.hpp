@@ -17,13 +17,16 @@
 #include "compresskv/core/budget.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/score/cake.hpp"
+#include "compresskv/score/carried.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
+#include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"
@@ -51,20 +54,23 @@ enum class Method {
   keydiff,
   streaming,
   random,
+  carried,
+  model_wide,
 };
 
 /// One row of the table of methods.
 struct MethodInfo {
   Method method;
-  std::string_view name;     ///< as tools spell it
-  std::string_view summary;  ///< what stays, in a clause
-  std::string_view paper;    ///< arXiv number, or empty
-  bool needs_heads = false;  ///< a head ranking
-  bool per_head = false;     ///< KV heads keep rows of their own
+  std::string_view name;      ///< as tools spell it
+  std::string_view summary;   ///< what stays, in a clause
+  std::string_view paper;     ///< arXiv number, or empty
+  bool needs_heads = false;   ///< a head ranking
+  bool per_head = false;      ///< KV heads keep rows of their own
+  bool needs_scores = false;  ///< raw head scores: a ranking is not enough
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 14> methods = {{
+inline constexpr std::array<MethodInfo, 16> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -87,6 +93,16 @@ inline constexpr std::array<MethodInfo, 14> methods = {{
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
      "2309.17453"},
     {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
+    {.method = Method::carried,
+     .name = "carried",
+     .summary = "retrieval heads of all layers so far choose, each layer as it arrives",
+     .paper = "",
+     .needs_scores = true},
+    {.method = Method::model_wide,
+     .name = "model-wide",
+     .summary = "the best retrieval heads of the whole model choose one set for all layers",
+     .paper = "",
+     .needs_scores = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -117,13 +133,18 @@ inline const MethodInfo& method_named(std::string_view name) {
 struct MethodSettings {
   Budget budget = Budget::kept_ratio(1.0);
   std::optional<HeadRanking> heads = std::nullopt;  ///< for methods with `needs_heads`
+  std::optional<HeadScores> scores = std::nullopt;  ///< for methods with `needs_scores`
   std::optional<LayerErrors> errors =
       std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
   std::size_t heads_per_layer = 4;
   std::size_t window = 8;  ///< tova observes with 1
   kernel::Pool pool = kernel::Pool::average;
   std::size_t pool_width = 5;
-  std::uint64_t seed = 0;  ///< of random
+  std::uint64_t seed = 0;        ///< of random
+  float decay = 0.7F;            ///< of carried
+  std::size_t hold_layers = 0;   ///< of carried
+  std::size_t model_heads = 16;  ///< of model-wide, in the whole model
+  bool equal_weights = false;    ///< of carried and model-wide
 };
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
@@ -134,6 +155,8 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
   detail::require(!info(method).needs_heads || settings.heads.has_value(), "method ", info(method).name,
                   " needs a head ranking: give the one calibrated for this model");
+  detail::require(!info(method).needs_scores || settings.scores.has_value(), "method ", info(method).name,
+                  " needs raw head scores: give those that calibration wrote for this model");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -180,6 +203,24 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
     case Method::random:
       return f(score::Random{{.seed = settings.seed, .window = settings.window}}, select::GroupedTopK{},
                budgets);
+    case Method::carried:
+      return f(score::Carried{*settings.scores,
+                              {.heads_per_layer = settings.heads_per_layer,
+                               .decay = settings.decay,
+                               .hold_layers = settings.hold_layers,
+                               .window = settings.window,
+                               .pool = settings.pool,
+                               .pool_width = settings.pool_width,
+                               .equal_weights = settings.equal_weights}},
+               select::SharedTopK{}, budgets);
+    case Method::model_wide:
+      return f(score::ModelWide{*settings.scores,
+                                {.heads = settings.model_heads,
+                                 .window = settings.window,
+                                 .pool = settings.pool,
+                                 .pool_width = settings.pool_width,
+                                 .equal_weights = settings.equal_weights}},
+               select::SharedTopK{}, budgets);
     case Method::compresskv:
     case Method::full:
       break;
