@@ -107,6 +107,7 @@ class Compressor {
   /// tokens that stay whatever the scores. Throws ArgumentError when the budget cannot be met. Cost: a few
   /// operations a layer.
   void begin(std::size_t prompt_tokens, const Protection& protection = {}) {
+    check_tokens(prompt_tokens);
     for (Retained& layer : layers_) {
       layer.reserve_whole(prompt_tokens);
     }
@@ -531,10 +532,14 @@ class Compressor {
     capacities_[layer] = capacity;
   }
 
-  void resolve(std::size_t tokens, const Protection& protection) {
+  static void check_tokens(std::size_t tokens) {
     detail::require(tokens > 0, "prompt_tokens is 0: a prompt has at least one token");
     detail::require(tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ", tokens,
                     ", positions are held in 32 bits");
+  }
+
+  void resolve(std::size_t tokens, const Protection& protection) {
+    check_tokens(tokens);
     const auto listed = protection.positions;
     for (std::size_t i = 0; i < listed.size(); ++i) {
       detail::require(i == 0 || listed[i] > listed[i - 1], "protected position ", listed[i], " comes after ",
