@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Draws tables and plots from the records that `ckv evaluate` writes.
+
+Writes into DIR: report.md and report.html (a table a task and length: mean, 95 % bootstrap interval, share of the full
+cache's performance, KV bytes, ms), accuracy against budget, and length x depth for each method, as PNG and SVG.
+Only prompts that the full cache answers are counted. Needs numpy and matplotlib; never needed to build or use the library.
+
+    tools/report.py results.jsonl report
+    tools/report.py results.jsonl report --methods compresskv,snapkv --draws 2000
+"""
+
+import argparse
+import collections
+import html
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+COLUMNS = ["budget", "method", "prompts", "right", "95 % interval", "of full", "KV MiB", "compress ms"]
+
+
+def read(path):
+    """The header, and the records of prompts that the full cache answers."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not lines or lines[0].get("file") != "ckv evaluate":
+        sys.exit(f"report: {path} is not what `ckv evaluate` wrote")
+    place = lambda r: (r["task"], r["length"], r["prompt"])  # noqa: E731
+    answered = {place(r) for r in lines[1:] if r["method"] == "full" and r["right"]}
+    return lines[0], [r for r in lines[1:] if place(r) in answered]
+
+
+def budget_text(budget):
+    if budget is None:
+        return "all"
+    return f"{100 * budget['ratio']:g} %" if "ratio" in budget else f"{budget['tokens']} tokens"
+
+
+def budget_key(budget):
+    """Small budgets first, the full cache before all."""
+    return (0, 0.0) if budget is None else (1 + ("tokens" in budget), next(iter(budget.values())))
+
+
+def score(record):
+    return float(record.get("score", record["right"]))
+
+
+def interval(values, draws, generator):
+    """95 % of the means of so many samples drawn with replacement."""
+    means = generator.choice(values, (draws, len(values))).mean(axis=1)
+    return np.percentile(means, [2.5, 97.5])
+
+
+def tables(records, draws):
+    """(task, length, rows) of text, one row a method and budget."""
+    generator = np.random.default_rng(0)
+    for task, length in sorted({(r["task"], r["length"]) for r in records}):
+        own = [r for r in records if (r["task"], r["length"]) == (task, length)]
+        methods = list(dict.fromkeys(r["method"] for r in own))
+        cells = collections.defaultdict(list)
+        for record in own:
+            cells[budget_key(record["budget"]), methods.index(record["method"])].append(record)
+        full = np.mean([score(r) for r in own if r["method"] == "full"])
+        rows = []
+        for _, cell in sorted(cells.items()):
+            values = np.array([score(r) for r in cell])
+            low, high = interval(values, draws, generator)
+            rows.append([budget_text(cell[0]["budget"]), cell[0]["method"], str(len(cell)), f"{100 * values.mean():.1f} %",
+                         f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * values.mean() / full:.1f} %",
+                         f"{np.mean([r['kv_bytes'] for r in cell]) / 2**20:.2f}",
+                         f"{np.mean([r['compress_ms'] for r in cell]):.1f}"])
+        yield task, length, rows
+
+
+def settings_text(header):
+    settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items() if value is not None)
+    return (f"Model {header['model']} (SHA-256 {header['model_sha256']}), version {header['version']}, code path "
+            f"{header['code_path']}; {settings}. Prompts that the full cache answers wrongly are dropped; every method held "
+            f"the same bytes at each budget.")
+
+
+def markdown(header, parts, pictures):
+    lines = ["# Evaluation", "", settings_text(header), ""]
+    for task, length, rows in parts:
+        lines += [f"## {task}, {length} tokens", "", "| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * 6]
+        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    lines += [f"![{name}]({name}.svg)\n" for name in pictures]
+    return "\n".join(lines)
+
+
+def page(header, parts, pictures):
+    cell = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)  # noqa: E731
+    body = [f"<h1>Evaluation</h1><p>{html.escape(settings_text(header))}</p>"]
+    for task, length, rows in parts:
+        body.append(f"<h2>{html.escape(task)}, {length} tokens</h2><table><tr>{cell('th', COLUMNS)}</tr>")
+        body += [f"<tr>{cell('td', row)}</tr>" for row in rows] + ["</table>"]
+    body += [f'<p><img src="{name}.svg" alt="{name}"></p>' for name in pictures]
+    style = "body{font-family:sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}img{max-width:100%}"
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>'
+            + "\n".join(body) + "</html>\n")
+
+
+def curves(records, unit):
+    """Accuracy against budget, a panel a task and length; None where the file has no budgets of this unit."""
+    own = [r for r in records if r["budget"] and unit in r["budget"]]
+    panels = sorted({(r["task"], r["length"]) for r in own})
+    if not panels:
+        return None
+    methods = list(dict.fromkeys(r["method"] for r in own))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels) + 1.8, 4.2), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, panel in zip(axes[0], panels):
+        for i, method in enumerate(methods):
+            points = collections.defaultdict(list)
+            for record in own:
+                if (record["task"], record["length"]) == panel and record["method"] == method:
+                    points[record["budget"][unit]].append(score(record))
+            x = sorted(points)
+            axis.plot(x, [100 * np.mean(points[b]) for b in x], label=method, color=plt.cm.tab20(i % 20), linewidth=1.6,
+                      marker="osD^vP*X"[i % 8], markersize=5)
+        axis.set_xscale("log")
+        ticks = sorted({r["budget"][unit] for r in own})
+        axis.set_xticks(ticks, [f"{100 * t:g} %" if unit == "ratio" else str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.set_title(f"{panel[0]}, {panel[1]} tokens", fontsize=10)
+        axis.set_xlabel("share of the cache kept" if unit == "ratio" else "tokens a layer kept")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("right, % (the full cache: 100)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def heat_maps(records, budget):
+    """Length x depth for each method at one budget."""
+    own = [r for r in records if r["budget"] == budget]
+    methods = list(dict.fromkeys(r["method"] for r in own))
+    lengths, depths = sorted({r["length"] for r in own}), sorted({r["depth"] for r in own})
+    columns = min(4, len(methods))
+    rows = -(-len(methods) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.0 * columns + 0.8, (1.0 + 0.4 * len(lengths)) * rows + 0.6),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(methods):]:
+        axis.set_visible(False)
+    for axis, method in zip(axes.flat, methods):
+        grid = np.full((len(lengths), len(depths)), np.nan)
+        for i, length in enumerate(lengths):
+            for j, depth in enumerate(depths):
+                values = [score(r) for r in own if (r["method"], r["length"], r["depth"]) == (method, length, depth)]
+                grid[i, j] = 100 * np.mean(values) if values else np.nan
+        image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7)
+        axis.set_xticks(range(len(depths)), [f"{100 * d:.0f}" for d in depths], fontsize=7)
+        axis.set_yticks(range(len(lengths)), lengths, fontsize=7)
+        axis.set_title(method, fontsize=9)
+    figure.supxlabel("depth of the needle, %", fontsize=9)
+    figure.supylabel("tokens", fontsize=9)
+    figure.suptitle(f"right, %, at {budget_text(budget)}", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=pathlib.Path, help="what `ckv evaluate --out` wrote")
+    parser.add_argument("directory", type=pathlib.Path, help="where the report goes; made where it is not there")
+    parser.add_argument("--methods", help="only these, comma-separated")
+    parser.add_argument("--draws", type=int, default=10000, help="bootstrap samples")
+    arguments = parser.parse_args()
+    header, records = read(arguments.records)
+    if arguments.methods:
+        wanted = arguments.methods.split(",") + ["full"]
+        records = [r for r in records if r["method"] in wanted]
+    if not records:
+        sys.exit("report: the file holds no prompt that the full cache answers")
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+
+    figures = {f"{unit}_curves": curves(records, unit) for unit in ("ratio", "tokens")}
+    needles = [r for r in records if r["task"] == "needle"]
+    budgets = sorted({json.dumps(r["budget"]) for r in needles if r["budget"]}, key=lambda b: budget_key(json.loads(b)))
+    for text in budgets:
+        budget = json.loads(text)
+        name = f"needle_{budget_text(budget).replace(' %', 'pc').replace(' ', '_').replace('.', '_')}"
+        figures[name] = heat_maps(needles, budget)
+    figures = {name: figure for name, figure in figures.items() if figure}
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            figure.savefig(arguments.directory / f"{name}.{ending}", dpi=150)
+    parts = list(tables(records, arguments.draws))
+    (arguments.directory / "report.md").write_text(markdown(header, parts, figures), encoding="utf-8")
+    (arguments.directory / "report.html").write_text(page(header, parts, figures), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
