@@ -9,6 +9,7 @@
 #include <compresskv/methods.hpp>
 #include <cstdint>
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -59,11 +60,7 @@ class Model {
     compressor.begin(tokens_);
     for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
       if constexpr (P::reach != Reach::own_layer) {
-        for (const std::size_t changed : compressor.arrive(layer, views, queries)) {
-          for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-            rows_[changed][head] = compressor.retained(changed).rows(head);
-          }
-        }
+        note_rows(compressor, compressor.arrive(layer, views, queries));
       } else if (layer >= computed) {
         compressor.compact(layer, view(layer), rest);
       } else if constexpr (P::scorer_type::needs == Needs::all_queries) {
@@ -74,11 +71,23 @@ class Model {
         compressor.compress(layer, view(layer), queries);
       }
     }
+    if constexpr (P::reach == Reach::all_layers) {
+      note_rows(compressor, compressor.finish(views));
+    }
   }
 
   std::size_t cache_bytes() { return shape_.layers * tokens_ * shape_.kv_heads * kv_row_bytes(view(0)); }
 
  private:
+  template <class P>
+  void note_rows(const Compressor<P>& compressor, std::span<const std::size_t> changed) {
+    for (const std::size_t layer : changed) {
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+        rows_[layer][head] = compressor.retained(layer).rows(head);
+      }
+    }
+  }
+
   StridedKv<bfloat16> view(std::size_t layer) {
     return {keys_.data(), values_.data(),
             KvShape{.kv_heads = shape_.kv_heads,
@@ -112,7 +121,9 @@ double share_held(const MethodInfo& method, const Case& c) {
   std::iota(heads.begin(), heads.end(), 0U);
   const MethodSettings settings{
       .budget = Budget::tokens_per_layer(rows),
-      .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(c.shape.layers, heads))};
+      .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(c.shape.layers, heads)),
+      .scores = HeadScores(c.shape.layers, c.shape.query_heads,
+                           std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5}))};
   std::vector<std::uint32_t> first(rows);
   std::iota(first.begin(), first.end(), 0U);
   const Selection rest =

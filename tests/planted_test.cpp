@@ -104,10 +104,16 @@ class Planted {
 
   /// Share of the answer's span that a method keeps, over the KV heads with a head that retrieves.
   double span_kept_by(Method method, std::size_t capacity) const {
+    std::vector<std::vector<double>> scores(shape_.query_heads, {0.0});
+    for (const std::uint32_t head : right_) {
+      scores[head] = {0.9};
+    }
     const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                   .heads = HeadRanking{{right_}},
+                                  .scores = HeadScores(1, shape_.query_heads, scores),
                                   .heads_per_layer = std::min<std::size_t>(4, right_.size()),
-                                  .window = window};
+                                  .window = window,
+                                  .model_heads = right_.size()};
     // Every token asks as the window's do: what methods want that look at all queries.
     const std::size_t shown = method == Method::h2o ? tokens : window;
     std::vector<T> queries;
@@ -128,8 +134,11 @@ class Planted {
       if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(0, cache.view(), observation);
       } else {
-        compressor.arrive(
-            0, [&](std::size_t) { return cache.view(); }, observation);
+        const auto views = [&](std::size_t) { return cache.view(); };
+        compressor.arrive(0, views, observation);
+        if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::all_layers) {
+          compressor.finish(views);
+        }
       }
       const Retained& kept = compressor.retained(0);
       for (std::size_t head = 0; head < shape_.kv_heads; ++head) {

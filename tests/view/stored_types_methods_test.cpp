@@ -105,7 +105,9 @@ struct Memory<AffineInt8> {
 template <class V>
 Selection selected(Method method, const Layer<float>& layer, const V& view) {
   const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
-                                .heads = HeadRanking{layer.ranking}};
+                                .heads = HeadRanking{layer.ranking},
+                                .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
+                                .model_heads = 4};
   Selection selection;
   with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
     const Plan plan{layer.shape, scorer, selector, allocator};
