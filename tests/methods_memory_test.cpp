@@ -159,8 +159,7 @@ TEST(MethodsMemory, EveryMethodHoldsItsPromises) {
       SCOPED_TRACE(testing::Message() << c.name << " " << row.name);
       const double share = share_held(row, c);
       if (c.shape.layers > 3) {  // scratch for one layer weighs nothing beside many
-        // CAKE also holds a score of each row that may go later, 4 bytes a KV head.
-        EXPECT_LE(share, row.method == Method::cake ? 0.016 : 0.01);
+        EXPECT_LE(share, 0.01);
         EXPECT_GT(share, 0.0001) << "a bound that means something";
         RecordProperty(std::string(c.name) + " " + std::string(row.name), std::to_string(share));
       }

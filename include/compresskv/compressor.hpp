@@ -239,14 +239,16 @@ class Compressor {
     mark_protected(layer, scores);
     plan_->selector().select(scores, capacity, workspace_, selection_);
     if constexpr (cascades) {
-      kept_scores_.resize(plan_->shape().layers);
-      kept_scores_[layer].assign_selected(scores, selection_);
+      kept_scores_.append(layer, scores, selection_);
     }
     keep(layer, kv, kv, selection_);
     capacities_[layer] = pending_capacities_[layer];
     ++arrived_;
     for (const std::size_t l : changed_) {
       shrink_again(l, views(l), pending_capacities_[l]);
+    }
+    if constexpr (cascades) {
+      kept_scores_.settle();
     }
     changed_.push_back(layer);
     return changed_;
@@ -394,10 +396,7 @@ class Compressor {
     for (const Retained& layer : layers_) {
       total += layer.memory_bytes();
     }
-    for (const detail::KeptScores& scores : kept_scores_) {
-      total += scores.memory_bytes();
-    }
-    return total + by_position_.capacity() * sizeof(float);
+    return total + kept_scores_.memory_bytes() + by_position_.capacity() * sizeof(float);
   }
 
  private:
@@ -523,13 +522,18 @@ class Compressor {
       plan_->selector().select(scores, room, workspace_, selection_);
       keep(layer, kv, kv, selection_);
     } else {
-      detail::KeptScores& kept = kept_scores_[layer];
-      plan_->selector().select(Scores<granularity>(kept.values, kept.ends, kept.window), capacity, workspace_,
+      plan_->selector().select(kept_scores_.template of<granularity>(layer), capacity, workspace_,
                                selection_);
       keep(layer, kv, kv, selection_);
-      kept.keep_selected(selection_);
+      kept_scores_.keep(layer, selection_);
     }
     capacities_[layer] = capacity;
+  }
+
+  /// Scores that a cascade holds at most: of all that is kept, and of a layer that has just arrived.
+  std::size_t cascade_scores(std::size_t tokens, std::size_t mean) const {
+    const std::size_t rows = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
+    return (mean * plan_->shape().layers + tokens) * rows;
   }
 
   static void check_tokens(std::size_t tokens) {
@@ -549,6 +553,9 @@ class Compressor {
     }
     const std::size_t window = plan_->scorer().window();
     const std::size_t mean = plan_->allocator().budget().resolve(tokens, window, plan_->shape());
+    if constexpr (cascades) {
+      kept_scores_.reserve(cascade_scores(tokens, mean));
+    }
     pending_capacities_.assign(plan_->shape().layers, tokens);
     if (mean < tokens) {
       plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = tokens},
@@ -712,7 +719,8 @@ class Compressor {
             .window = window,
             .retained = layers_[layer],
             .kv = kv,
-            .observation = observation};
+            .observation = observation,
+            .held_bytes = cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0};
   }
 
   template <class V, class W>
@@ -800,9 +808,9 @@ class Compressor {
   std::vector<float> by_position_;  // scores carried from layer to layer
   std::vector<double> preferences_;
   std::vector<std::size_t> most_;
-  std::vector<detail::KeptScores> kept_scores_;  // [layer], of the rows that may go later
-  std::vector<std::size_t> rows_;                // [kv_head], of the layer at hand
-  std::vector<std::size_t> score_ends_;          // [row of scores]
+  detail::KeptScores kept_scores_;
+  std::vector<std::size_t> rows_;        // [kv_head], of the layer at hand
+  std::vector<std::size_t> score_ends_;  // [row of scores]
   std::vector<std::uint32_t> protected_;
   std::size_t keep_first_ = 0;
   std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();

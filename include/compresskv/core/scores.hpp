@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -45,48 +46,88 @@ class Scores {
 
 namespace detail {
 
-/// Scores of the evictable rows that a layer still holds, for when it must shrink again.
-struct KeptScores {
-  std::vector<float> values;
-  std::vector<std::size_t> ends;  // [row of scores]
-  std::size_t window = 0;
+/// Scores of the evictable rows that each layer still holds, for when it must shrink again: one array for all
+/// layers, as what a layer held when it arrived is much more than what it holds in the end.
+class KeptScores {
+ public:
+  /// Makes room for `count` scores, so that adding them does not hold an old array beside a new one.
+  void reserve(std::size_t count) { values_.reserve(count); }
 
-  /// Those of `scores` whose rows `selection` keeps.
+  /// Adds layer `layer`, the next one: those of `scores` whose rows `selection` keeps. What was added of it
+  /// and later ones is forgotten; layer 0 begins anew. Keeps its memory.
   template <Granularity G>
-  void assign_selected(const Scores<G>& scores, const Selection& selection) {
-    window = scores.window();
-    ends.clear();
-    values.clear();
+  void append(std::size_t layer, const Scores<G>& scores, const Selection& selection) {
+    if (layer < layers_.size()) {
+      values_.resize(layers_[layer].begin);
+      ends_.resize(layers_[layer].first_end);
+      layers_.resize(layer);
+    }
+    const std::size_t begin = values_.size();
+    layers_.push_back(
+        {.begin = begin, .first_end = ends_.size(), .rows = scores.rows(), .window = scores.window()});
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       for (const std::uint32_t kept : selection.rows(row)) {
         if (kept < scores.tokens(row)) {
-          values.push_back(scores.row(row)[kept]);
+          values_.push_back(scores.row(row)[kept]);
         }
       }
-      ends.push_back(values.size());
+      ends_.push_back(values_.size() - begin);
     }
   }
 
-  /// Drops those whose rows `selection` does not keep.
-  void keep_selected(const Selection& selection) {
-    std::size_t out = 0;
+  /// A layer's scores, valid until the next change.
+  template <Granularity G>
+  Scores<G> of(std::size_t layer) {
+    const Layer& own = layers_[layer];
+    const std::span<const std::size_t> ends = std::span(ends_).subspan(own.first_end, own.rows);
+    return {std::span(values_).subspan(own.begin, ends.back()), ends, own.window};
+  }
+
+  /// Drops those of a layer whose rows `selection` does not keep. `settle` closes the gaps.
+  void keep(std::size_t layer, const Selection& selection) {
+    const Layer& own = layers_[layer];
+    std::size_t out = own.begin;
     std::size_t begin = 0;
-    for (std::size_t row = 0; row < ends.size(); ++row) {
-      const std::size_t end = ends[row];
+    for (std::size_t row = 0; row < own.rows; ++row) {
+      std::size_t& end = ends_[own.first_end + row];
       for (const std::uint32_t kept : selection.rows(row)) {
         if (begin + kept < end) {
-          values[out++] = values[begin + kept];
+          values_[out++] = values_[own.begin + begin + kept];
         }
       }
       begin = end;
-      ends[row] = out;
+      end = out - own.begin;
     }
-    values.resize(out);
+  }
+
+  void settle() {
+    std::size_t out = 0;
+    for (Layer& layer : layers_) {
+      const std::size_t count = ends_[layer.first_end + layer.rows - 1];
+      std::copy_n(values_.begin() + static_cast<std::ptrdiff_t>(layer.begin), count,
+                  values_.begin() + static_cast<std::ptrdiff_t>(out));
+      layer.begin = out;
+      out += count;
+    }
+    values_.resize(out);
   }
 
   std::size_t memory_bytes() const {
-    return values.capacity() * sizeof(float) + ends.capacity() * sizeof(std::size_t);
+    return values_.capacity() * sizeof(float) + ends_.capacity() * sizeof(std::size_t) +
+           layers_.capacity() * sizeof(Layer);
   }
+
+ private:
+  struct Layer {
+    std::size_t begin = 0;      // of its scores in values_
+    std::size_t first_end = 0;  // of its rows in ends_
+    std::size_t rows = 0;       // of scores
+    std::size_t window = 0;
+  };
+
+  std::vector<float> values_;
+  std::vector<Layer> layers_;
+  std::vector<std::size_t> ends_;  // [layer][row of scores], where each row ends behind the layer's begin
 };
 
 }  // namespace detail

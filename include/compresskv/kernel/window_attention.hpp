@@ -31,6 +31,7 @@ struct LayerInput {
   const Retained& retained;           ///< true positions of the rows
   const Kv& kv;
   const Observed& observation;
+  std::size_t held_bytes = 0;  ///< state of the sequence that counts towards the 1 %, beside positions
 
   std::size_t evictable(std::size_t kv_head) const { return rows[kv_head] - window; }
 };
@@ -50,12 +51,13 @@ struct AtOnce {
 
 /// `sums` arrays a head go along with its logits.
 inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows, std::size_t window,
-                      std::size_t sums) {
-  const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 100;
+                      std::size_t sums, std::size_t held_bytes) {
+  // A twentieth of the 1 % is for what does not grow with the rows.
+  const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 2000 * 19;
   // Scores and selection of each KV head, one head's pooled scores, and 1.1 bits of position for each row, KV
   // head and layer.
-  const std::size_t others =
-      (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80;
+  const std::size_t others = (2 * shape.kv_heads + 1) * rows * sizeof(float) +
+                             (shape.layers + 1) * shape.kv_heads * rows * 11 / 80 + held_bytes;
   const std::size_t arrays = allowed <= others ? 0 : (allowed - others) / (rows * sizeof(float));
   const std::size_t heads = arrays / (window + sums);
   if (heads > 0) {
@@ -187,7 +189,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
     const std::size_t kv_head = heads[first] / in.shape.group();
     AtOnce held{.heads = 1, .queries = 1};
     if constexpr (QueryObservation<O>) {
-      held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], observers, sums);
+      held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], observers, sums, in.held_bytes);
     }
     std::size_t last = first + 1;
     while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
