@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws tables and plots from the records that `ckv evaluate` writes.
 
-Writes into DIR: report.md and report.html (a table a task and length: mean, 95 % bootstrap interval, share of the full
-cache's performance, KV bytes, ms), accuracy against budget, and length x depth for each method, as PNG and SVG.
+Writes into DIR: report.md and report.html (a table a task and length: mean, 95 % bootstrap interval, share of what the
+full cache reaches, KV bytes, ms), accuracy against budget, and length x depth for each method, as PNG and SVG.
 Only prompts that the full cache answers are counted. Needs numpy and matplotlib; never needed to build or use the library.
 
     tools/report.py results.jsonl report
@@ -22,7 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-COLUMNS = ["budget", "method", "prompts", "right", "95 % interval", "of full", "KV MiB", "compress ms"]
+COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", "KV MiB", "compress ms"]
+LABELS = {"perplexity": "perplexity", "error": "relative error of attention outputs"}
 
 
 def read(path):
@@ -31,7 +32,7 @@ def read(path):
     if not lines or lines[0].get("file") != "ckv evaluate":
         sys.exit(f"report: {path} is not what `ckv evaluate` wrote")
     place = lambda r: (r["task"], r["length"], r["prompt"])  # noqa: E731
-    answered = {place(r) for r in lines[1:] if r["method"] == "full" and r["right"]}
+    answered = {place(r) for r in lines[1:] if r["method"] == "full" and r.get("right", True)}
     return lines[0], [r for r in lines[1:] if place(r) in answered]
 
 
@@ -46,8 +47,13 @@ def budget_key(budget):
     return (0, 0.0) if budget is None else (1 + ("tokens" in budget), next(iter(budget.values())))
 
 
+def label(task):
+    return LABELS.get(task, "right, %")
+
+
 def score(record):
-    return float(record.get("score", record["right"]))
+    """Per cent where a question was asked, else what was measured."""
+    return 100.0 * record["right"] if "right" in record else record[record["task"]]
 
 
 def interval(values, draws, generator):
@@ -70,8 +76,11 @@ def tables(records, draws):
         for _, cell in sorted(cells.items()):
             values = np.array([score(r) for r in cell])
             low, high = interval(values, draws, generator)
-            rows.append([budget_text(cell[0]["budget"]), cell[0]["method"], str(len(cell)), f"{100 * values.mean():.1f} %",
-                         f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * values.mean() / full:.1f} %",
+            digits = 1 if "right" in cell[0] else 3
+            rows.append([budget_text(cell[0]["budget"]), cell[0]["method"], str(len(cell)),
+                         f"{values.mean():.{digits}f}{' %' if digits == 1 else ''}",
+                         f"{low:.{digits}f} to {high:.{digits}f}",
+                         f"{100 * values.mean() / full:.1f} %" if full > 0 else "-",
                          f"{np.mean([r['kv_bytes'] for r in cell]) / 2**20:.2f}",
                          f"{np.mean([r['compress_ms'] for r in cell]):.1f}"])
         yield task, length, rows
@@ -112,8 +121,7 @@ def curves(records, unit):
     if not panels:
         return None
     methods = list(dict.fromkeys(r["method"] for r in own))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels) + 1.8, 4.2), sharey=True, squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels) + 1.8, 4.2), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for i, method in enumerate(methods):
             points = collections.defaultdict(list)
@@ -121,7 +129,7 @@ def curves(records, unit):
                 if (record["task"], record["length"]) == panel and record["method"] == method:
                     points[record["budget"][unit]].append(score(record))
             x = sorted(points)
-            axis.plot(x, [100 * np.mean(points[b]) for b in x], label=method, color=plt.cm.tab20(i % 20), linewidth=1.6,
+            axis.plot(x, [np.mean(points[b]) for b in x], label=method, color=plt.cm.tab20(i % 20), linewidth=1.6,
                       marker="osD^vP*X"[i % 8], markersize=5)
         axis.set_xscale("log")
         ticks = sorted({r["budget"][unit] for r in own})
@@ -129,8 +137,8 @@ def curves(records, unit):
         axis.minorticks_off()
         axis.set_title(f"{panel[0]}, {panel[1]} tokens", fontsize=10)
         axis.set_xlabel("share of the cache kept" if unit == "ratio" else "tokens a layer kept")
+        axis.set_ylabel(label(panel[0]))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("right, % (the full cache: 100)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -151,7 +159,7 @@ def heat_maps(records, budget):
         for i, length in enumerate(lengths):
             for j, depth in enumerate(depths):
                 values = [score(r) for r in own if (r["method"], r["length"], r["depth"]) == (method, length, depth)]
-                grid[i, j] = 100 * np.mean(values) if values else np.nan
+                grid[i, j] = np.mean(values) if values else np.nan
         image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             if not np.isnan(value):

@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -242,7 +243,9 @@ struct ReadPrompt {
 
 struct Outcome {
   std::string answer;
-  std::size_t rows = 0;  ///< over all layers and KV heads
+  std::optional<double> perplexity = std::nullopt;
+  std::vector<double> errors = {};  ///< [layer], where they are measured
+  std::size_t rows = 0;             ///< over all layers and KV heads
   double compress_ms = 0.0;
 };
 
@@ -280,8 +283,10 @@ class Evaluation {
                 .query_heads = shape_.query_heads, .queries = prompt.window, .head_dim = shape_.head_dim}};
   }
 
-  /// A copy of the prompt's cache that holds what the variant keeps.
-  std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Variant& variant) const {
+  /// A copy of the prompt's cache that holds what the variant keeps; `beside`: the whole cache, with what the
+  /// variant keeps as its shadow.
+  std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Variant& variant,
+                                                bool beside = false) const {
     Outcome outcome;
     const std::size_t tokens = prompt.sequence.next_position();
     const bool by_sums = wants_all_queries(variant.how.method);
@@ -289,8 +294,7 @@ class Evaluation {
       const auto start = Clock::now();
       for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
         prompt.sums.push_back(sum_attention(prompt.sequence.cache(static_cast<int>(layer)),
-                                            queries_of(prompt, layer), variant.how.window, shape_,
-                                            loaded_->model.pool()));
+                                            queries_of(prompt, layer), 1, shape_, loaded_->model.pool()));
         check_interrupt();
       }
       prompt.sums_ms = milliseconds_since(start);
@@ -308,11 +312,20 @@ class Evaluation {
                      compresskv::AttentionShape{
                          .query_heads = shape_.query_heads, .queries = tokens, .tokens = tokens});
       }
-      compressor->compress(layer, {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
+      compressor->compress(beside ? layer.shadow() : layer,
+                           {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
       outcome.compress_ms += milliseconds_since(start);
     });
     outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
-    outcome.rows = rows_of(sequence);
+    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+        outcome.rows += compressor->retained(layer).rows(head);
+      }
+    }
+    if (!beside && outcome.rows != rows_of(sequence)) {
+      throw engine::Error(fmt::format("{} says that it keeps {} rows, the cache holds {}", variant.method,
+                                      outcome.rows, rows_of(sequence)));
+    }
     return {std::move(sequence), outcome};
   }
 
@@ -368,7 +381,82 @@ class Evaluation {
     return answers;
   }
 
+  /// The same for a prompt of several turns: what answers the last question.
+  std::vector<std::string> answer(const TaskPrompt& prompt,
+                                  std::span<engine::Sequence* const> sequences) const {
+    std::vector<std::string> answers = answer(sequences);
+    if (!prompt.next_turn.empty()) {
+      for (engine::Sequence* sequence : sequences) {
+        sequence->prefill(prompt.next_turn);
+        check_interrupt();
+      }
+      answers = answer(sequences);
+    }
+    return answers;
+  }
+
+  /// Perplexity of each sequence over what the text goes on with.
+  std::vector<double> perplexities(const TaskPrompt& prompt,
+                                   std::span<engine::Sequence* const> sequences) const {
+    std::vector<double> sums(sequences.size(), 0.0);
+    feed(prompt, sequences, [&](TokenId token) {
+      for (std::size_t i = 0; i < sequences.size(); ++i) {
+        const std::span<const float> logits = sequences[i]->logits();
+        const double highest = *std::max_element(logits.begin(), logits.end());
+        double sum = 0.0;
+        for (const float logit : logits) {
+          sum += std::exp(static_cast<double>(logit) - highest);
+        }
+        sums[i] += highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
+      }
+    });
+    for (double& sum : sums) {
+      sum = std::exp(sum / static_cast<double>(prompt.continuation.size()));
+    }
+    return sums;
+  }
+
+  /// || full - kept || / || full || of each layer's attention output, mean over what the text goes on with.
+  std::vector<double> attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const {
+    std::vector<double> errors(shape_.layers, 0.0);
+    sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> kept) {
+      double difference = 0.0;
+      double norm = 0.0;
+      for (std::size_t i = 0; i < full.size(); ++i) {
+        const double d = static_cast<double>(full[i]) - static_cast<double>(kept[i]);
+        difference += d * d;
+        norm += static_cast<double>(full[i]) * static_cast<double>(full[i]);
+      }
+      errors[static_cast<std::size_t>(layer)] += norm > 0.0 ? std::sqrt(difference / norm) : 0.0;
+    };
+    engine::Sequence* const only = &sequence;
+    feed(prompt, {&only, 1}, [](TokenId) {});
+    for (double& error : errors) {
+      error /= static_cast<double>(prompt.continuation.size() - 1);
+    }
+    return errors;
+  }
+
  private:
+  /// Feeds all sequences what the text goes on with; `before` hears of each token first. The last is not fed.
+  template <class Before>
+  void feed(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
+            const Before& before) const {
+    std::vector<engine::DecodeStep> steps(sequences.size());
+    for (std::size_t t = 0; t < prompt.continuation.size(); ++t) {
+      check_interrupt();
+      before(prompt.continuation[t]);
+      for (std::size_t i = 0; i < steps.size(); ++i) {
+        steps[i] = {.sequence = sequences[i],
+                    .token = prompt.continuation[t],
+                    .position = sequences[i]->next_position()};
+      }
+      if (t + 1 < prompt.continuation.size() && !steps.empty()) {
+        engine::decode_batch(steps);
+      }
+    }
+  }
+
   const LoadedModel* loaded_;
   engine::KvType type_;
   compresskv::ModelShape shape_;
@@ -399,6 +487,9 @@ bool is_right(const TaskPrompt& prompt, std::string_view answer) {
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
                      [&](const std::string& expect) { return holds(answer, expect); });
 }
+
+/// A prompt that the full cache answers wrongly says nothing about the methods.
+bool is_dropped(const Json& full_record) { return full_record.value("right", Json(true)) == Json(false); }
 
 class Grid {
  public:
@@ -487,7 +578,7 @@ class Grid {
                   .budget = budget.dump()};
     };
     const auto full_record = records_.find(cell("full", nullptr));
-    if (full_record != records_.end() && !full_record->second.at("right").get<bool>()) {
+    if (full_record != records_.end() && is_dropped(full_record->second)) {
       return false;
     }
     std::vector<const Variant*> todo;
@@ -508,41 +599,70 @@ class Grid {
                                        [&](double share) { show(0.4 * share, "reading"); });
     common["expect"] = prompt.expect;
     common["prompt_tokens"] = prompt.tokens.size();
+    const Measure measure = measure_of(task);
     if (full_record == records_.end()) {
-      engine::Sequence full = read.sequence.clone();
-      engine::Sequence* const only = &full;
-      const std::string answer = evaluation_.answer({&only, 1})[0];
-      const Outcome outcome{.answer = answer, .rows = evaluation_.rows_of(read.sequence), .compress_ms = 0.0};
-      Json record = record_of(common, "full", nullptr, prompt, outcome);
+      std::vector<engine::Sequence> full;
+      full.push_back(read.sequence.clone());
+      std::vector<Outcome> outcome(1);
+      outcome[0].rows = evaluation_.rows_of(read.sequence);
+      if (measure == Measure::attention_error) {
+        outcome[0].errors.assign(evaluation_.shape().layers, 0.0);
+      } else {
+        finish(prompt, measure, full, outcome);
+      }
+      Json record = record_of(common, "full", nullptr, prompt, outcome[0]);
       record["prefill_ms"] = rounded(read.prefill_ms);
       add(record);
-      if (!is_right(prompt, answer)) {
+      if (is_dropped(record)) {
         return false;
       }
     }
 
     std::vector<engine::Sequence> sequences;
     std::vector<Outcome> outcomes;
-    for (const Variant* variant : todo) {
-      show(0.4 + 0.2 * static_cast<double>(sequences.size()) / static_cast<double>(todo.size()),
-           "compressing");
-      auto [sequence, outcome] = evaluation_.compress(read, *variant);
-      check_rows(*variant, prompt.tokens.size(), outcome.rows);
-      sequences.push_back(std::move(sequence));
+    for (std::size_t i = 0; i < todo.size(); ++i) {
+      const double share = static_cast<double>(i) / static_cast<double>(todo.size());
+      show(0.4 + 0.2 * share, "compressing");
+      // Beside the whole cache there is no room for all variants at once.
+      const bool beside = measure == Measure::attention_error;
+      auto [sequence, outcome] = evaluation_.compress(read, *todo[i], beside);
+      check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
+      if (beside) {
+        outcome.errors = evaluation_.attention_errors(prompt, sequence);
+      } else {
+        sequences.push_back(std::move(sequence));
+      }
       outcomes.push_back(std::move(outcome));
       check_interrupt();
     }
     show(0.6, "answering");
+    if (!sequences.empty()) {
+      finish(prompt, measure, sequences, outcomes);
+    }
+    for (std::size_t i = 0; i < todo.size(); ++i) {
+      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i]));
+    }
+    return true;
+  }
+
+  /// Answers, or what is measured instead.
+  void finish(const TaskPrompt& prompt, Measure measure, std::span<engine::Sequence> sequences,
+              std::span<Outcome> outcomes) const {
     std::vector<engine::Sequence*> batch;
     for (engine::Sequence& sequence : sequences) {
       batch.push_back(&sequence);
     }
-    const std::vector<std::string> answers = evaluation_.answer(batch);
-    for (std::size_t i = 0; i < todo.size(); ++i) {
-      outcomes[i].answer = answers[i];
-      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i]));
+    if (measure == Measure::perplexity) {
+      const std::vector<double> values = evaluation_.perplexities(prompt, batch);
+      for (std::size_t i = 0; i < batch.size(); ++i) {
+        outcomes[i].perplexity = values[i];
+      }
+      return;
     }
-    return true;
+    const std::vector<std::string> answers = evaluation_.answer(prompt, batch);
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      outcomes[i].answer = answers[i];
+    }
   }
 
   /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
@@ -563,8 +683,16 @@ class Grid {
     Json record = common;
     record["method"] = method;
     record["budget"] = budget;
-    record["right"] = is_right(prompt, outcome.answer);
-    record["answer"] = outcome.answer;
+    if (outcome.perplexity) {
+      record["perplexity"] = *outcome.perplexity;
+    } else if (!outcome.errors.empty()) {
+      record["error"] = std::accumulate(outcome.errors.begin(), outcome.errors.end(), 0.0) /
+                        static_cast<double>(outcome.errors.size());
+      record["layer_errors"] = outcome.errors;
+    } else {
+      record["right"] = is_right(prompt, outcome.answer);
+      record["answer"] = outcome.answer;
+    }
     record["rows"] = outcome.rows;
     record["kv_bytes"] = outcome.rows * evaluation_.shape().kv_row_bytes;
     record["compress_ms"] = rounded(outcome.compress_ms);
@@ -592,23 +720,29 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
                    const std::map<Cell, Json>& records) {
   struct Sum {
     std::size_t prompts = 0;
-    std::size_t right = 0;
+    double value = 0.0;  // of what `unit` says
+    std::string_view unit;
     double bytes = 0.0;
     double ms = 0.0;
   };
   std::map<std::tuple<std::string, std::size_t, std::string, std::string>, Sum> sums;
   for (const auto& [cell, record] : records) {
-    if (cell.method == "full" && !record.at("right").get<bool>()) {
+    if (cell.method == "full" && is_dropped(record)) {
       continue;
     }
     Sum& sum = sums[{cell.task, cell.length, cell.budget, cell.method}];
     ++sum.prompts;
-    sum.right += record.at("right").get<bool>() ? 1 : 0;
+    if (record.contains("right")) {
+      sum.value += record.at("right").get<bool>() ? 100.0 : 0.0;
+      sum.unit = " %";
+    } else {
+      sum.value += record.value("perplexity", record.value("error", 0.0));
+    }
     sum.bytes += record.at("kv_bytes").get<double>();
     sum.ms += record.at("compress_ms").get<double>();
   }
-  fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>8}{:>12}{:>13}\n", "task", "tokens", "budget", "method",
-             "prompts", "right", "KV bytes", "compress ms");
+  fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>11}{:>10}{:>13}\n", "task", "tokens", "budget", "method",
+             "prompts", "result", "KV bytes", "compress ms");
   const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
                        const Json& budget) {
     const auto found = sums.find({task, length, budget.dump(), method});
@@ -617,10 +751,9 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
     const Sum& sum = found->second;
     const auto count = static_cast<double>(sum.prompts);
-    fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>6.1f} %{:>12.0f}{:>13.1f}\n", task, length,
+    fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>9.3g}{:<2}{:>10.0f}{:>13.1f}\n", task, length,
                budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump(), method,
-               sum.prompts, 100.0 * static_cast<double>(sum.right) / count, sum.bytes / count,
-               sum.ms / count);
+               sum.prompts, sum.value / count, sum.unit, sum.bytes / count, sum.ms / count);
   };
   for (const std::string& task : arguments.tasks) {
     for (const std::size_t length : arguments.lengths) {
@@ -630,7 +763,8 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
       }
     }
   }
-  fmt::print("\nEvery method held the same bytes at each budget: checked.\n");
+  fmt::print("\nresult: answers that are right, perplexity, or relative error, as the task is\n");
+  fmt::print("Every method held the same bytes at each budget: checked.\n");
 }
 
 void evaluate(const EvaluateArguments& arguments) {

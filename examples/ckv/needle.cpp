@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <utility>
 
 #include "arguments.hpp"
 #include "engine/error.hpp"
@@ -163,25 +164,33 @@ compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::stri
   return *found;
 }
 
-NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
-                           const NeedlePlace& place) {
+std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+                 std::string_view question, std::size_t tokens, double start) {
   const auto sentences = haystack.sentences();
-  const auto skipped =
-      static_cast<std::size_t>(std::floor(place.start * static_cast<double>(sentences.size())));
-  const auto text_of = [&](std::span<const std::string> before, std::span<const std::string> after) {
-    std::string text = join(before);
-    text += text.empty() ? "" : " ";
-    text += needle.fact;
-    if (!after.empty()) {
-      text += ' ';
-      text += join(after);
+  const auto skipped = static_cast<std::size_t>(std::floor(start * static_cast<double>(sentences.size())));
+  std::vector<std::pair<std::size_t, std::string_view>> places;  // sentences before a fact, ascending
+  const auto text_of = [&](std::span<const std::string> used) {
+    std::string text;
+    const auto add = [&](std::string_view part) {
+      text += text.empty() || part.empty() ? "" : " ";
+      text += part;
+    };
+    std::size_t begin = 0;
+    for (const auto& [before, fact] : places) {
+      add(join(used.subspan(begin, before - begin)));
+      add(fact);
+      begin = before;
     }
-    return chat_prompt(loaded, message_text(text, needle.question));
+    add(join(used.subspan(begin)));
+    return chat_prompt(loaded, message_text(text, question));
   };
-  const std::size_t bare = encode_prompt(loaded, text_of({}, {})).size();
-  if (bare > place.tokens) {
+  for (const Hidden& hidden : facts) {
+    places.emplace_back(0, hidden.fact);
+  }
+  const std::size_t bare = encode_prompt(loaded, text_of({})).size();
+  if (bare > tokens) {
     throw engine::Error(
-        fmt::format("a prompt of {} tokens was asked for, the question alone takes {}", place.tokens, bare));
+        fmt::format("a prompt of {} tokens was asked for, the question alone takes {}", tokens, bare));
   }
 
   std::vector<std::size_t> ends;  // tokens of the haystack up to the end of each sentence
@@ -190,29 +199,38 @@ NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, 
     if (skipped + ends.size() == sentences.size()) {
       throw engine::Error(fmt::format(
           "the haystack ends after {} tokens, {} are needed: give a longer text or a shorter length", count,
-          place.tokens - bare));
+          tokens - bare));
     }
     const std::string& sentence = sentences[skipped + ends.size()];
     const std::size_t length =
         loaded.tokenizer.encode(" " + sentence, {.add_bos = false, .parse_special = true}).size();
-    if (bare + count + length > place.tokens) {
+    if (bare + count + length > tokens) {
       break;
     }
     count += length;
     ends.push_back(count);
   }
 
-  const double wanted = place.depth * static_cast<double>(count);
-  const auto above = std::find_if(ends.begin(), ends.end(),
-                                  [&](std::size_t end) { return static_cast<double>(end) > wanted; });
-  auto before = static_cast<std::size_t>(above - ends.begin());
-  // The sentence that reaches over the place goes to the nearer side.
-  if (above != ends.end()) {
-    const double from = before == 0 ? 0.0 : static_cast<double>(ends[before - 1]);
-    before += static_cast<double>(*above) - wanted < wanted - from ? 1 : 0;
+  for (std::size_t i = 0; i < facts.size(); ++i) {
+    const double wanted = facts[i].depth * static_cast<double>(count);
+    const auto above = std::find_if(ends.begin(), ends.end(),
+                                    [&](std::size_t end) { return static_cast<double>(end) > wanted; });
+    places[i].first = static_cast<std::size_t>(above - ends.begin());
+    // The sentence that reaches over the place goes to the nearer side.
+    if (above != ends.end()) {
+      const double from = above == ends.begin() ? 0.0 : static_cast<double>(*(above - 1));
+      places[i].first += static_cast<double>(*above) - wanted < wanted - from ? 1 : 0;
+    }
   }
-  const auto used = sentences.subspan(skipped, ends.size());
-  const std::string text = text_of(used.first(before), used.subspan(before));
+  std::stable_sort(places.begin(), places.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  return text_of(sentences.subspan(skipped, ends.size()));
+}
+
+NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
+                           const NeedlePlace& place) {
+  const Hidden hidden{.fact = needle.fact, .depth = place.depth};
+  const std::string text = hide(loaded, haystack, {&hidden, 1}, needle.question, place.tokens, place.start);
   NeedlePrompt prompt{.tokens = encode_prompt(loaded, text), .needle = {}};
   prompt.needle = token_span(loaded, text, prompt.tokens, needle.fact);
   return prompt;

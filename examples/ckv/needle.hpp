@@ -64,6 +64,17 @@ struct NeedlePrompt {
 NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
                            const NeedlePlace& place);
 
+/// A sentence to hide, and how deep.
+struct Hidden {
+  std::string_view fact;
+  double depth = 0.5;  ///< 0: it comes first, 1: last
+};
+
+/// The text of such a prompt with any number of facts: haystack from `start` on with each fact between two
+/// sentences, at most `tokens` tokens with the question and the template. Throws as needle_prompt.
+std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+                 std::string_view question, std::size_t tokens, double start);
+
 /// Where `part` of `text` stands among the tokens of `text`; part must occur in it.
 /// Throws engine::Error where it cannot be found.
 compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::string_view text,

@@ -2,9 +2,11 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <array>
 #include <random>
 #include <span>
+#include <utility>
 
 #include "engine/error.hpp"
 
@@ -160,14 +162,167 @@ TaskPrompt single_needle(const LoadedModel& loaded, const Haystack& haystack, co
   return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}};
 }
 
+// The tasks below ask for numbers, as RULER does: small models can tell them from the text.
+
+std::string draw_number(Draw& draw) { return std::to_string(10'000 + draw.below(90'000)); }
+
+/// So many different towns.
+std::vector<std::string> draw_towns(Draw& draw, std::size_t count) {
+  std::vector<std::string> drawn;
+  while (drawn.size() < count) {
+    std::string town = draw.word(towns);
+    if (std::find(drawn.begin(), drawn.end(), town) == drawn.end()) {
+      drawn.push_back(std::move(town));
+    }
+  }
+  return drawn;
+}
+
+TaskPrompt hidden_prompt(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place,
+                         Draw& draw, std::span<const std::string> facts, std::string_view question,
+                         std::vector<std::string> expect) {
+  // The first lies where asked for, the others anywhere.
+  std::vector<Hidden> hidden;
+  for (const std::string& fact : facts) {
+    hidden.push_back({.fact = fact, .depth = hidden.empty() ? place.depth : draw.share()});
+  }
+  const std::string text = hide(loaded, haystack, hidden, question, place.length, 0.9 * draw.share());
+  return {.tokens = encode_prompt(loaded, text), .expect = std::move(expect)};
+}
+
+TaskPrompt several_keys(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 1};
+  std::vector<std::string> facts;
+  std::vector<std::string> numbers;
+  const std::vector<std::string> keys = draw_towns(draw, 4);
+  for (const std::string& key : keys) {
+    numbers.push_back(draw_number(draw));
+    facts.push_back(fmt::format("The special magic number of {} is {}.", key, numbers.back()));
+  }
+  return hidden_prompt(loaded, haystack, place, draw, facts,
+                       fmt::format("What is the special magic number of {}?", keys[0]), {numbers[0]});
+}
+
+TaskPrompt several_values(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 2};
+  const std::string key = draw.word(towns);
+  std::vector<std::string> facts;
+  std::vector<std::string> numbers;
+  for (int i = 0; i < 2; ++i) {
+    numbers.push_back(draw_number(draw));
+    facts.push_back(fmt::format("One of the special magic numbers of {} is {}.", key, numbers.back()));
+  }
+  return hidden_prompt(loaded, haystack, place, draw, facts,
+                       fmt::format("What are the two special magic numbers of {}?", key), numbers);
+}
+
+TaskPrompt several_queries(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 3};
+  std::vector<std::string> facts;
+  std::vector<std::string> numbers;
+  const std::vector<std::string> keys = draw_towns(draw, 2);
+  for (const std::string& key : keys) {
+    numbers.push_back(draw_number(draw));
+    facts.push_back(fmt::format("The special magic number of {} is {}.", key, numbers.back()));
+  }
+  return hidden_prompt(
+      loaded, haystack, place, draw, facts,
+      fmt::format("What is the special magic number of {}, and what is that of {}?", keys[0], keys[1]),
+      numbers);
+}
+
+TaskPrompt tracking(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 4};
+  const std::string number = draw_number(draw);
+  const std::vector<std::string> keys = draw_towns(draw, 3);
+  // The chain stands in its order: each link lies behind the one that it names.
+  const std::array<std::string, 3> facts = {
+      fmt::format("The special magic number of {} is {}.", keys[0], number),
+      fmt::format("The special magic number of {} is the same as that of {}.", keys[1], keys[0]),
+      fmt::format("The special magic number of {} is the same as that of {}.", keys[2], keys[1])};
+  std::vector<Hidden> hidden;
+  for (std::size_t i = 0; i < facts.size(); ++i) {
+    const double step = (1.0 - place.depth) / static_cast<double>(facts.size());
+    hidden.push_back({.fact = facts[i], .depth = place.depth + step * static_cast<double>(i)});
+  }
+  const std::string text =
+      hide(loaded, haystack, hidden, fmt::format("What is the special magic number of {}?", keys[2]),
+           place.length, 0.9 * draw.share());
+  return {.tokens = encode_prompt(loaded, text), .expect = {number}};
+}
+
+/// What the template writes between an answer and the next one.
+std::vector<TokenId> next_turn(const LoadedModel& loaded, const std::string& message) {
+  const engine::ChatTemplate chat{loaded.tokenizer};
+  const std::array<engine::ChatMessage, 3> messages = {{{.role = "user", .content = "?"},
+                                                        {.role = "assistant", .content = "!"},
+                                                        {.role = "user", .content = message}}};
+  const std::size_t first = chat.render(std::span(messages).first(1)).size() + 1;
+  return encode_prompt(loaded, chat.render(messages).substr(first));
+}
+
+TaskPrompt two_turns(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 5};
+  const std::vector<std::string> keys = draw_towns(draw, 2);
+  const std::array<std::string, 2> numbers = {draw_number(draw), draw_number(draw)};
+  std::vector<std::string> facts;
+  std::vector<std::string> questions;
+  for (std::size_t i = 0; i < 2; ++i) {
+    facts.push_back(fmt::format("The special magic number of {} is {}.", keys[i], numbers[i]));
+    questions.push_back(fmt::format("What is the special magic number of {}?", keys[i]));
+  }
+  // Room for both answers and the second question: what is asked second must fit into the length, too.
+  PromptPlace first = place;
+  const std::vector<TokenId> next = next_turn(loaded, questions[0]);
+  first.length -= std::min(next.size(), first.length);
+  TaskPrompt prompt = hidden_prompt(loaded, haystack, first, draw, facts, questions[1], {numbers[0]});
+  prompt.next_turn = next;
+  return prompt;
+}
+
+/// A stretch of the text itself, and what follows it.
+TaskPrompt plain_text(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+  constexpr std::size_t continuation = 64;
+  Draw draw{place, 6};
+  const auto sentences = haystack.sentences();
+  std::string text;
+  std::size_t bytes = 8 * (place.length + continuation);  // more than enough, as a rule
+  for (std::size_t i = draw.below(sentences.size() * 9 / 10 + 1); i < sentences.size() && text.size() < bytes;
+       ++i) {
+    text += text.empty() ? "" : " ";
+    text += sentences[i];
+  }
+  std::vector<TokenId> tokens = loaded.tokenizer.encode(text, {.add_bos = true, .parse_special = false});
+  if (tokens.size() < place.length + continuation) {
+    throw engine::Error(fmt::format(
+        "the haystack ends after {} tokens, {} are needed: give a longer text or a shorter length",
+        tokens.size(), place.length + continuation));
+  }
+  const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(place.length);
+  return {.tokens = {tokens.begin(), end},
+          .expect = {},
+          .next_turn = {},
+          .continuation = {end, end + static_cast<std::ptrdiff_t>(continuation)}};
+}
+
 struct TaskInfo {
   std::string_view name;
   std::string_view summary;
   TaskPrompt (*prompt)(const LoadedModel&, const Haystack&, const PromptPlace&);
+  Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 1> tasks = {{
+constexpr std::array<TaskInfo, 8> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
+    {"keys", "four facts alike about different things, one of which is asked for", several_keys},
+    {"values", "two facts about one thing, both asked for", several_values},
+    {"queries", "two facts about two things, both asked for", several_queries},
+    {"tracking", "a chain of three facts: what the last is depends on the first", tracking},
+    {"turns", "a second question, about another fact, once the cache was compressed for the first",
+     two_turns},
+    {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text, Measure::perplexity},
+    {"error", "relative error of each layer's attention output over them", plain_text,
+     Measure::attention_error},
 }};
 
 }  // namespace
@@ -186,6 +341,12 @@ std::string task_help() {
     help += fmt::format("{}{}: {}", help.empty() ? "" : "\n", task.name, task.summary);
   }
   return help;
+}
+
+Measure measure_of(std::string_view name) {
+  const auto found =
+      std::find_if(tasks.begin(), tasks.end(), [&](const TaskInfo& task) { return task.name == name; });
+  return found == tasks.end() ? Measure::none : found->measure;
 }
 
 TaskPrompt task_prompt(std::string_view name, const LoadedModel& loaded, const Haystack& haystack,

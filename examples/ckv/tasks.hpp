@@ -23,6 +23,10 @@ struct PromptPlace {
 struct TaskPrompt {
   std::vector<TokenId> tokens;
   std::vector<std::string> expect;  ///< a right answer holds all of these
+  /// A second question, after the answer to the first; `expect` is what it asks for. Empty: none.
+  std::vector<TokenId> next_turn = {};
+  /// What the text goes on with, where a task measures instead of asking. Empty: it asks.
+  std::vector<TokenId> continuation = {};
 };
 
 /// Names of the tasks.
@@ -30,6 +34,10 @@ std::vector<std::string> task_names();
 
 /// What each task asks, a line each.
 std::string task_help();
+
+/// Where a task measures: what.
+enum class Measure { none, perplexity, attention_error };
+Measure measure_of(std::string_view task);
 
 /// Throws engine::Error for a task of another name, and where the haystack or the length is too short.
 TaskPrompt task_prompt(std::string_view task, const LoadedModel& loaded, const Haystack& haystack,

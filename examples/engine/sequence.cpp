@@ -118,6 +118,7 @@ LayerView& LayerView::shadow() {
     shadow_.reset(new LayerView{layer, *shadow_cache_, heads});
     shadow_->window = window;
     shadow_->queries = queries;
+    shadow_->shadows_ = shadows_;
   }
   return *shadow_;
 }
@@ -127,7 +128,10 @@ LayerView& LayerView::earlier(int earlier_layer) {
     throw Error(fmt::format("layer {}: layer {} has not come before it", layer, earlier_layer));
   }
   const auto l = static_cast<std::size_t>(earlier_layer);
-  LayerCache& cache = before_[l];
+  if (before_.empty() && !shadows_[l]) {
+    throw Error(fmt::format("layer {}: layer {} before it has no shadow", layer, earlier_layer));
+  }
+  LayerCache& cache = before_.empty() ? *shadows_[l] : before_[l];
   if (std::ranges::min(cache.rows()) != std::ranges::max(cache.rows())) {
     throw Error(
         fmt::format("layer {}: the KV heads of layer {} hold different numbers of rows, so that they do not "
@@ -326,19 +330,25 @@ bool Sequence::show_layer(int layer, std::size_t window, const float* queries,
   view.window = window;
   view.queries = queries;
   view.before_ = std::span(caches_).first(l);
+  view.shadows_ = shadows_;
   on_layer(view);
   bool shrunk = !view.kept_.empty();
   if (shrunk) caches_[l].truncate(view.kept_);
   const auto start = std::chrono::steady_clock::now();
+  const auto cut = [](LayerCache& cache, const LayerView& shown, CacheMeter& meter) {
+    if (shown.kept_.empty()) return false;
+    cache.truncate(shown.kept_);
+    cache.fit(meter);
+    return true;
+  };
   for (const std::unique_ptr<LayerView>& earlier : view.earlier_) {
-    if (!earlier || earlier->kept_.empty()) continue;
-    LayerCache& cache = caches_[static_cast<std::size_t>(earlier->layer)];
-    cache.truncate(earlier->kept_);
-    cache.fit(meter_);
-    shrunk = true;
+    if (earlier && cut(caches_[static_cast<std::size_t>(earlier->layer)], *earlier, meter_)) shrunk = true;
   }
   shrink_time_ += std::chrono::steady_clock::now() - start;
   if (view.shadow_) {
+    for (const std::unique_ptr<LayerView>& earlier : view.shadow_->earlier_) {
+      if (earlier) cut(*shadows_[static_cast<std::size_t>(earlier->layer)], *earlier, shadow_meter_);
+    }
     if (!view.shadow_->kept_.empty()) view.shadow_cache_->truncate(view.shadow_->kept_);
     view.shadow_cache_->fit(shadow_meter_);
     shadows_[l] = std::move(view.shadow_cache_);

@@ -73,6 +73,7 @@ class LayerView {
   LayerCache* cache_ = nullptr;
   std::vector<std::size_t> kept_;                    // empty: all
   std::span<LayerCache> before_;                     // the caches of the layers before this one
+  std::span<std::optional<LayerCache>> shadows_;     // of all layers
   std::vector<std::unique_ptr<LayerView>> earlier_;  // [layer], those asked for
   std::unique_ptr<LayerView> shadow_;
   std::optional<LayerCache> shadow_cache_;
