@@ -41,6 +41,23 @@ inline void dot_row(const float* key, const QueryBlock& queries, float scale, fl
 #if defined(__x86_64__)
 namespace avx2 {
 
+/// Folds the sums of four queries with one key, scales them and stores them `out_stride` apart.
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void store_four(const __m256* low, const __m256* high,
+                                                                       float scale, float* out,
+                                                                       std::size_t out_stride) {
+  __m128 lane0 = fold_to_four(low[0], high[0]);
+  __m128 lane1 = fold_to_four(low[1], high[1]);
+  __m128 lane2 = fold_to_four(low[2], high[2]);
+  __m128 lane3 = fold_to_four(low[3], high[3]);
+  _MM_TRANSPOSE4_PS(lane0, lane1, lane2, lane3);
+  const __m128 sums = _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
+  alignas(16) float scaled[4];
+  _mm_store_ps(scaled, _mm_mul_ps(sums, _mm_set1_ps(scale)));
+  for (std::size_t i = 0; i < 4; ++i) {
+    out[i * out_stride] = scaled[i];
+  }
+}
+
 /// As portable::dot_row; reads `padded` elements of the key.
 template <Element T>
 [[gnu::target("avx2,fma,f16c")]] inline void dot_row(const T* key, const QueryBlock& queries, float scale,
@@ -74,17 +91,9 @@ template <Element T>
       low3 = _mm256_fmadd_ps(_mm256_loadu_ps(q3 + e), low, low3);
       high3 = _mm256_fmadd_ps(_mm256_loadu_ps(q3 + e + 8), high, high3);
     }
-    __m128 lane0 = fold_to_four(low0, high0);
-    __m128 lane1 = fold_to_four(low1, high1);
-    __m128 lane2 = fold_to_four(low2, high2);
-    __m128 lane3 = fold_to_four(low3, high3);
-    _MM_TRANSPOSE4_PS(lane0, lane1, lane2, lane3);
-    const __m128 sums = _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
-    alignas(16) float scaled[4];
-    _mm_store_ps(scaled, _mm_mul_ps(sums, _mm_set1_ps(scale)));
-    for (std::size_t i = 0; i < 4; ++i) {
-      out[(q + i) * out_stride] = scaled[i];
-    }
+    const __m256 low[4] = {low0, low1, low2, low3};
+    const __m256 high[4] = {high0, high1, high2, high3};
+    store_four(low, high, scale, out + q * out_stride, out_stride);
   }
   for (; q < queries.count; ++q) {
     const float* query = queries.data + q * padded;
@@ -170,17 +179,7 @@ template <Element T>
     dot_half(keys, queries.data + q * padded, padded, low);
     dot_half(upper, queries.data + q * padded + 8, padded, high);
     for (std::size_t k = 0; k < 3; ++k) {
-      __m128 lane0 = fold_to_four(low[4 * k], high[4 * k]);
-      __m128 lane1 = fold_to_four(low[4 * k + 1], high[4 * k + 1]);
-      __m128 lane2 = fold_to_four(low[4 * k + 2], high[4 * k + 2]);
-      __m128 lane3 = fold_to_four(low[4 * k + 3], high[4 * k + 3]);
-      _MM_TRANSPOSE4_PS(lane0, lane1, lane2, lane3);
-      const __m128 sums = _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
-      alignas(16) float scaled[4];
-      _mm_store_ps(scaled, _mm_mul_ps(sums, _mm_set1_ps(scale)));
-      for (std::size_t i = 0; i < 4; ++i) {
-        out[(q + i) * out_stride + k] = scaled[i];
-      }
+      store_four(low + 4 * k, high + 4 * k, scale, out + q * out_stride + k, out_stride);
     }
   }
   if (q < queries.count) {
