@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <compresskv/compressor.hpp>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -40,21 +41,13 @@ class WhileReading {
   /// A layer that in the end kept more than while reading would take the whole cache above its bound: what it
   /// has over goes to the others, a row each in turn.
   void level(std::span<std::size_t> capacities) const {
-    std::size_t over = 0;
+    const std::size_t total = std::accumulate(capacities.begin(), capacities.end(), std::size_t{0});
     for (std::size_t& rows : capacities) {
-      over += rows - std::min(rows, working_rows_);
       rows = std::min(rows, working_rows_);
     }
-    for (bool moved = true; over > 0 && moved;) {
-      moved = false;
-      for (std::size_t& rows : capacities) {
-        if (over > 0 && rows < working_rows_) {
-          ++rows;
-          --over;
-          moved = true;
-        }
-      }
-    }
+    compresskv::budget::walk_to_total(
+        capacities, total, [](std::size_t) { return std::size_t{0}; },
+        [&](std::size_t) { return working_rows_; });
   }
 
   A whole_;

@@ -2,6 +2,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <numeric>
 #include <span>
 
 #include "compresskv/core/budget.hpp"
@@ -35,5 +36,26 @@ concept Allocator = std::copyable<A> && requires(const A& allocator, const Model
   allocator.validate(shape);
   allocator.allocate(allowance, rows);
 };
+
+/// Adds or takes one row a layer, lower layers first, round after round, until the capacities sum to `total`
+/// or none can move. `least(layer)` and `most(layer)` are bounds that the capacities keep already.
+template <class Least, class Most>
+void walk_to_total(std::span<std::size_t> capacities, std::size_t total, Least&& least, Most&& most) {
+  std::size_t sum = std::accumulate(capacities.begin(), capacities.end(), std::size_t{0});
+  for (bool moved = true; sum != total && moved;) {
+    moved = false;
+    for (std::size_t l = 0; l < capacities.size() && sum != total; ++l) {
+      if (sum < total && capacities[l] < most(l)) {
+        ++capacities[l];
+        ++sum;
+        moved = true;
+      } else if (sum > total && capacities[l] > least(l)) {
+        --capacities[l];
+        --sum;
+        moved = true;
+      }
+    }
+  }
+}
 
 }  // namespace compresskv::budget

@@ -76,28 +76,15 @@ class Cake {
                std::span<std::size_t> capacities, std::span<std::size_t> most) const {
     std::copy(capacities.begin(), capacities.end(), most.begin());
     const double sum_of_preferences = std::accumulate(preferences.begin(), preferences.end(), 0.0);
-    std::size_t sum = 0;
     for (std::size_t l = 0; l < capacities.size(); ++l) {
       const double share = sum_of_preferences > 0.0 ? preferences[l] / sum_of_preferences
                                                     : 1.0 / static_cast<double>(capacities.size());
       const double rows = detail::round_half_even(share * static_cast<double>(total));
       capacities[l] = std::clamp(static_cast<std::size_t>(rows), std::min(window, most[l]), most[l]);
-      sum += capacities[l];
     }
-    for (bool moved = true; sum != total && moved;) {
-      moved = false;
-      for (std::size_t l = 0; l < capacities.size() && sum != total; ++l) {
-        if (sum < total && capacities[l] < most[l]) {
-          ++capacities[l];
-          ++sum;
-          moved = true;
-        } else if (sum > total && capacities[l] > std::min(window, most[l])) {
-          --capacities[l];
-          --sum;
-          moved = true;
-        }
-      }
-    }
+    walk_to_total(
+        capacities, total, [&](std::size_t l) { return std::min(window, most[l]); },
+        [&](std::size_t l) { return most[l]; });
   }
 
  private:

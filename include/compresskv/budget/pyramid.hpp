@@ -60,26 +60,15 @@ class Pyramid {
       max = evictable;
       min = 2.0 * base - max;
     }
-    const std::size_t total = allowance.per_layer * layers;
-    std::size_t sum = 0;
     for (std::size_t l = 0; l < layers; ++l) {
       const double rows = max - static_cast<double>(l) * ((max - min) / static_cast<double>(layers - 1));
       capacities[l] =
           std::clamp(static_cast<std::size_t>(detail::round_half_even(std::max(rows, 0.0))) + window, window,
                      allowance.tokens);
-      sum += capacities[l];
     }
-    while (sum != total) {
-      for (std::size_t l = 0; l < layers && sum != total; ++l) {
-        if (sum < total && capacities[l] < allowance.tokens) {
-          ++capacities[l];
-          ++sum;
-        } else if (sum > total && capacities[l] > window) {
-          --capacities[l];
-          --sum;
-        }
-      }
-    }
+    walk_to_total(
+        capacities, allowance.per_layer * layers, [&](std::size_t) { return window; },
+        [&](std::size_t) { return allowance.tokens; });
   }
 
  private:
