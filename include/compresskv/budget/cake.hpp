@@ -59,7 +59,7 @@ class Cake {
     double entropy = 0.0;
     double deviation = 0.0;
     kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
-      kernel::window_moments(
+      kernel::window_moments<kernel::Entropies::yes>(
           in, heads, workspace, executor, [&](std::uint32_t, const kernel::WindowMoments& moments) {
             entropy = std::accumulate(moments.entropies.begin(), moments.entropies.end(), entropy);
             deviation = std::accumulate(moments.deviations.begin(), moments.deviations.end(), deviation);

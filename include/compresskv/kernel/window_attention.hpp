@@ -94,8 +94,11 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
 template <class Kv, QueryObservation O>
 std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std::size_t own) {
   const std::size_t span = compresskv::detail::sliding_window(in.observation);
+  if (span == 0) {
+    return 0;
+  }
   const std::size_t position = in.retained.position(own, kv_head);
-  return span == 0 || position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
+  return position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
 }
 
 /// For query heads of one KV head: softmax attention of the last `observers` queries over the evictable rows.
@@ -181,6 +184,29 @@ void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std:
   }
 }
 
+/// Attention of heads of one KV head from whatever shows it row by row; `add` as `attention_from_queries` has
+/// it.
+template <class Kv, Observation O, Executor X, class Add>
+void add_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
+                   std::size_t queries_at_once, Workspace& workspace, X& executor, Add&& add) {
+  if constexpr (QueryObservation<O>) {
+    attention_from_queries(in, heads[0] / in.shape.group(), heads, observers, queries_at_once, workspace,
+                           executor, add);
+  } else {
+    attention_from_matrix(in, heads[0], observers, workspace, add);
+  }
+}
+
+/// Throws where what the engine computed is not finite. From queries nothing can be: their rows are checked.
+template <class Kv, Observation O>
+void check_finite(const LayerInput<Kv, O>& in, std::uint32_t head, std::span<const float> values) {
+  if constexpr (!QueryObservation<O>) {
+    if (!std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); })) {
+      fail_not_finite(in.layer, head, values);
+    }
+  }
+}
+
 /// `per_group(heads, queries_at_once)` for as many heads at a time as read the same keys and fit.
 template <class Kv, class O, class PerGroup>
 void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
@@ -213,27 +239,21 @@ template <class Kv, Observation O, Executor X, class PerHead>
 void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, PerHead&& per_head) {
   detail::for_head_groups(in, heads, observers, 1, [&](auto group, std::size_t queries_at_once) {
-    const std::size_t kv_head = group[0] / in.shape.group();
-    const std::size_t evictable = in.evictable(kv_head);
+    const std::size_t evictable = in.evictable(group[0] / in.shape.group());
     const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
     std::fill(sums.begin(), sums.end(), 0.0F);
     const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
                          const float* weights, float factor) {
       add_scaled(weights, factor, tokens, sums.data() + h * evictable + first);
     };
-    if constexpr (QueryObservation<O>) {
-      detail::attention_from_queries(in, kv_head, group, observers, queries_at_once, workspace, executor,
-                                     add);
-    } else if constexpr (SumsObservation<O>) {
+    if constexpr (SumsObservation<O>) {
       std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
     } else {
-      detail::attention_from_matrix(in, group[0], observers, workspace, add);
+      detail::add_attention(in, group, observers, queries_at_once, workspace, executor, add);
     }
     for (std::size_t h = 0; h < group.size(); ++h) {
       const std::span<const float> own = sums.subspan(h * evictable, evictable);
-      if (!std::all_of(own.begin(), own.end(), [](float v) { return std::isfinite(v); })) {
-        detail::fail_not_finite(in.layer, group[h], own);
-      }
+      detail::check_finite(in, group[h], own);
       per_head(group[h], own);
     }
   });
@@ -250,50 +270,49 @@ void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t
 struct WindowMoments {
   std::span<const float> means;       ///< [evictable]
   std::span<const float> deviations;  ///< [evictable], sums of squared distances from the mean
-  std::span<const float> entropies;   ///< [evictable], sums of -a ln(a + 1e-10)
+  std::span<const float> entropies;   ///< [evictable], sums of -a ln(a + 1e-10); empty unless asked for
 };
+
+/// Whether `window_moments` takes a logarithm of every weight.
+enum class Entropies { no, yes };
 
 /// Calls `per_head(query_head, WindowMoments)` for each of `heads`: what CAKE looks at. Attention sums alone
 /// do not show it. Means and deviations by Welford's recurrence, the window's rows ascending. Throws as
 /// `attention_sums`.
-template <class Kv, Observation O, Executor X, class PerHead>
+template <Entropies entropies, class Kv, Observation O, Executor X, class PerHead>
 void window_moments(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,
                     X& executor, PerHead&& per_head) {
   static_assert(!SumsObservation<O>,
                 "this scorer needs the window's rows apart: give queries or an attention matrix, not sums");
-  detail::for_head_groups(in, heads, in.window, 3, [&](auto group, std::size_t queries_at_once) {
-    const std::size_t kv_head = group[0] / in.shape.group();
-    const std::size_t evictable = in.evictable(kv_head);
-    const std::span<float> arrays = workspace.take(Workspace::Slot::sums, group.size() * 3 * evictable);
-    std::fill(arrays.begin(), arrays.end(), 0.0F);
+  constexpr std::size_t arrays = entropies == Entropies::yes ? 3 : 2;
+  detail::for_head_groups(in, heads, in.window, arrays, [&](auto group, std::size_t queries_at_once) {
+    const std::size_t evictable = in.evictable(group[0] / in.shape.group());
+    const std::span<float> moments = workspace.take(Workspace::Slot::sums, group.size() * arrays * evictable);
+    std::fill(moments.begin(), moments.end(), 0.0F);
     const auto add = [&](std::size_t h, std::size_t i, std::size_t first, std::size_t tokens,
                          const float* weights, float factor) {
-      float* means = arrays.data() + h * 3 * evictable + first;
+      float* means = moments.data() + h * arrays * evictable + first;
       float* deviations = means + evictable;
-      float* entropies = deviations + evictable;
       const float step = 1.0F / static_cast<float>(i + 1);
       for (std::size_t t = 0; t < tokens; ++t) {
         const float weight = factor * weights[t];
         const float distance = weight - means[t];
         means[t] += distance * step;
         deviations[t] += distance * (weight - means[t]);
-        entropies[t] -= weight * std::log(weight + 1e-10F);
+        if constexpr (entropies == Entropies::yes) {
+          deviations[evictable + t] -= weight * std::log(weight + 1e-10F);
+        }
       }
     };
-    if constexpr (QueryObservation<O>) {
-      detail::attention_from_queries(in, kv_head, group, in.window, queries_at_once, workspace, executor,
-                                     add);
-    } else {
-      detail::attention_from_matrix(in, group[0], in.window, workspace, add);
-    }
+    detail::add_attention(in, group, in.window, queries_at_once, workspace, executor, add);
     for (std::size_t h = 0; h < group.size(); ++h) {
-      const std::span<const float> own = arrays.subspan(h * 3 * evictable, 3 * evictable);
-      if (!std::all_of(own.begin(), own.end(), [](float v) { return std::isfinite(v); })) {
-        detail::fail_not_finite(in.layer, group[h], own.first(evictable));
+      const std::span<const float> own = moments.subspan(h * arrays * evictable, arrays * evictable);
+      for (std::size_t array = 0; array < arrays; ++array) {
+        detail::check_finite(in, group[h], own.subspan(array * evictable, evictable));
       }
       per_head(group[h], WindowMoments{.means = own.first(evictable),
                                        .deviations = own.subspan(evictable, evictable),
-                                       .entropies = own.last(evictable)});
+                                       .entropies = own.subspan(2 * evictable)});
     }
   });
 }

@@ -52,8 +52,10 @@ class Cake {
              const Scores<granularity>& scores) const {
     std::fill(scores.values().begin(), scores.values().end(), 0.0F);
     const float factor = in.window < 2 ? 0.0F : options_.gamma / static_cast<float>(in.window - 1);
+    // Not read here; but a matrix that holds a negative weight is refused by its logarithm.
+    constexpr auto entropies = QueryObservation<O> ? kernel::Entropies::no : kernel::Entropies::yes;
     kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
-      kernel::window_moments(
+      kernel::window_moments<entropies>(
           in, heads, workspace, executor, [&](std::uint32_t head, const kernel::WindowMoments& moments) {
             const std::span<float> value = workspace.take(Workspace::Slot::pooled, moments.means.size());
             for (std::size_t t = 0; t < value.size(); ++t) {
