@@ -130,6 +130,7 @@ class Compressor {
                       " has seen ", known,
                       " tokens: count all tokens of the sequence; truncate() takes tokens back");
     }
+    check_tokens(total_tokens);
     resolve(total_tokens, protection);
   }
 
@@ -174,11 +175,7 @@ class Compressor {
     if (stays_whole(layer)) {
       select_all();
     } else {
-      const Scores<granularity> scores = score_rows(layer, kv, observation);
-      if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
-        reduce(scores.values());
-      }
-      select(layer, scores);
+      select(layer, reduced_scores(layer, kv, observation, reduce));
     }
     return compact(layer, kv, selection_);
   }
@@ -207,10 +204,7 @@ class Compressor {
     check_view(layer, kv);
     set_rows(kv);
     const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
-    const Scores<granularity> scores = score_rows(layer, kv, observation);
-    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
-      reduce(scores.values());
-    }
+    const Scores<granularity> scores = reduced_scores(layer, kv, observation, reduce);
     check_scores(layer, scores);
     if constexpr (carries) {
       add_carried(layer, scores);
@@ -304,10 +298,7 @@ class Compressor {
   /// capacity cannot hold all that is protected.
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     check_layer(layer);
-    const std::size_t longest = check_scores(layer, scores);
-    check_protected(layer, scores, capacity(layer, longest));
-    mark_protected(layer, scores);
-    plan_->selector().select(scores, capacity(layer, longest), workspace_, selection_);
+    select_within(layer, scores, capacity(layer, check_scores(layer, scores)));
     return selection_;
   }
 
@@ -487,11 +478,9 @@ class Compressor {
   /// Capacities of the layers that have arrived with `layer`, into `pending_capacities_`.
   template <class V, class O>
   void share_out(std::size_t layer, std::size_t longest, const V& kv, const O& observation) {
-    const std::size_t window =
-        std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
     preferences_.resize(layer);
     preferences_.push_back(
-        plan_->allocator().preference(input_of(layer, window, kv, observation), workspace_, executor_));
+        plan_->allocator().preference(input_of(layer, kv, observation), workspace_, executor_));
     pending_capacities_[layer] = longest;
     const auto arrived = std::span(pending_capacities_).first(layer + 1);
     most_.resize(arrived.size());
@@ -507,8 +496,7 @@ class Compressor {
   void shrink_again(std::size_t layer, const V& kv, std::size_t capacity) {
     if constexpr (carries) {
       set_rows(kv);
-      const std::size_t window = std::min(plan_->scorer().window(), rows_[0]);
-      const std::size_t room = at_least_window(capacity, rows_[0]);
+      const std::size_t window = observing();
       score_ends_.assign(1, rows_[0] - window);
       const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, rows_[0] - window),
                                        score_ends_, window);
@@ -517,9 +505,7 @@ class Compressor {
       for (std::size_t t = 0; t < own.size(); ++t) {
         own[t] = by_position_[positions.seek(t)];
       }
-      check_protected(layer, scores, room);
-      mark_protected(layer, scores);
-      plan_->selector().select(scores, room, workspace_, selection_);
+      select_within(layer, scores, at_least_window(capacity, rows_[0]));
       keep(layer, kv, kv, selection_);
     } else {
       plan_->selector().select(kept_scores_.template of<granularity>(layer), capacity, workspace_,
@@ -543,7 +529,6 @@ class Compressor {
   }
 
   void resolve(std::size_t tokens, const Protection& protection) {
-    check_tokens(tokens);
     const auto listed = protection.positions;
     for (std::size_t i = 0; i < listed.size(); ++i) {
       detail::require(i == 0 || listed[i] > listed[i - 1], "protected position ", listed[i], " comes after ",
@@ -683,11 +668,21 @@ class Compressor {
     }
   }
 
+  void select_within(std::size_t layer, const Scores<granularity>& scores, std::size_t capacity) {
+    check_protected(layer, scores, capacity);
+    mark_protected(layer, scores);
+    plan_->selector().select(scores, capacity, workspace_, selection_);
+  }
+
+  /// Queries of the window that observe the layer at hand: a short one has no more than its rows.
+  std::size_t observing() const {
+    return std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
+  }
+
   template <class V, class O>
   Scores<granularity> score_rows(std::size_t layer, const V& kv, const O& observation) {
     const ModelShape& shape = plan_->shape();
-    const std::size_t window =
-        std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
+    const std::size_t window = observing();
     static_assert(S::needs != Needs::keys || KvView<V>,
                   "this scorer reads the keys: give it the layer's view");
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
@@ -706,17 +701,25 @@ class Compressor {
       score_ends_[row] = end;
     }
     const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, end), score_ends_, window);
-    plan_->scorer().score(input_of(layer, window, kv, observation), workspace_, executor_, scores);
+    plan_->scorer().score(input_of(layer, kv, observation), workspace_, executor_, scores);
+    return scores;
+  }
+
+  template <class V, class O, class Reduce>
+  Scores<granularity> reduced_scores(std::size_t layer, const V& kv, const O& observation, Reduce&& reduce) {
+    const Scores<granularity> scores = score_rows(layer, kv, observation);
+    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
+      reduce(scores.values());
+    }
     return scores;
   }
 
   template <class V, class O>
-  kernel::LayerInput<V, O> input_of(std::size_t layer, std::size_t window, const V& kv,
-                                    const O& observation) const {
+  kernel::LayerInput<V, O> input_of(std::size_t layer, const V& kv, const O& observation) const {
     return {.shape = plan_->shape(),
             .layer = layer,
             .rows = rows_,
-            .window = window,
+            .window = observing(),
             .retained = layers_[layer],
             .kv = kv,
             .observation = observation,
