@@ -161,22 +161,7 @@ void expect_cascade(const LayerCase& c, std::size_t count, const S& scorer, cons
   }
 }
 
-std::vector<LayerCase> cases() {
-  reference::Random random(41);
-  std::vector<LayerCase> out;
-  for (int i = 0; i < 12; ++i) {
-    LayerCase c;
-    c.group = random.between(1, 3);
-    c.kv_heads = random.between(1, 3);
-    c.head_dim = 16;
-    c.rows = random.between(20, 150);
-    c.window = random.pick(std::vector<std::size_t>{2, 8});
-    c.capacity = random.between(c.window, c.rows);
-    c.seed = random.bits();
-    out.push_back(c);
-  }
-  return out;
-}
+std::vector<LayerCase> cases() { return reference::model_cases(12, 41); }
 
 TEST(Cascade, EachArrivalKeepsTheTotalAndEndsAsIfBudgetsHadBeenKnown) {
   for (const LayerCase& c : cases()) {

@@ -109,22 +109,7 @@ void expect_best(const PositionSet& kept, const Scores64& scores, std::size_t wi
   ASSERT_GE(lowest_kept, highest_lost * (1.0 - 1e-5) - 1e-12);
 }
 
-std::vector<LayerCase> cases() {
-  reference::Random random(51);
-  std::vector<LayerCase> out;
-  for (int i = 0; i < 10; ++i) {
-    LayerCase c;
-    c.group = random.between(1, 3);
-    c.kv_heads = random.between(1, 3);
-    c.head_dim = 16;
-    c.rows = random.between(20, 150);
-    c.window = random.pick(std::vector<std::size_t>{2, 8});
-    c.capacity = random.between(c.window, c.rows);
-    c.seed = random.bits();
-    out.push_back(c);
-  }
-  return out;
-}
+std::vector<LayerCase> cases() { return reference::model_cases(10, 51); }
 
 constexpr std::size_t layer_count = 6;
 

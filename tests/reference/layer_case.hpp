@@ -97,6 +97,24 @@ inline std::vector<LayerCase> layer_cases(std::size_t random_cases, std::uint64_
   return cases;
 }
 
+/// Cases small enough to have many layers of each.
+inline std::vector<LayerCase> model_cases(std::size_t count, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<LayerCase> out;
+  for (std::size_t i = 0; i < count; ++i) {
+    LayerCase c;
+    c.group = random.between(1, 3);
+    c.kv_heads = random.between(1, 3);
+    c.head_dim = 16;
+    c.rows = random.between(20, 150);
+    c.window = random.pick(std::vector<std::size_t>{2, 8});
+    c.capacity = random.between(c.window, c.rows);
+    c.seed = random.bits();
+    out.push_back(c);
+  }
+  return out;
+}
+
 /// The contents of a case: keys, values, queries, a ranking, and what the method makes of them in double.
 template <Element T>
 struct Layer {
