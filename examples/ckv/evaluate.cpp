@@ -231,6 +231,11 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
 
 // ---- one prompt ----
 
+bool is_right(const TaskPrompt& prompt, std::string_view answer) {
+  return std::all_of(prompt.expect.begin(), prompt.expect.end(),
+                     [&](const std::string& expect) { return holds(answer, expect); });
+}
+
 /// A prompt that was read from the full cache, with the queries that methods want to see.
 struct ReadPrompt {
   engine::Sequence sequence;
@@ -245,12 +250,15 @@ struct Outcome {
   std::string answer;
   std::optional<double> perplexity = std::nullopt;
   std::vector<double> errors = {};  ///< [layer], where they are measured
+  std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
   std::size_t rows = 0;             ///< over all layers and KV heads
   double compress_ms = 0.0;
 };
 
 class Evaluation {
  public:
+  static constexpr std::size_t stretches = 64;  ///< in which kept rows are counted
+
   Evaluation(const LoadedModel& loaded, const EvaluateArguments& arguments)
       : loaded_(&loaded),
         type_(arguments.cache.type()),
@@ -317,9 +325,13 @@ class Evaluation {
       outcome.compress_ms += milliseconds_since(start);
     });
     outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
+    outcome.kept.assign(shape_.layers, std::vector<std::size_t>(stretches));
     for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-        outcome.rows += compressor->retained(layer).rows(head);
+        for (const std::uint32_t position : compressor->retained(layer).positions(head)) {
+          ++outcome.kept[layer][position * stretches / tokens];
+          ++outcome.rows;
+        }
       }
     }
     if (!beside && outcome.rows != rows_of(sequence)) {
@@ -340,13 +352,14 @@ class Evaluation {
   }
 
   /// Greedy answers of all sequences, which advance as one batch: the weights are read once a step. A
-  /// sequence that has ended its answer leaves the batch.
-  std::vector<std::string> answer(std::span<engine::Sequence* const> sequences) const {
-    std::vector<std::vector<TokenId>> said(sequences.size());
+  /// sequence that has ended its answer leaves the batch; so does one whose answer is `enough`, since what it
+  /// would say after that changes nothing.
+  template <class Enough>
+  std::vector<std::string> answer(std::span<engine::Sequence* const> sequences, const Enough& enough) const {
+    std::vector<std::string> answers(sequences.size());
+    std::vector<engine::StreamDecoder> texts(sequences.size(), engine::StreamDecoder{loaded_->tokenizer});
     std::vector<std::size_t> open(sequences.size());
-    for (std::size_t i = 0; i < open.size(); ++i) {
-      open[i] = i;
-    }
+    std::iota(open.begin(), open.end(), std::size_t{0});
     std::vector<engine::DecodeStep> steps;
     for (std::size_t step = 0; step < max_new_tokens_ && !open.empty(); ++step) {
       check_interrupt();
@@ -357,8 +370,8 @@ class Evaluation {
         if (loaded_->tokenizer.is_end_of_generation(token)) {
           continue;
         }
-        said[i].push_back(token);
-        if (sequences[i]->next_position() < loaded_->model.config().context) {
+        answers[i] += texts[i].push(token);
+        if (sequences[i]->next_position() < loaded_->model.config().context && !enough(answers[i])) {
           steps.push_back(
               {.sequence = sequences[i], .token = token, .position = sequences[i]->next_position()});
           still.push_back(i);
@@ -369,30 +382,23 @@ class Evaluation {
         engine::decode_batch(steps);
       }
     }
-    std::vector<std::string> answers;
-    for (const std::vector<TokenId>& tokens : said) {
-      engine::StreamDecoder text{loaded_->tokenizer};
-      std::string answer;
-      for (const TokenId token : tokens) {
-        answer += text.push(token);
-      }
-      answers.push_back(answer + text.finish());
+    for (std::size_t i = 0; i < answers.size(); ++i) {
+      answers[i] += texts[i].finish();
     }
     return answers;
   }
 
-  /// The same for a prompt of several turns: what answers the last question.
+  /// Answers to the prompt, up to where they are right; of a prompt of several turns, to its last question.
   std::vector<std::string> answer(const TaskPrompt& prompt,
                                   std::span<engine::Sequence* const> sequences) const {
-    std::vector<std::string> answers = answer(sequences);
     if (!prompt.next_turn.empty()) {
+      answer(sequences, [](const std::string&) { return false; });
       for (engine::Sequence* sequence : sequences) {
         sequence->prefill(prompt.next_turn);
         check_interrupt();
       }
-      answers = answer(sequences);
     }
-    return answers;
+    return answer(sequences, [&](const std::string& text) { return is_right(prompt, text); });
   }
 
   /// Perplexity of each sequence over what the text goes on with.
@@ -481,11 +487,6 @@ Cell cell_of(const Json& record) {
           .prompt = record.at("prompt"),
           .method = record.at("method"),
           .budget = record.at("budget").dump()};
-}
-
-bool is_right(const TaskPrompt& prompt, std::string_view answer) {
-  return std::all_of(prompt.expect.begin(), prompt.expect.end(),
-                     [&](const std::string& expect) { return holds(answer, expect); });
 }
 
 /// A prompt that the full cache answers wrongly says nothing about the methods.
@@ -599,6 +600,9 @@ class Grid {
                                        [&](double share) { show(0.4 * share, "reading"); });
     common["expect"] = prompt.expect;
     common["prompt_tokens"] = prompt.tokens.size();
+    if (prompt.fact.size() > 0) {
+      common["fact"] = {prompt.fact.first, prompt.fact.last};
+    }
     const Measure measure = measure_of(task);
     if (full_record == records_.end()) {
       std::vector<engine::Sequence> full;
@@ -627,6 +631,9 @@ class Grid {
       const bool beside = measure == Measure::attention_error;
       auto [sequence, outcome] = evaluation_.compress(read, *todo[i], beside);
       check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
+      if (place.index >= arguments_->depths) {
+        outcome.kept.clear();  // one map a depth is enough
+      }
       if (beside) {
         outcome.errors = evaluation_.attention_errors(prompt, sequence);
       } else {
@@ -692,6 +699,9 @@ class Grid {
     } else {
       record["right"] = is_right(prompt, outcome.answer);
       record["answer"] = outcome.answer;
+    }
+    if (!outcome.kept.empty()) {
+      record["kept"] = outcome.kept;
     }
     record["rows"] = outcome.rows;
     record["kv_bytes"] = outcome.rows * evaluation_.shape().kv_row_bytes;

@@ -159,7 +159,7 @@ TaskPrompt single_needle(const LoadedModel& loaded, const Haystack& haystack, co
   NeedlePrompt prompt =
       needle_prompt(loaded, haystack, needle.view(),
                     {.tokens = place.length, .depth = place.depth, .start = 0.9 * draw.share()});
-  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}};
+  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}, .fact = prompt.needle};
 }
 
 // The tasks below ask for numbers, as RULER does: small models can tell them from the text.
@@ -301,6 +301,7 @@ TaskPrompt plain_text(const LoadedModel& loaded, const Haystack& haystack, const
   const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(place.length);
   return {.tokens = {tokens.begin(), end},
           .expect = {},
+          .fact = {},
           .next_turn = {},
           .continuation = {end, end + static_cast<std::ptrdiff_t>(continuation)}};
 }

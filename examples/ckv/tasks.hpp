@@ -23,6 +23,7 @@ struct PromptPlace {
 struct TaskPrompt {
   std::vector<TokenId> tokens;
   std::vector<std::string> expect;  ///< a right answer holds all of these
+  compresskv::calibrate::TokenSpan fact = {};  ///< where a single needle stands
   /// A second question, after the answer to the first; `expect` is what it asks for. Empty: none.
   std::vector<TokenId> next_turn = {};
   /// What the text goes on with, where a task measures instead of asking. Empty: it asks.
