@@ -249,9 +249,9 @@ struct ReadPrompt {
 struct Outcome {
   std::string answer;
   std::optional<double> perplexity = std::nullopt;
-  std::vector<double> errors = {};  ///< [layer], where they are measured
+  std::vector<double> errors = {};                  ///< [layer], where they are measured
   std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
-  std::size_t rows = 0;             ///< over all layers and KV heads
+  std::size_t rows = 0;                             ///< over all layers and KV heads
   double compress_ms = 0.0;
 };
 

@@ -22,7 +22,7 @@ struct PromptPlace {
 
 struct TaskPrompt {
   std::vector<TokenId> tokens;
-  std::vector<std::string> expect;  ///< a right answer holds all of these
+  std::vector<std::string> expect;             ///< a right answer holds all of these
   compresskv::calibrate::TokenSpan fact = {};  ///< where a single needle stands
   /// A second question, after the answer to the first; `expect` is what it asks for. Empty: none.
   std::vector<TokenId> next_turn = {};

@@ -1,5 +1,7 @@
 // The tool as its users meet it: the program is run, and its output and exit code are looked at.
 
+#include "tool.hpp"
+
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -23,84 +25,6 @@
 
 namespace ckv_test {
 namespace {
-
-using Json = nlohmann::json;
-using Arguments = std::vector<std::string>;
-
-struct Outcome {
-  int code = -1;
-  std::string out;
-  std::string err;
-
-  Json json() const { return Json::parse(out); }
-};
-
-std::string read(const std::filesystem::path& path) {
-  std::ifstream in{path, std::ios::binary};
-  return {std::istreambuf_iterator<char>{in}, {}};
-}
-
-/// A folder of this process's own, gone afterwards.
-class Folder {
- public:
-  Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "ckv-test-XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) {
-      throw std::runtime_error("cannot make a folder for the test");
-    }
-    path_ = name;
-  }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  ~Folder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-
-  std::filesystem::path path(const char* name) const { return path_ / name; }
-  std::filesystem::path write(const char* name, const std::string& text) const {
-    std::ofstream{path(name), std::ios::binary} << text;
-    return path(name);
-  }
-
- private:
-  std::filesystem::path path_;
-};
-
-std::string quoted(const std::string& text) {
-  std::string out = "'";
-  for (const char c : text) {
-    out += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  }
-  return out + "'";
-}
-
-Outcome run_tool(const Arguments& arguments) {
-  const Folder folder;
-  std::string command = quoted(COMPRESSKV_CKV_BINARY);
-  for (const std::string& argument : arguments) {
-    command += " " + quoted(argument);
-  }
-  command += " >" + quoted(folder.path("out").string()) + " 2>" + quoted(folder.path("err").string());
-  const int status = std::system(command.c_str());
-  return {.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1,
-          .out = read(folder.path("out")),
-          .err = read(folder.path("err"))};
-}
-
-void expect_usage_error(const Arguments& arguments, const std::string& message) {
-  const Outcome outcome = run_tool(arguments);
-  EXPECT_EQ(outcome.code, 2) << outcome.err;
-  EXPECT_NE(outcome.err.find(message), std::string::npos) << outcome.err;
-  EXPECT_EQ(outcome.out, "");
-}
-
-void expect_failure(const Arguments& arguments, const std::string& message) {
-  const Outcome outcome = run_tool(arguments);
-  EXPECT_EQ(outcome.code, 1) << outcome.err;
-  EXPECT_NE(outcome.err.find(message), std::string::npos) << outcome.err;
-  EXPECT_EQ(outcome.out, "");
-}
 
 // ---- without a model
 // ----------------------------------------------------------------------------------------------
