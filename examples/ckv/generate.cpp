@@ -37,6 +37,7 @@ struct GenerateArguments {
   std::filesystem::path errors;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
+  std::size_t decode_every = 0;
   std::size_t max_new_tokens = 128;
   engine::SamplerOptions sampling;
   bool raw = false;
@@ -82,6 +83,13 @@ Compression compression_of(const GenerateArguments& arguments) {
         "--working-rows {} does not go with --method {}, whose layers share rows once they have all come: "
         "drop one",
         how.working_rows, method.name));
+  }
+  if (arguments.decode_every > 0 &&
+      (how.method == Method::full || reaches_back(how.method) || wants_all_queries(how.method))) {
+    throw UsageError(fmt::format(
+        "--decode-every {} compresses each layer again by the last queries, which --method {} does not: drop "
+        "one",
+        arguments.decode_every, method.name));
   }
   if (how.working_rows > 0 && how.working_rows < how.window) {
     throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",
@@ -137,6 +145,7 @@ Json settings_json(const GenerateArguments& arguments, const LoadedModel& loaded
           {"kv_type", arguments.cache.kv_type},
           {"prefill_chunk", count_json(arguments.prefill_chunk)},
           {"working_rows", count_json(arguments.working_rows)},
+          {"decode_every", count_json(arguments.decode_every)},
           {"threads", loaded.model.threads()},
           {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
           {"temperature", arguments.sampling.temperature},
@@ -183,6 +192,7 @@ Json result_json(const GenerateArguments& arguments, const LoadedModel& loaded,
   out["kv_bytes_full"] = result.kv_bytes_full;
   out["kv_bytes_kept"] = result.kv_bytes_kept;
   out["kv_bytes_peak"] = result.kv_bytes_peak;
+  out["rows_peak"] = result.rows_peak;
   out["prefill_ms"] = result.prefill_ms;
   out["compress_ms"] = result.compress_ms;
   out["decode_tokens_per_second"] = result.decode_tokens_per_second();
@@ -225,6 +235,7 @@ void generate(const GenerateArguments& arguments) {
                     static_cast<double>(loaded.model.config().layers) * static_cast<double>(chunks)};
   RunOptions options{.kv_type = arguments.cache.type(),
                      .prefill_chunk = arguments.prefill_chunk,
+                     .decode_every = arguments.decode_every,
                      .max_new_tokens = arguments.max_new_tokens,
                      .sampling = arguments.sampling};
   options.on_layer = [&](std::size_t layers) { progress.show(static_cast<double>(layers)); };
@@ -306,6 +317,10 @@ void add_generate(CLI::App& app) {
           "to the budget after the last; without: after the last alone")
       ->check(CLI::PositiveNumber)
       ->needs(chunk);
+  command
+      ->add_option("--decode-every", arguments->decode_every,
+                   "For long answers: compress to the budget again after so many generated tokens")
+      ->check(CLI::PositiveNumber);
   arguments->cache.add_to(*command);
   command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
       ->check(CLI::PositiveNumber)

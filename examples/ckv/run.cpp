@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -32,9 +33,16 @@ Positions positions_of(const compresskv::Retained& kept, std::size_t kv_heads) {
   return lists;
 }
 
+/// What compresses a sequence, and shows it how the last tokens looked at the cache.
+struct Compressing {
+  std::unique_ptr<PromptCompressor> compressor;  ///< none: the full cache
+  std::optional<RecentQueries> recent;           ///< where queries of several chunks or steps count
+};
+
 /// Reads the prompt and fills what `result` says about it; the position where the sequence goes on.
 std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> prompt,
-                    const Compression& how, const RunOptions& options, RunResult& result) {
+                    const Compression& how, const RunOptions& options, Compressing& compressing,
+                    RunResult& result) {
   const engine::ModelConfig& config = loaded.model.config();
   const auto start = Clock::now();
   std::size_t next_position = prompt.size();
@@ -67,10 +75,9 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
     const bool all_queries = wants_all_queries(how.method);
     const std::size_t observers = all_queries ? prompt.size() : how.window;
     // A compaction has seen the queries before it: what then observes are those of the chunk.
-    const bool chunk_alone = whole || (all_queries && how.working_rows > 0);
-    const auto compressor =
-        make_compressor(how, shape_of(config, options.kv_type), loaded.model.pool(), prompt.size());
-    std::optional<RecentQueries> recent;
+    const bool chunk_alone = (whole && options.decode_every == 0) || (all_queries && how.working_rows > 0);
+    auto& [compressor, recent] = compressing;
+    compressor = make_compressor(how, shape_of(config, options.kv_type), loaded.model.pool(), prompt.size());
     if (!chunk_alone) {
       recent.emplace(config, observers);
     }
@@ -146,6 +153,16 @@ compresskv::QueryWindow<float> RecentQueries::add(const engine::LayerView& layer
   return recent.view();
 }
 
+void RecentQueries::add(int layer, std::span<const float> queries) {
+  compresskv::RecentQueries<float>& recent = layers_[static_cast<std::size_t>(layer)];
+  const std::size_t head_dim = recent.shape().head_dim;
+  recent.append(queries.data(), 1, {.head = head_dim, .query = head_dim});
+}
+
+compresskv::QueryWindow<float> RecentQueries::view(int layer) const {
+  return layers_[static_cast<std::size_t>(layer)].view();
+}
+
 void give_back(engine::LayerView& layer, const compresskv::Retained& kept) {
   std::vector<std::size_t> rows(static_cast<std::size_t>(layer.kv_heads));
   for (std::size_t head = 0; head < rows.size(); ++head) {
@@ -172,7 +189,23 @@ RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const 
   const engine::ModelConfig& config = loaded.model.config();
   engine::Sequence sequence{loaded.model, {.kv_type = options.kv_type}};
   RunResult result;
-  std::size_t position = prefill(loaded, sequence, prompt, how, options, result);
+  Compressing compressing;
+  std::size_t position = prefill(loaded, sequence, prompt, how, options, compressing, result);
+  auto& [compressor, recent] = compressing;
+  const std::size_t every = compressor ? options.decode_every : 0;
+  if (every > 0) {
+    sequence.hooks().queries = [&](int layer, std::span<const float> queries) {
+      recent->add(layer, queries);
+    };
+  }
+  const auto compress_again = [&] {
+    const auto began = Clock::now();
+    compressor->begin_turn(position);
+    sequence.revisit([&](engine::LayerView& layer) {
+      compressor->compress(layer, {.queries = recent->view(layer.layer)});
+    });
+    result.compress_ms += milliseconds_since(began);
+  };
 
   const std::uint64_t row_bytes = shape_of(config, options.kv_type).kv_row_bytes;
   for (int layer = 0; layer < config.layers; ++layer) {
@@ -209,6 +242,12 @@ RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const 
     }
     logits = sequence.decode(token, position++);
     ++result.decode_steps;
+    for (int layer = 0; layer < config.layers; ++layer) {
+      result.rows_peak = std::max(result.rows_peak, std::ranges::max(sequence.cache(layer).rows()));
+    }
+    if (every > 0 && result.decode_steps % every == 0) {
+      compress_again();
+    }
     check_interrupt();
   }
   result.decode_ms = milliseconds_since(start);

@@ -62,6 +62,12 @@ class RecentQueries {
   /// Adds those of the chunk just read; the last `window` of the layer so far, valid until the next call.
   compresskv::QueryWindow<float> add(const engine::LayerView& layer);
 
+  /// Adds those of a decoded token, [heads][head_dim].
+  void add(int layer, std::span<const float> queries);
+
+  /// The last `window` queries of the layer so far, valid until more are added.
+  compresskv::QueryWindow<float> view(int layer) const;
+
  private:
   std::vector<compresskv::RecentQueries<float>> layers_;
 };
@@ -101,6 +107,9 @@ struct RunOptions {
   /// Tokens of the prompt that are read at a time; 0: all. What an answer is does not depend on it, unless
   /// Compression::working_rows is given.
   std::size_t prefill_chunk = 0;
+  /// Generated tokens after which the cache is compressed to its budget again; 0: never. Not for methods that
+  /// reach over layers or want all queries.
+  std::size_t decode_every = 0;
   std::size_t max_new_tokens = 128;
   engine::SamplerOptions sampling = {};
   /// Parts of the answer as they come.
@@ -120,6 +129,7 @@ struct RunResult {
   std::uint64_t kv_bytes_full = 0;  ///< prompt tokens x bytes a token
   std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
   std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill, all layers together
+  std::size_t rows_peak = 0;        ///< most rows that a KV head held in decoding
   double prefill_ms = 0.0;          ///< compression included
   double compress_ms = 0.0;         ///< the library's calls, and giving the memory back
   double decode_ms = 0.0;
@@ -131,7 +141,8 @@ struct RunResult {
 };
 
 /// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
-/// answer. In chunks, that is with the last one; with `working_rows` also with each before.
+/// answer. In chunks, that is with the last one; with `working_rows` also with each before. With
+/// `decode_every` layers are compressed again while the answer grows.
 /// Throws Interrupted after Ctrl-C, engine::Error and compresskv::Error as they do.
 RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
               const RunOptions& options);

@@ -198,6 +198,20 @@ Sequence Sequence::clone(const std::function<void(LayerView&)>& on_layer) const 
   return copy;
 }
 
+void Sequence::revisit(const std::function<void(LayerView&)>& on_layer) {
+  if (next_position_ == 0) throw Error("revisit: the sequence is empty; call prefill first");
+  check_no_shadow("revisit");
+  try {
+    for (int l = 0; l < model_->config().layers; ++l) {
+      if (show_layer(l, 0, nullptr, on_layer)) contiguous_from_ = next_position_;
+      caches_[static_cast<std::size_t>(l)].fit(meter_);
+    }
+  } catch (...) {
+    clear();
+    throw;
+  }
+}
+
 std::span<const float> Sequence::prefill(std::span<const TokenId> tokens, const PrefillOptions& options) {
   const ModelConfig& c = model_->config();
   if (tokens.empty()) throw Error("prefill: there are no tokens; give at least one");
@@ -520,6 +534,7 @@ void decode_batch(std::span<const DecodeStep> steps) {
         sequence.caches_[layer].append(h, key, value);
         if (shadow) shadow->append(h, key, value);
       }
+      if (sequence.hooks_.queries) sequence.hooks_.queries(l, row_of(queries, b));
       shadowed = shadowed || (shadow && sequence.hooks_.shadow);
     }
 

@@ -93,6 +93,8 @@ struct Hooks {
   /// Called for the last token that a prefill reads (its query produces the next token), before on_layer, and
   /// for each decoded token, in order of layer and head.
   std::function<void(int layer, int head, std::span<const float> row)> attention;
+  /// At each decode step: the layer's queries of the token fed, [heads][head_dim], post-RoPE.
+  std::function<void(int layer, std::span<const float> queries)> queries;
   /// At each decode step, for layers with a shadow: the attention block's output after the output projection,
   /// [embedding], from the layer's cache and from its shadow.
   std::function<void(int layer, std::span<const float> full, std::span<const float> shadow)> shadow;
@@ -159,6 +161,11 @@ class Sequence {
   /// and what it gives up is freed before the next one is copied. So one prefill serves many ways to
   /// compress. Throws Error where a layer has a shadow.
   Sequence clone(const std::function<void(LayerView&)>& on_layer) const;
+
+  /// Shows every layer again, as prefill does but without queries, so that a cache may shrink while an answer
+  /// grows long; what each layer gives up is freed before the next one is shown. Throws Error where there is
+  /// no prefill or a layer has a shadow. Where `on_layer` throws, the whole sequence is empty again.
+  void revisit(const std::function<void(LayerView&)>& on_layer);
 
   std::span<const float> logits() const { return {logits_.data(), static_cast<std::size_t>(logits_.size())}; }
   Hooks& hooks() { return hooks_; }

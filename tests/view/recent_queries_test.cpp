@@ -69,6 +69,7 @@ TEST(RecentQueries, HandsOnWhatTheLayerIs) {
   const std::vector<float> queries(heads * head_dim);
   recent.append(queries.data(), 1, {.head = head_dim, .query = heads * head_dim});
   const auto view = recent.view();
+  EXPECT_EQ(recent.shape().queries, 2U);
   EXPECT_EQ(view.queries(), 1U);
   EXPECT_EQ(view.scale(), 0.5F);
   EXPECT_EQ(view.soft_cap(), 30.0F);

@@ -43,6 +43,9 @@ class RecentQueries {
     held_ = stays + taken;
   }
 
+  /// As given; `queries` is the window.
+  const QueryShape& shape() const { return shape_; }
+
   /// Queries held, at most the window.
   std::size_t size() const { return held_; }
 
