@@ -2,7 +2,8 @@
 """Draws tables and plots from the records that `ckv evaluate` writes.
 
 Writes into DIR: report.md and report.html (a table a task and length: mean, 95 % bootstrap interval, share of what the
-full cache reaches, KV bytes, ms), accuracy against budget, and length x depth for each method, as PNG and SVG.
+full cache reaches, KV bytes, ms), accuracy against budget, and for each method length x depth and which tokens each layer
+kept of one prompt, as PNG and SVG.
 Only prompts that the full cache answers are counted. Needs numpy and matplotlib; never needed to build or use the library.
 
     tools/report.py results.jsonl report
@@ -174,6 +175,36 @@ def heat_maps(records, budget):
     return figure
 
 
+def kept_maps(records, length, budget):
+    """Which tokens each layer kept of one prompt, the first whose needle lies in the middle; None where none was recorded."""
+    own = [r for r in records if "kept" in r and r["length"] == length and r["budget"] == budget]
+    if not own:
+        return None
+    prompt = min(own, key=lambda r: (abs(r["depth"] - 0.5), r["prompt"]))["prompt"]
+    own = [r for r in own if r["prompt"] == prompt]
+    full = next(r for r in records if r["method"] == "full" and (r["length"], r["prompt"]) == (length, prompt))
+    tokens, layers, stretches = full["prompt_tokens"], len(own[0]["kept"]), len(own[0]["kept"][0])
+    # Of all KV heads together: the positions p of a stretch are those with the same p * stretches / tokens, rounded down.
+    whole = np.bincount(np.arange(tokens) * stretches // tokens, minlength=stretches) * full["rows"] / (tokens * layers)
+    columns = min(4, len(own))
+    rows = -(-len(own) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns + 0.6, 1.7 * rows + 0.8),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(own):]:
+        axis.set_visible(False)
+    for axis, record in zip(axes.flat, own):
+        image = axis.imshow(np.array(record["kept"]) / whole, vmin=0, vmax=1, cmap="Blues", aspect="auto",
+                            interpolation="nearest", extent=(0, tokens, layers - 0.5, -0.5))
+        axis.axvspan(*record["fact"], color="tab:red", alpha=0.3, linewidth=0)
+        axis.set_title(f"{record['method']}, {'right' if record['right'] else 'wrong'}", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("position in the prompt; red: the needle", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.suptitle(f"share kept, {length} tokens at {budget_text(budget)}", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7)
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=pathlib.Path, help="what `ckv evaluate --out` wrote")
@@ -194,12 +225,15 @@ def main():
     budgets = sorted({json.dumps(r["budget"]) for r in needles if r["budget"]}, key=lambda b: budget_key(json.loads(b)))
     for text in budgets:
         budget = json.loads(text)
-        name = f"needle_{budget_text(budget).replace(' %', 'pc').replace(' ', '_').replace('.', '_')}"
-        figures[name] = heat_maps(needles, budget)
+        name = budget_text(budget).replace(" %", "pc").replace(" ", "_").replace(".", "_")
+        figures[f"needle_{name}"] = heat_maps(needles, budget)
+        for length in sorted({r["length"] for r in needles}):
+            figures[f"kept_{length}_{name}"] = kept_maps(needles, length, budget)
     figures = {name: figure for name, figure in figures.items() if figure}
     for name, figure in figures.items():
         for ending in ("png", "svg"):
             figure.savefig(arguments.directory / f"{name}.{ending}", dpi=150)
+        plt.close(figure)
     parts = list(tables(records, arguments.draws))
     (arguments.directory / "report.md").write_text(markdown(header, parts, figures), encoding="utf-8")
     (arguments.directory / "report.html").write_text(page(header, parts, figures), encoding="utf-8")

@@ -105,8 +105,8 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
 ///
 /// Calls `add(h, i, first, tokens, weights, factor)` for query i of `heads[h]` and a stretch of evictable
 /// rows from `first` on: their attention is `factor * weights[t]`. Stretches do not overlap and may come at
-/// the same time; the queries of each come in ascending order. Logits of `queries_at_once` queries are held
-/// at a time.
+/// the same time; the queries of each come in ascending order. Rows in the future of all queries held may be
+/// left out. Logits of `queries_at_once` queries are held at a time.
 template <class Kv, class Observed, Executor X, class Add>
 void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
                             std::span<const std::uint32_t> heads, std::size_t observers,
@@ -117,24 +117,27 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t evictable = in.evictable(kv_head);
   const std::size_t count = heads.size() * observers;
   const std::size_t held = std::min(queries_at_once, count);
-  const std::size_t tiles = (rows + tile - 1) / tile;
+  const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
   const std::span<float> queries = workspace.take(Workspace::Slot::queries, held * padded);
   std::fill(queries.begin(), queries.end(), 0.0F);
-  const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles * padded);
+  const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles(rows) * padded);
   const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * rows);
   const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, held);
   const float cap = compresskv::detail::soft_cap(in.observation);
 
   for (std::size_t begin = 0; begin < count; begin += held) {
     const std::size_t now = std::min(held, count - begin);
+    // Where all queries of a prompt observe, half of what they could look at is their future.
+    const bool one_head = begin / observers == (begin + now - 1) / observers;
+    const std::size_t visible = one_head ? rows - observers + (begin + now - 1) % observers + 1 : rows;
     for (std::size_t q = 0; q < now; ++q) {
       const auto run = in.observation.query_run(heads[(begin + q) / observers]);
       decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, queries.data() + q * padded);
     }
     const QueryBlock block{.data = queries.data(), .count = now, .head_dim = head_dim};
-    executor.parallel_for(tiles, [&](std::size_t i) {
+    executor.parallel_for(tiles(visible), [&](std::size_t i) {
       const std::size_t first = i * tile;
-      const std::size_t tokens = std::min(tile, rows - first);
+      const std::size_t tokens = std::min(tile, visible - first);
       logits_of_rows(in.kv, kv_head, first, tokens, block, in.observation.scale(),
                      key_rows.data() + i * padded, logits.data(), rows);
       for (std::size_t q = 0; cap > 0.0F && q < now; ++q) {
@@ -149,7 +152,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       std::fill_n(row, first, 0.0F);
       row_sums[q] = exp_row(row + first, own + 1 - first,
                             compresskv::detail::sink_logit(in.observation, heads[(begin + q) / observers]));
-      std::fill(row + own + 1, row + std::max(own + 1, evictable), 0.0F);
+      std::fill(row + own + 1, row + std::max(own + 1, std::min(evictable, visible)), 0.0F);
     });
     for (std::size_t q = 0; q < now; ++q) {
       if (!std::isfinite(row_sums[q])) {
@@ -157,9 +160,10 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
                         logits.subspan(q * rows, rows - observers + (begin + q) % observers + 1));
       }
     }
-    executor.parallel_for((evictable + tile - 1) / tile, [&](std::size_t i) {
+    const std::size_t looked_at = std::min(evictable, visible);
+    executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
       const std::size_t first = i * tile;
-      const std::size_t tokens = std::min(tile, evictable - first);
+      const std::size_t tokens = std::min(tile, looked_at - first);
       for (std::size_t q = 0; q < now; ++q) {
         add((begin + q) / observers, (begin + q) % observers, first, tokens, logits.data() + q * rows + first,
             1.0F / row_sums[q]);
