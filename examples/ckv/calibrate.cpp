@@ -109,11 +109,8 @@ double tokens_of(std::span<const CalibrationRun> runs) {
 compresskv::HeadScores score_heads(const CalibrateArguments& arguments, const LoadedModel& loaded,
                                    std::span<CalibrationRun> runs, Progress& progress, double& done) {
   const engine::ModelConfig& config = loaded.model.config();
-  calibration::HeadScoreAccumulator scores{
-      static_cast<std::size_t>(config.layers),
-      static_cast<std::size_t>(config.heads),
-      {.counting = arguments.counting == "step" ? calibration::TokenCounting::once_per_step
-                                                : calibration::TokenCounting::once_per_occurrence}};
+  calibration::HeadScoreAccumulator scores{static_cast<std::size_t>(config.layers),
+                                           static_cast<std::size_t>(config.heads)};
   for (CalibrationRun& run : runs) {
     engine::Sequence sequence{loaded.model};
     sequence.hooks().attention = [&](int layer, int head, std::span<const float> row) {
@@ -135,7 +132,8 @@ compresskv::HeadScores score_heads(const CalibrateArguments& arguments, const Lo
     scores.end_run(run.counted);
     done += static_cast<double>(run.prompt.tokens.size());
   }
-  return scores.scores();
+  return scores.scores(arguments.counting == "step" ? calibration::HeadScoreKind::once_per_step
+                                                    : calibration::HeadScoreKind::once_per_occurrence);
 }
 
 compresskv::LayerErrors measure_errors(const CalibrateArguments& arguments, const LoadedModel& loaded,
@@ -150,15 +148,9 @@ compresskv::LayerErrors measure_errors(const CalibrateArguments& arguments, cons
   calibration::EvictionErrorAccumulator errors{static_cast<std::size_t>(config.layers)};
   const auto compressor = make_compressor(how, shape_of(config, engine::KvType::f32), loaded.model.pool());
   // One data set a length: long prompts must not rule the mean because they lose more.
-  std::size_t open = 0;
+  std::size_t number = 0;
   for (const CalibrationRun& run : runs) {
-    if (run.length != open) {
-      if (open != 0) {
-        errors.end_data_set();
-      }
-      open = run.length;
-      errors.begin_data_set(fmt::format("needle_{}", open));
-    }
+    errors.begin_run(fmt::format("needle_{}", run.length), number++);
     engine::Sequence sequence{loaded.model};
     sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
       errors.add(static_cast<std::size_t>(layer), full, evicted);
@@ -173,9 +165,9 @@ compresskv::LayerErrors measure_errors(const CalibrateArguments& arguments, cons
     decode_greedily(loaded, sequence, run.prompt.tokens,
                     {.window = how.window, .on_layer = on_layer, .on_logits = {}}, arguments.max_new_tokens,
                     [](TokenId) {});
+    errors.end_run();
     done += static_cast<double>(run.prompt.tokens.size());
   }
-  errors.end_data_set();
   return errors.errors();
 }
 

@@ -17,6 +17,7 @@ using compresskv::ArgumentError;
 using compresskv::Error;
 using compresskv::LayerErrors;
 using compresskv::calibrate::EvictionErrorAccumulator;
+using compresskv::calibrate::EvictionRun;
 using compresskv::test::message_of;
 
 using Output = std::vector<float>;
@@ -27,16 +28,16 @@ std::vector<double> copy(std::span<const double> values) { return {values.begin(
 TEST(EvictionErrorAccumulator, ByHand) {
   EvictionErrorAccumulator accumulator(2, {.epsilon = 5.0});
   const Output full{3.0F, 4.0F};
-  accumulator.begin_data_set("a");
+  accumulator.begin_run("a", 0);
   accumulator.add(0, full, Output{3.0F, 9.0F});    // 0.5
   accumulator.add(1, full, Output{0.0F, 0.0F});    // 0.5
   accumulator.add(0, full, Output{3.0F, 4.0F});    // 0
   accumulator.add(1, full, Output{-3.0F, -4.0F});  // 1
-  accumulator.end_data_set();                      // sums 0.5 and 1.5
-  accumulator.begin_data_set("b");
+  accumulator.end_run();                           // sums 0.5 and 1.5
+  accumulator.begin_run("b", 0);
   accumulator.add(1, full, Output{3.0F, 4.5F});  // 0.05
   accumulator.add(0, full, Output{6.0F, 8.0F});  // 0.5
-  accumulator.end_data_set();
+  accumulator.end_run();
   const LayerErrors errors = accumulator.errors();
   ASSERT_EQ(errors.data_sets().size(), 2U);
   EXPECT_EQ(errors.data_sets()[0], (LayerErrors::DataSet{.name = "a", .errors = {0.25, 0.75}}));
@@ -50,10 +51,10 @@ TEST(EvictionErrorAccumulator, ByHand) {
 // Layer 0's full output is 0, so its error is 1 / eps; layer 1's is 1 / (1 + eps).
 TEST(EvictionErrorAccumulator, EpsilonIsTheReleasedCodesUnlessSaid) {
   const auto ratio = [](EvictionErrorAccumulator accumulator) {
-    accumulator.begin_data_set("a");
+    accumulator.begin_run("a", 0);
     accumulator.add(0, Output{0.0F}, Output{1.0F});
     accumulator.add(1, Output{1.0F}, Output{0.0F});
-    accumulator.end_data_set();
+    accumulator.end_run();
     const LayerErrors errors = accumulator.errors();
     return errors.average()[0] / errors.average()[1];
   };
@@ -72,7 +73,7 @@ TEST(EvictionErrorAccumulator, VsTheEquations) {
     EvictionErrorAccumulator accumulator(layers);
     std::vector<std::vector<long double>> sums(sets, std::vector<long double>(layers, 0.0L));
     for (std::size_t set = 0; set < sets; ++set) {
-      accumulator.begin_data_set("set " + std::to_string(set));
+      accumulator.begin_run("set " + std::to_string(set), 0);
       const std::size_t steps = 1 + random() % 5;
       for (std::size_t step = 0; step < steps; ++step) {
         for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -90,7 +91,7 @@ TEST(EvictionErrorAccumulator, VsTheEquations) {
           accumulator.add(layer, full, compressed);
         }
       }
-      accumulator.end_data_set();
+      accumulator.end_run();
     }
     const LayerErrors errors = accumulator.errors();
     for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -104,17 +105,83 @@ TEST(EvictionErrorAccumulator, VsTheEquations) {
 }
 
 TEST(EvictionErrorAccumulator, PromptsOfADataSetAddUp) {
-  EvictionErrorAccumulator apart(2);
-  EvictionErrorAccumulator twice(2);
-  for (EvictionErrorAccumulator* accumulator : {&apart, &twice}) {
-    accumulator->begin_data_set("a");
-    for (int prompt = 0; prompt < (accumulator == &twice ? 2 : 1); ++prompt) {
-      accumulator->add(0, Output{1.0F}, Output{0.5F});
-      accumulator->add(1, Output{1.0F}, Output{0.0F});
-    }
-    accumulator->end_data_set();
+  EvictionErrorAccumulator accumulator(2, {.epsilon = 1.0});
+  accumulator.begin_run("a", 3);
+  accumulator.add(0, Output{1.0F}, Output{0.5F});  // 0.25
+  accumulator.add(1, Output{1.0F}, Output{0.0F});  // 0.5
+  accumulator.end_run();
+  accumulator.begin_run("a", 1);
+  for (int step = 0; step < 2; ++step) {
+    accumulator.add(0, Output{3.0F}, Output{2.0F});  // 0.25
+    accumulator.add(1, Output{3.0F}, Output{3.0F});
   }
-  EXPECT_EQ(copy(apart.errors().average()), copy(twice.errors().average()));
+  accumulator.end_run();
+  EXPECT_EQ(copy(accumulator.errors().average()), (std::vector<double>{0.6, 0.4}));
+  EXPECT_EQ(accumulator.step_errors(), (std::vector<double>{0.75 / 3, 0.5 / 3}));
+  accumulator.begin_run("b", 0);
+  accumulator.add(0, Output{0.0F}, Output{1.0F});
+  accumulator.add(1, Output{0.0F}, Output{0.0F});
+  accumulator.end_run();
+  EXPECT_EQ(accumulator.step_errors(), (std::vector<double>{0.75 / 6 + 0.5, 0.5 / 6}));
+}
+
+TEST(EvictionErrorAccumulator, MergedProcessesAreOne) {
+  const auto feed = [](EvictionErrorAccumulator& accumulator, std::size_t i) {
+    std::mt19937_64 random(i);
+    const auto value = [&] { return static_cast<float>(random() % 2001) / 1000.0F - 1.0F; };
+    accumulator.begin_run(i % 2 == 0 ? "needles" : "text", i / 2);
+    for (std::size_t step = 0; step < 1 + i % 3; ++step) {
+      for (std::size_t layer = 0; layer < 3; ++layer) {
+        accumulator.add(layer, Output{value(), value()}, Output{value(), value()});
+      }
+    }
+    accumulator.end_run();
+  };
+  EvictionErrorAccumulator whole(3);
+  std::vector<EvictionErrorAccumulator> parts(3, EvictionErrorAccumulator(3));
+  for (std::size_t i = 0; i < 20; ++i) {
+    feed(whole, i);
+    feed(parts[i * 7 % 3], 19 - i);
+  }
+  EvictionErrorAccumulator merged(3);
+  for (const std::size_t part : {1U, 2U, 0U}) {
+    merged.merge(parts[part]);
+  }
+  EXPECT_EQ(merged.data_sets(), whole.data_sets());
+  EXPECT_EQ(merged.errors(), whole.errors());
+  EXPECT_EQ(merged.step_errors(), whole.step_errors());
+
+  EvictionErrorAccumulator twice(3);
+  feed(twice, 30);
+  feed(twice, 5);
+  EXPECT_EQ(message_of<ArgumentError>([&] { merged.merge(twice); }),
+            "run 2 of data set 'text' is in both: a prompt is given to one process alone");
+  EXPECT_EQ(merged.data_sets(), whole.data_sets());
+  EXPECT_EQ(message_of<ArgumentError>([&] { merged.merge(EvictionErrorAccumulator(2)); }),
+            "cannot merge errors of 2 layers into those of 3: all must be of one model");
+  twice.begin_run("more", 0);
+  EXPECT_EQ(message_of<ArgumentError>([&] { merged.merge(twice); }),
+            "merge within a run: call end_run first");
+
+  // What was written down comes back.
+  EvictionErrorAccumulator again(3);
+  for (const auto& [name, runs] : whole.data_sets()) {
+    for (const auto& [number, run] : runs) {
+      again.add_run(run);
+    }
+  }
+  EXPECT_EQ(again.errors(), whole.errors());
+  const auto of = [&](const EvictionRun& run) {
+    return message_of<ArgumentError>([&] { again.add_run(run); });
+  };
+  EXPECT_EQ(of({.data_set = "text", .run = 2, .steps = 1, .errors = {1.0, 1.0, 1.0}}),
+            "run 2 of data set 'text' came already: each prompt has a number of its own");
+  EXPECT_EQ(of({.data_set = "text", .run = 99, .steps = 1, .errors = {1.0, 1.0}}),
+            "run 99 of data set 'text' has 2 errors, must have 3: one a layer");
+  EXPECT_EQ(of({.data_set = "text", .run = 99, .steps = 1, .errors = {1.0, -1.0, 1.0}}),
+            "run 99 of data set 'text' has the error -1 of layer 1: errors are finite and not negative");
+  EXPECT_EQ(of({.data_set = "", .run = 99, .steps = 1, .errors = {1.0, 1.0, 1.0}}),
+            "a data set cannot be named '': give it a name, and not avg_score, which is the mean's");
 }
 
 TEST(EvictionErrorAccumulator, RejectsSettings) {
@@ -130,39 +197,41 @@ TEST(EvictionErrorAccumulator, RejectsSettings) {
 TEST(EvictionErrorAccumulator, RejectsCallsOutOfOrder) {
   EvictionErrorAccumulator accumulator(2);
   EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add(0, Output{1.0F}, Output{1.0F}); }),
-            "add outside a data set: call begin_data_set first");
-  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_data_set(); }),
-            "end_data_set outside a data set: call begin_data_set first");
+            "add outside a run: call begin_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(); }),
+            "end_run outside a run: call begin_run first");
   EXPECT_EQ(message_of<Error>([&] { accumulator.errors(); }),
-            "no data set was measured: begin_data_set, add, end_data_set first");
-  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_data_set("avg_score"); }),
-            "a data set cannot be named avg_score, which is the mean's: rename it");
-  accumulator.begin_data_set("a");
-  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_data_set("b"); }),
-            "begin_data_set within data set 'a': call end_data_set first");
+            "no prompt was measured: begin_run, add, end_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_run("avg_score", 0); }),
+            "a data set cannot be named 'avg_score': give it a name, and not avg_score, which is the mean's");
+  accumulator.begin_run("a", 2);
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_run("b", 0); }),
+            "begin_run within run 2 of data set 'a': call end_run first");
   EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.errors(); }),
-            "errors asked for within data set 'a': call end_data_set first");
-  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_data_set(); }),
-            "data set 'a' has no step of layer 0: call add for every layer at every decode step");
+            "errors asked for within run 2 of data set 'a': call end_run first");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(); }),
+            "run 2 of data set 'a' has no step of layer 0: call add for every layer at every decode step");
   accumulator.add(0, Output{1.0F}, Output{1.0F});
-  EXPECT_EQ(
-      message_of<ArgumentError>([&] { accumulator.end_data_set(); }),
-      "data set 'a' has 0 steps of layer 1, 1 of layer 0: call add for every layer at every decode step");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(); }),
+            "run 2 of data set 'a' has 0 steps of layer 1, 1 of layer 0: call add for every layer at every "
+            "decode step");
   accumulator.add(1, Output{1.0F}, Output{1.0F});
+  accumulator.end_run();
   EXPECT_EQ(
-      message_of<ArgumentError>([&] { accumulator.end_data_set(); }),
+      message_of<ArgumentError>([&] { accumulator.errors(); }),
       "data set 'a' has no error in any layer: compress the cache to fewer tokens than the prompts have");
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_run("a", 2); }),
+            "run 2 of data set 'a' came already: each prompt has a number of its own");
+  accumulator.begin_run("a", 3);
   accumulator.add(0, Output{1.0F}, Output{0.5F});
   accumulator.add(1, Output{1.0F}, Output{1.0F});
-  accumulator.end_data_set();
-  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_data_set("a"); }),
-            "data set 'a' was measured already: give all its prompts between one begin and one end");
+  accumulator.end_run();
   EXPECT_EQ(copy(accumulator.errors().average()), (std::vector<double>{1.0, 0.0}));
 }
 
 TEST(EvictionErrorAccumulator, RejectsOutputs) {
   EvictionErrorAccumulator accumulator(2);
-  accumulator.begin_data_set("a");
+  accumulator.begin_run("a", 0);
   const auto of = [&](std::size_t layer, const Output& full, const Output& compressed) {
     return message_of<ArgumentError>([&] { accumulator.add(layer, full, compressed); });
   };
@@ -181,7 +250,7 @@ TEST(EvictionErrorAccumulator, RejectsOutputs) {
   const float largest = std::numeric_limits<float>::max();
   accumulator.add(0, Output{largest}, Output{-largest});
   accumulator.add(1, Output{largest}, Output{0.0F});
-  accumulator.end_data_set();
+  accumulator.end_run();
   EXPECT_NEAR(accumulator.errors().average()[0], 2.0 / 3.0, 1e-15);
 }
 

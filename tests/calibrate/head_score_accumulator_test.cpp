@@ -16,8 +16,9 @@ using compresskv::ArgumentError;
 using compresskv::Error;
 using compresskv::HeadRanking;
 using compresskv::HeadScores;
+using compresskv::calibrate::HeadRun;
 using compresskv::calibrate::HeadScoreAccumulator;
-using compresskv::calibrate::TokenCounting;
+using compresskv::calibrate::HeadScoreKind;
 using compresskv::calibrate::TokenId;
 using compresskv::calibrate::TokenSpan;
 using compresskv::test::message_of;
@@ -25,7 +26,7 @@ using compresskv::test::message_of;
 using Row = std::vector<float>;
 
 // One layer of one head. Span [1, 4) holds the tokens 7, 9, 7; the steps write 9, 7 and a stranger, 4, and
-// put 0.75, 0.5 and 1 on the span.
+// put 0.75, 0.5 and 1 on the span. The largest weights lie on a 7, on the 9 and on a 7.
 void feed_hand_made_run(HeadScoreAccumulator& accumulator, bool counted) {
   accumulator.begin_run(std::vector<TokenId>{5, 7, 9, 7, 2}, {.first = 1, .last = 4});
   accumulator.add_attention(0, 0, Row{0.125F, 0.25F, 0.25F, 0.25F, 0.125F});
@@ -44,9 +45,27 @@ TEST(HeadScoreAccumulator, ByHandOncePerOccurrence) {
 }
 
 TEST(HeadScoreAccumulator, ByHandOncePerStep) {
-  HeadScoreAccumulator accumulator(1, 1, {.counting = TokenCounting::once_per_step});
+  HeadScoreAccumulator accumulator(1, 1);
   feed_hand_made_run(accumulator, true);
-  EXPECT_EQ(accumulator.scores(), HeadScores(1, 1, {{0.75 + 0.5}}));
+  EXPECT_EQ(accumulator.scores(HeadScoreKind::once_per_step), HeadScores(1, 1, {{0.75 + 0.5}}));
+}
+
+// One head copies both tokens of the answer, at two of three places; one looks elsewhere the second time; one
+// looks at the answer's other token.
+TEST(HeadScoreAccumulator, ByHandClassic) {
+  HeadScoreAccumulator accumulator(1, 3);
+  accumulator.begin_run(std::vector<TokenId>{5, 7, 9, 7, 2}, {.first = 1, .last = 4});
+  accumulator.add_attention(0, 0, Row{0.1F, 0.2F, 0.3F, 0.2F, 0.2F});
+  accumulator.add_attention(0, 1, Row{0.1F, 0.2F, 0.3F, 0.2F, 0.2F});
+  accumulator.add_attention(0, 2, Row{0.1F, 0.4F, 0.1F, 0.2F, 0.2F});
+  accumulator.add_token(9);
+  accumulator.add_attention(0, 0, Row{0.1F, 0.2F, 0.1F, 0.4F, 0.1F, 0.1F});
+  accumulator.add_attention(0, 1, Row{0.4F, 0.2F, 0.1F, 0.1F, 0.1F, 0.1F});
+  accumulator.add_attention(0, 2, Row{0.1F, 0.1F, 0.4F, 0.2F, 0.1F, 0.1F});
+  accumulator.add_token(7);
+  accumulator.end_run(true);
+  EXPECT_EQ(accumulator.scores(HeadScoreKind::classic),
+            HeadScores(1, 3, {{1.0 / 3 + 1.0 / 3}, {1.0 / 3}, {0.0}}));
 }
 
 TEST(HeadScoreAccumulator, RunsThatDoNotCountLeaveNothingBehind) {
@@ -88,10 +107,10 @@ TEST(HeadScoreAccumulator, AttentionThatNoTokenFollowedIsDropped) {
 TEST(HeadScoreAccumulator, VsTheLoopOverPositions) {
   std::mt19937_64 random(505);
   for (int trial = 0; trial < 100; ++trial) {
-    const auto counting = trial % 2 == 0 ? TokenCounting::once_per_occurrence : TokenCounting::once_per_step;
+    const auto kind = trial % 2 == 0 ? HeadScoreKind::once_per_occurrence : HeadScoreKind::once_per_step;
     const std::size_t layers = 1 + random() % 3;
     const std::size_t heads = 1 + random() % 4;
-    HeadScoreAccumulator accumulator(layers, heads, {.counting = counting});
+    HeadScoreAccumulator accumulator(layers, heads);
     std::vector<std::vector<double>> expected(layers * heads);
     const std::size_t runs = 1 + random() % 3;
     for (std::size_t run = 0; run < runs; ++run) {
@@ -118,7 +137,7 @@ TEST(HeadScoreAccumulator, VsTheLoopOverPositions) {
               for (std::size_t j = first; j < last; ++j) {
                 scores[i] += static_cast<double>(row[j]);
               }
-              if (counting == TokenCounting::once_per_step) {
+              if (kind == HeadScoreKind::once_per_step) {
                 break;
               }
             }
@@ -132,7 +151,7 @@ TEST(HeadScoreAccumulator, VsTheLoopOverPositions) {
         expected[i].push_back(scores[i]);
       }
     }
-    EXPECT_EQ(accumulator.scores(), HeadScores(layers, heads, expected)) << "trial " << trial;
+    EXPECT_EQ(accumulator.scores(kind), HeadScores(layers, heads, expected)) << "trial " << trial;
   }
 }
 
@@ -177,11 +196,95 @@ TEST(HeadScoreAccumulator, FindsPlantedHeads) {
     }
     accumulator.end_run(true);
   }
+  // The classic score sees the copying head alone.
+  const HeadRanking classic = accumulator.scores(HeadScoreKind::classic).ranking();
   const HeadRanking ranking = accumulator.scores().ranking();
   for (std::size_t layer = 0; layer < layers; ++layer) {
+    EXPECT_EQ(classic.heads(layer)[0], (2 * layer + 3) % heads) << "layer " << layer;
     EXPECT_EQ(ranking.heads(layer)[0], (2 * layer + 1) % heads) << "layer " << layer;
     EXPECT_EQ(ranking.heads(layer)[1], (2 * layer + 3) % heads) << "layer " << layer;
   }
+}
+
+// Fifteen prompts dealt out to three processes, whichever comes first, are one process's to the last bit.
+TEST(HeadScoreAccumulator, MergedProcessesAreOne) {
+  constexpr std::size_t layers = 3;
+  constexpr std::size_t heads = 4;
+  const auto feed = [](HeadScoreAccumulator& accumulator, std::size_t run) {
+    std::mt19937_64 random(run);
+    accumulator.begin_run(run, std::vector<TokenId>{0, 1, 2, 3, 1, 2}, {.first = 1, .last = 5});
+    for (std::size_t step = 0; step < 4; ++step) {
+      for (std::size_t i = 0; i < layers * heads; ++i) {
+        Row row(6 + step);
+        for (float& weight : row) {
+          weight = static_cast<float>(random() % 100000) / 700000.0F;
+        }
+        accumulator.add_attention(i / heads, i % heads, row);
+      }
+      accumulator.add_token(static_cast<TokenId>(random() % 5));
+    }
+    accumulator.end_run(run % 4 != 1);
+  };
+  HeadScoreAccumulator whole(layers, heads);
+  std::vector<HeadScoreAccumulator> parts(3, HeadScoreAccumulator(layers, heads));
+  for (std::size_t run = 0; run < 15; ++run) {
+    feed(whole, run);
+    feed(parts[run * 7 % 3], 14 - run);
+  }
+  HeadScoreAccumulator merged(layers, heads);
+  for (const std::size_t part : {2U, 0U, 1U}) {
+    merged.merge(parts[part]);
+  }
+  EXPECT_EQ(merged.runs(), whole.runs());
+  EXPECT_EQ(merged.counted_runs(), whole.counted_runs());
+  for (const auto kind :
+       {HeadScoreKind::once_per_occurrence, HeadScoreKind::once_per_step, HeadScoreKind::classic}) {
+    EXPECT_EQ(merged.scores(kind), whole.scores(kind));
+  }
+  // Two halves are scored apart.
+  const auto even = [](std::size_t run) { return run % 2 == 0; };
+  EXPECT_EQ(merged.scores_of(even).runs(0, 0).size(), 8U);  // of 0, 2, ... 14 all count
+  EXPECT_EQ(whole.scores_of(even), merged.scores_of(even));
+
+  // A prompt that two processes have read is refused, and nothing is taken.
+  HeadScoreAccumulator twice(layers, heads);
+  feed(twice, 20);
+  feed(twice, 7);
+  EXPECT_EQ(message_of<ArgumentError>([&] { merged.merge(twice); }),
+            "run 7 is in both: a prompt is given to one process alone");
+  EXPECT_EQ(merged.runs(), whole.runs());
+  EXPECT_EQ(
+      message_of<ArgumentError>([&] { merged.merge(HeadScoreAccumulator(2, heads)); }),
+      "cannot merge scores of 2 layers of 4 heads into those of 3 layers of 4 heads: all must be of one "
+      "model");
+  twice.begin_run(8, std::vector<TokenId>{1}, {.first = 0, .last = 1});
+  EXPECT_EQ(message_of<ArgumentError>([&] { merged.merge(twice); }),
+            "merge within a run: call end_run first");
+}
+
+TEST(HeadScoreAccumulator, RunsThatWereWrittenDownComeBack) {
+  HeadScoreAccumulator accumulator(1, 1);
+  feed_hand_made_run(accumulator, true);
+  feed_hand_made_run(accumulator, false);
+  HeadScoreAccumulator again(1, 1);
+  for (const auto& [number, run] : accumulator.runs()) {
+    EXPECT_EQ(number, run.run);
+    again.add_run(run);
+  }
+  EXPECT_EQ(again.scores(), accumulator.scores());
+  EXPECT_EQ(again.ended_runs(), 2U);
+
+  const auto of = [&](const HeadRun& run) { return message_of<ArgumentError>([&] { again.add_run(run); }); };
+  EXPECT_EQ(of({.run = 1}), "run 1 came already: each prompt has a number of its own");
+  EXPECT_EQ(of({.run = 2, .counted = true, .once_per_occurrence = {1.0}, .once_per_step = {1.0}}),
+            "run 2 has 0 scores, must have 1: one a head of every layer");
+  EXPECT_EQ(of({.run = 2, .once_per_occurrence = {1.0}}),
+            "run 2 has 1 scores, must have 0, as it did not count");
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(
+      of({.run = 2, .counted = true, .once_per_occurrence = {1.0}, .once_per_step = {nan}, .classic = {0.0}}),
+      "run 2 has the score nan of layer 0 head 0: every score must be finite");
+  EXPECT_EQ(again.runs(), accumulator.runs());
 }
 
 TEST(HeadScoreAccumulator, NoCountedRunIsAnError) {
@@ -208,6 +311,9 @@ TEST(HeadScoreAccumulator, RejectsASpanOutsideThePrompt) {
       of({.first = 1, .last = 4}),
       "answer span is [1, 4), must be within the 3 tokens of the prompt and not empty: give the needle's "
       "place");
+  accumulator.add_run({.run = 4});
+  EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.begin_run(4, prompt, {.first = 0, .last = 1}); }),
+            "run 4 came already: each prompt has a number of its own");
   EXPECT_EQ(
       of({.first = 2, .last = 2}),
       "answer span is [2, 2), must be within the 3 tokens of the prompt and not empty: give the needle's "
