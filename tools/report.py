@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", "KV MiB", "compress ms"]
-LABELS = {"perplexity": "perplexity", "error": "relative error of attention outputs"}
+LABELS = {"perplexity": "loss of what follows, nats a token", "error": "relative error of attention outputs"}
 
 
 def read(path):
@@ -53,8 +53,10 @@ def label(task):
 
 
 def score(record):
-    """Per cent where a question was asked, else what was measured."""
-    return 100.0 * record["right"] if "right" in record else record[record["task"]]
+    """Per cent where a question was asked, else what was measured: perplexities as losses, whose mean means something."""
+    if "right" in record:
+        return 100.0 * record["right"]
+    return np.log(record["perplexity"]) if record["task"] == "perplexity" else record["error"]
 
 
 def interval(values, draws, generator):
@@ -64,7 +66,7 @@ def interval(values, draws, generator):
 
 
 def tables(records, draws):
-    """(task, length, rows) of text, one row a method and budget."""
+    """(task, length, overview, rows): mean and interval a method and budget, and all that is known of each such cell."""
     generator = np.random.default_rng(0)
     for task, length in sorted({(r["task"], r["length"]) for r in records}):
         own = [r for r in records if (r["task"], r["length"]) == (task, length)]
@@ -73,18 +75,25 @@ def tables(records, draws):
         for record in own:
             cells[budget_key(record["budget"]), methods.index(record["method"])].append(record)
         full = np.mean([score(r) for r in own if r["method"] == "full"])
-        rows = []
-        for _, cell in sorted(cells.items()):
+        rows, overview = [], {}
+        for (budget, method), cell in sorted(cells.items()):
             values = np.array([score(r) for r in cell])
             low, high = interval(values, draws, generator)
-            digits = 1 if "right" in cell[0] else 3
+            asked = "right" in cell[0]
+            digits = 0 if asked else 3
             rows.append([budget_text(cell[0]["budget"]), cell[0]["method"], str(len(cell)),
-                         f"{values.mean():.{digits}f}{' %' if digits == 1 else ''}",
-                         f"{low:.{digits}f} to {high:.{digits}f}",
-                         f"{100 * values.mean() / full:.1f} %" if full > 0 else "-",
+                         f"{values.mean():.{digits}f}{' %' if asked else ''}", f"{low:.{digits}f} to {high:.{digits}f}",
+                         f"{100 * values.mean() / full:.0f} %" if asked else f"{values.mean() - full:+.3f}",
                          f"{np.mean([r['kv_bytes'] for r in cell]) / 2**20:.2f}",
                          f"{np.mean([r['compress_ms'] for r in cell]):.1f}"])
-        yield task, length, rows
+            if cell[0]["method"] != "full":
+                overview[methods[method], budget] = f"{values.mean():.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+        budgets = sorted({budget for _, budget in overview})
+        texts = {budget_key(r["budget"]): budget_text(r["budget"]) for r in own}
+        pivot = [["method"] + [texts[b] for b in budgets]]
+        pivot += [[f"`{m}`"] + [overview.get((m, b), "") for b in budgets] for m in methods if m != "full"]
+        prompts = sum(r["method"] == "full" for r in own)
+        yield task, length, f"{label(task)}, {prompts} prompts (full: {full:.{0 if task not in LABELS else 3}f})", pivot, rows
 
 
 def settings_text(header):
@@ -96,8 +105,11 @@ def settings_text(header):
 
 def markdown(header, parts, pictures):
     lines = ["# Evaluation", "", settings_text(header), ""]
-    for task, length, rows in parts:
-        lines += [f"## {task}, {length} tokens", "", "| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * 6]
+    for task, length, title, pivot, rows in parts:
+        lines += [f"## {task}, {length} tokens", "", f"{title[0].upper()}{title[1:]}, with 95 % intervals:", ""]
+        lines += ["| " + " | ".join(pivot[0]) + " |", "| --- |" + " ---: |" * (len(pivot[0]) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in pivot[1:]] + [""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * 6]
         lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     lines += [f"![{name}]({name}.svg)\n" for name in pictures]
     return "\n".join(lines)
@@ -106,8 +118,11 @@ def markdown(header, parts, pictures):
 def page(header, parts, pictures):
     cell = lambda tag, texts: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)  # noqa: E731
     body = [f"<h1>Evaluation</h1><p>{html.escape(settings_text(header))}</p>"]
-    for task, length, rows in parts:
-        body.append(f"<h2>{html.escape(task)}, {length} tokens</h2><table><tr>{cell('th', COLUMNS)}</tr>")
+    for task, length, title, pivot, rows in parts:
+        body.append(f"<h2>{html.escape(task)}, {length} tokens</h2><p>{html.escape(title)}, with 95 % intervals</p>")
+        body.append(f"<table><tr>{cell('th', pivot[0])}</tr>")
+        body += [f"<tr>{cell('td', row)}</tr>" for row in pivot[1:]] + ["</table>"]
+        body.append(f"<table><tr>{cell('th', COLUMNS)}</tr>")
         body += [f"<tr>{cell('td', row)}</tr>" for row in rows] + ["</table>"]
     body += [f'<p><img src="{name}.svg" alt="{name}"></p>' for name in pictures]
     style = "body{font-family:sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}img{max-width:100%}"
