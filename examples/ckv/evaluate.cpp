@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <chrono>
 #include <cmath>
 #include <compresskv/core/version.hpp>
 #include <compresskv/io/calibration_files.hpp>
@@ -26,6 +25,7 @@
 #include "compress.hpp"
 #include "engine/error.hpp"
 #include "engine/sha256.hpp"
+#include "evaluation.hpp"
 #include "records.hpp"
 #include "run.hpp"
 #include "tasks.hpp"
@@ -34,8 +34,6 @@
 
 namespace ckv {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 struct EvaluateArguments {
   ModelArguments model;
@@ -62,10 +60,6 @@ struct Variant {
   Json budget;
   Compression how;
 };
-
-double milliseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 double rounded(double milliseconds) { return std::round(1000.0 * milliseconds) / 1000.0; }
 
@@ -229,246 +223,6 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                                                     : file_digest(arguments.haystack)}}}};
 }
 
-// ---- one prompt ----
-
-bool is_right(const TaskPrompt& prompt, std::string_view answer) {
-  return std::all_of(prompt.expect.begin(), prompt.expect.end(),
-                     [&](const std::string& expect) { return holds(answer, expect); });
-}
-
-/// A prompt that was read from the full cache, with the queries that methods want to see.
-struct ReadPrompt {
-  engine::Sequence sequence;
-  std::size_t window = 0;                        ///< queries kept
-  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
-  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
-  double prefill_ms = 0.0;
-  double sums_ms = 0.0;
-};
-
-struct Outcome {
-  std::string answer;
-  std::optional<double> perplexity = std::nullopt;
-  std::vector<double> errors = {};                  ///< [layer], where they are measured
-  std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
-  std::size_t rows = 0;                             ///< over all layers and KV heads
-  double compress_ms = 0.0;
-};
-
-class Evaluation {
- public:
-  static constexpr std::size_t stretches = 64;  ///< in which kept rows are counted
-
-  Evaluation(const LoadedModel& loaded, const EvaluateArguments& arguments)
-      : loaded_(&loaded),
-        type_(arguments.cache.type()),
-        shape_(shape_of(loaded.model.config(), type_)),
-        max_new_tokens_(arguments.max_new_tokens) {}
-
-  const compresskv::ModelShape& shape() const { return shape_; }
-
-  /// `window` queries a layer are kept; 0 stands for all.
-  ReadPrompt read(std::span<const TokenId> prompt, std::size_t window,
-                  const std::function<void(double)>& progress) const {
-    const auto start = Clock::now();
-    ReadPrompt out{.sequence = engine::Sequence{loaded_->model, {.kv_type = type_}},
-                   .window = window == 0 ? prompt.size() : std::min(window, prompt.size())};
-    const auto on_layer = [&](engine::LayerView& layer) {
-      const auto count =
-          static_cast<std::size_t>(layer.heads) * layer.window * static_cast<std::size_t>(layer.head_dim);
-      out.queries.emplace_back(layer.queries, layer.queries + count);
-      progress(static_cast<double>(layer.layer + 1) / static_cast<double>(shape_.layers));
-      check_interrupt();
-    };
-    out.sequence.prefill(prompt, {.window = out.window, .on_layer = on_layer, .on_logits = {}});
-    out.prefill_ms = milliseconds_since(start);
-    return out;
-  }
-
-  compresskv::QueryWindow<float> queries_of(const ReadPrompt& prompt, std::size_t layer) const {
-    return {prompt.queries[layer].data(),
-            compresskv::QueryShape{
-                .query_heads = shape_.query_heads, .queries = prompt.window, .head_dim = shape_.head_dim}};
-  }
-
-  /// A copy of the prompt's cache that holds what the variant keeps; `beside`: the whole cache, with what the
-  /// variant keeps as its shadow.
-  std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Variant& variant,
-                                                bool beside = false) const {
-    Outcome outcome;
-    const std::size_t tokens = prompt.sequence.next_position();
-    const bool by_sums = wants_all_queries(variant.how.method);
-    if (by_sums && prompt.sums.empty()) {
-      const auto start = Clock::now();
-      for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
-        prompt.sums.push_back(sum_attention(prompt.sequence.cache(static_cast<int>(layer)),
-                                            queries_of(prompt, layer), 1, shape_, loaded_->model.pool()));
-        check_interrupt();
-      }
-      prompt.sums_ms = milliseconds_since(start);
-    }
-    auto start = Clock::now();
-    const auto compressor = make_compressor(variant.how, shape_, loaded_->model.pool());
-    compressor->begin(tokens);
-    outcome.compress_ms = milliseconds_since(start);
-    engine::Sequence sequence = prompt.sequence.clone([&](engine::LayerView& layer) {
-      start = Clock::now();
-      const auto index = static_cast<std::size_t>(layer.layer);
-      std::optional<compresskv::AttentionSums> sums;
-      if (by_sums) {
-        sums.emplace(prompt.sums[index].data(),
-                     compresskv::AttentionShape{
-                         .query_heads = shape_.query_heads, .queries = tokens, .tokens = tokens});
-      }
-      compressor->compress(beside ? layer.shadow() : layer,
-                           {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
-      outcome.compress_ms += milliseconds_since(start);
-    });
-    outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
-    outcome.kept.assign(shape_.layers, std::vector<std::size_t>(stretches));
-    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
-      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-        for (const std::uint32_t position : compressor->retained(layer).positions(head)) {
-          ++outcome.kept[layer][position * stretches / tokens];
-          ++outcome.rows;
-        }
-      }
-    }
-    if (!beside && outcome.rows != rows_of(sequence)) {
-      throw engine::Error(fmt::format("{} says that it keeps {} rows, the cache holds {}", variant.method,
-                                      outcome.rows, rows_of(sequence)));
-    }
-    return {std::move(sequence), outcome};
-  }
-
-  std::size_t rows_of(const engine::Sequence& sequence) const {
-    std::size_t rows = 0;
-    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
-      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-        rows += sequence.rows(static_cast<int>(layer), static_cast<int>(head));
-      }
-    }
-    return rows;
-  }
-
-  /// Greedy answers of all sequences, which advance as one batch: the weights are read once a step. A
-  /// sequence that has ended its answer leaves the batch; so does one whose answer is `enough`, since what it
-  /// would say after that changes nothing.
-  template <class Enough>
-  std::vector<std::string> answer(std::span<engine::Sequence* const> sequences, const Enough& enough) const {
-    std::vector<std::string> answers(sequences.size());
-    std::vector<engine::StreamDecoder> texts(sequences.size(), engine::StreamDecoder{loaded_->tokenizer});
-    std::vector<std::size_t> open(sequences.size());
-    std::iota(open.begin(), open.end(), std::size_t{0});
-    std::vector<engine::DecodeStep> steps;
-    for (std::size_t step = 0; step < max_new_tokens_ && !open.empty(); ++step) {
-      check_interrupt();
-      steps.clear();
-      std::vector<std::size_t> still;
-      for (const std::size_t i : open) {
-        const TokenId token = engine::greedy(sequences[i]->logits());
-        if (loaded_->tokenizer.is_end_of_generation(token)) {
-          continue;
-        }
-        answers[i] += texts[i].push(token);
-        if (sequences[i]->next_position() < loaded_->model.config().context && !enough(answers[i])) {
-          steps.push_back(
-              {.sequence = sequences[i], .token = token, .position = sequences[i]->next_position()});
-          still.push_back(i);
-        }
-      }
-      open = std::move(still);
-      if (!steps.empty() && step + 1 < max_new_tokens_) {
-        engine::decode_batch(steps);
-      }
-    }
-    for (std::size_t i = 0; i < answers.size(); ++i) {
-      answers[i] += texts[i].finish();
-    }
-    return answers;
-  }
-
-  /// Answers to the prompt, up to where they are right; of a prompt of several turns, to its last question.
-  std::vector<std::string> answer(const TaskPrompt& prompt,
-                                  std::span<engine::Sequence* const> sequences) const {
-    if (!prompt.next_turn.empty()) {
-      answer(sequences, [](const std::string&) { return false; });
-      for (engine::Sequence* sequence : sequences) {
-        sequence->prefill(prompt.next_turn);
-        check_interrupt();
-      }
-    }
-    return answer(sequences, [&](const std::string& text) { return is_right(prompt, text); });
-  }
-
-  /// Perplexity of each sequence over what the text goes on with.
-  std::vector<double> perplexities(const TaskPrompt& prompt,
-                                   std::span<engine::Sequence* const> sequences) const {
-    std::vector<double> sums(sequences.size(), 0.0);
-    feed(prompt, sequences, [&](TokenId token) {
-      for (std::size_t i = 0; i < sequences.size(); ++i) {
-        const std::span<const float> logits = sequences[i]->logits();
-        const double highest = *std::max_element(logits.begin(), logits.end());
-        double sum = 0.0;
-        for (const float logit : logits) {
-          sum += std::exp(static_cast<double>(logit) - highest);
-        }
-        sums[i] += highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
-      }
-    });
-    for (double& sum : sums) {
-      sum = std::exp(sum / static_cast<double>(prompt.continuation.size()));
-    }
-    return sums;
-  }
-
-  /// || full - kept || / || full || of each layer's attention output, mean over what the text goes on with.
-  std::vector<double> attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const {
-    std::vector<double> errors(shape_.layers, 0.0);
-    sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> kept) {
-      double difference = 0.0;
-      double norm = 0.0;
-      for (std::size_t i = 0; i < full.size(); ++i) {
-        const double d = static_cast<double>(full[i]) - static_cast<double>(kept[i]);
-        difference += d * d;
-        norm += static_cast<double>(full[i]) * static_cast<double>(full[i]);
-      }
-      errors[static_cast<std::size_t>(layer)] += norm > 0.0 ? std::sqrt(difference / norm) : 0.0;
-    };
-    engine::Sequence* const only = &sequence;
-    feed(prompt, {&only, 1}, [](TokenId) {});
-    for (double& error : errors) {
-      error /= static_cast<double>(prompt.continuation.size() - 1);
-    }
-    return errors;
-  }
-
- private:
-  /// Feeds all sequences what the text goes on with; `before` hears of each token first. The last is not fed.
-  template <class Before>
-  void feed(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
-            const Before& before) const {
-    std::vector<engine::DecodeStep> steps(sequences.size());
-    for (std::size_t t = 0; t < prompt.continuation.size(); ++t) {
-      check_interrupt();
-      before(prompt.continuation[t]);
-      for (std::size_t i = 0; i < steps.size(); ++i) {
-        steps[i] = {.sequence = sequences[i],
-                    .token = prompt.continuation[t],
-                    .position = sequences[i]->next_position()};
-      }
-      if (t + 1 < prompt.continuation.size() && !steps.empty()) {
-        engine::decode_batch(steps);
-      }
-    }
-  }
-
-  const LoadedModel* loaded_;
-  engine::KvType type_;
-  compresskv::ModelShape shape_;
-  std::size_t max_new_tokens_;
-};
-
 // ---- the grid ----
 
 struct Cell {
@@ -501,7 +255,7 @@ class Grid {
         haystack_(&haystack),
         variants_(variants),
         file_(&file),
-        evaluation_(loaded, arguments) {
+        evaluation_(loaded, arguments.cache.type(), arguments.max_new_tokens) {
     for (const Json& record : file.records()) {
       keep(record);
     }
@@ -629,7 +383,7 @@ class Grid {
       show(0.4 + 0.2 * share, "compressing");
       // Beside the whole cache there is no room for all variants at once.
       const bool beside = measure == Measure::attention_error;
-      auto [sequence, outcome] = evaluation_.compress(read, *todo[i], beside);
+      auto [sequence, outcome] = evaluation_.compress(read, todo[i]->how, beside);
       check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
       if (place.index >= arguments_->depths) {
         outcome.kept.clear();  // one map a depth is enough

@@ -1,0 +1,226 @@
+#include "evaluation.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+
+#include "compress.hpp"
+#include "engine/error.hpp"
+#include "engine/sampler.hpp"
+#include "terminal.hpp"
+
+namespace ckv {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+bool is_right(const TaskPrompt& prompt, std::string_view answer) {
+  return std::all_of(prompt.expect.begin(), prompt.expect.end(),
+                     [&](const std::string& expect) { return holds(answer, expect); });
+}
+
+Evaluation::Evaluation(const LoadedModel& loaded, engine::KvType type, std::size_t max_new_tokens)
+    : loaded_(&loaded),
+      type_(type),
+      shape_(shape_of(loaded.model.config(), type)),
+      max_new_tokens_(max_new_tokens) {}
+
+ReadPrompt Evaluation::read(std::span<const TokenId> prompt, std::size_t window,
+                            const std::function<void(double)>& progress) const {
+  const auto start = Clock::now();
+  ReadPrompt out{.sequence = engine::Sequence{loaded_->model, {.kv_type = type_}},
+                 .window = window == 0 ? prompt.size() : std::min(window, prompt.size())};
+  const auto on_layer = [&](engine::LayerView& layer) {
+    const auto count =
+        static_cast<std::size_t>(layer.heads) * layer.window * static_cast<std::size_t>(layer.head_dim);
+    out.queries.emplace_back(layer.queries, layer.queries + count);
+    progress(static_cast<double>(layer.layer + 1) / static_cast<double>(shape_.layers));
+    check_interrupt();
+  };
+  out.sequence.prefill(prompt, {.window = out.window, .on_layer = on_layer, .on_logits = {}});
+  out.prefill_ms = milliseconds_since(start);
+  return out;
+}
+
+compresskv::QueryWindow<float> Evaluation::queries_of(const ReadPrompt& prompt, std::size_t layer) const {
+  return {prompt.queries[layer].data(),
+          compresskv::QueryShape{
+              .query_heads = shape_.query_heads, .queries = prompt.window, .head_dim = shape_.head_dim}};
+}
+
+std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, const Compression& how,
+                                                          bool beside) const {
+  Outcome outcome;
+  const std::size_t tokens = prompt.sequence.next_position();
+  const bool by_sums = wants_all_queries(how.method);
+  if (by_sums && prompt.sums.empty()) {
+    const auto start = Clock::now();
+    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+      prompt.sums.push_back(sum_attention(prompt.sequence.cache(static_cast<int>(layer)),
+                                          queries_of(prompt, layer), 1, shape_, loaded_->model.pool()));
+      check_interrupt();
+    }
+    prompt.sums_ms = milliseconds_since(start);
+  }
+  auto start = Clock::now();
+  const auto compressor = make_compressor(how, shape_, loaded_->model.pool());
+  compressor->begin(tokens);
+  outcome.compress_ms = milliseconds_since(start);
+  engine::Sequence sequence = prompt.sequence.clone([&](engine::LayerView& layer) {
+    start = Clock::now();
+    const auto index = static_cast<std::size_t>(layer.layer);
+    std::optional<compresskv::AttentionSums> sums;
+    if (by_sums) {
+      sums.emplace(
+          prompt.sums[index].data(),
+          compresskv::AttentionShape{.query_heads = shape_.query_heads, .queries = tokens, .tokens = tokens});
+    }
+    compressor->compress(beside ? layer.shadow() : layer,
+                         {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
+    outcome.compress_ms += milliseconds_since(start);
+  });
+  outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
+  outcome.kept.assign(shape_.layers, std::vector<std::size_t>(stretches));
+  for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+    for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+      for (const std::uint32_t position : compressor->retained(layer).positions(head)) {
+        ++outcome.kept[layer][position * stretches / tokens];
+        ++outcome.rows;
+      }
+    }
+  }
+  if (!beside && outcome.rows != rows_of(sequence)) {
+    throw engine::Error(fmt::format("{} says that it keeps {} rows, the cache holds {}",
+                                    info(how.method).name, outcome.rows, rows_of(sequence)));
+  }
+  return {std::move(sequence), outcome};
+}
+
+std::size_t Evaluation::rows_of(const engine::Sequence& sequence) const {
+  std::size_t rows = 0;
+  for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+    for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+      rows += sequence.rows(static_cast<int>(layer), static_cast<int>(head));
+    }
+  }
+  return rows;
+}
+
+/// Greedy answers of all sequences, which advance as one batch: the weights are read once a step. A
+/// sequence that has ended its answer leaves the batch; so does one whose answer is `enough`, since what it
+/// would say after that changes nothing.
+std::vector<std::string> Evaluation::greedy(std::span<engine::Sequence* const> sequences,
+                                            const std::function<bool(const std::string&)>& enough) const {
+  std::vector<std::string> answers(sequences.size());
+  std::vector<engine::StreamDecoder> texts(sequences.size(), engine::StreamDecoder{loaded_->tokenizer});
+  std::vector<std::size_t> open(sequences.size());
+  std::iota(open.begin(), open.end(), std::size_t{0});
+  std::vector<engine::DecodeStep> steps;
+  for (std::size_t step = 0; step < max_new_tokens_ && !open.empty(); ++step) {
+    check_interrupt();
+    steps.clear();
+    std::vector<std::size_t> still;
+    for (const std::size_t i : open) {
+      const TokenId token = engine::greedy(sequences[i]->logits());
+      if (loaded_->tokenizer.is_end_of_generation(token)) {
+        continue;
+      }
+      answers[i] += texts[i].push(token);
+      if (sequences[i]->next_position() < loaded_->model.config().context && !enough(answers[i])) {
+        steps.push_back(
+            {.sequence = sequences[i], .token = token, .position = sequences[i]->next_position()});
+        still.push_back(i);
+      }
+    }
+    open = std::move(still);
+    if (!steps.empty() && step + 1 < max_new_tokens_) {
+      engine::decode_batch(steps);
+    }
+  }
+  for (std::size_t i = 0; i < answers.size(); ++i) {
+    answers[i] += texts[i].finish();
+  }
+  return answers;
+}
+
+std::vector<std::string> Evaluation::answer(const TaskPrompt& prompt,
+                                            std::span<engine::Sequence* const> sequences) const {
+  if (!prompt.next_turn.empty()) {
+    greedy(sequences, [](const std::string&) { return false; });
+    for (engine::Sequence* sequence : sequences) {
+      sequence->prefill(prompt.next_turn);
+      check_interrupt();
+    }
+  }
+  return greedy(sequences, [&](const std::string& text) { return is_right(prompt, text); });
+}
+
+std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,
+                                             std::span<engine::Sequence* const> sequences) const {
+  std::vector<double> sums(sequences.size(), 0.0);
+  feed(prompt, sequences, [&](TokenId token) {
+    for (std::size_t i = 0; i < sequences.size(); ++i) {
+      const std::span<const float> logits = sequences[i]->logits();
+      const double highest = *std::max_element(logits.begin(), logits.end());
+      double sum = 0.0;
+      for (const float logit : logits) {
+        sum += std::exp(static_cast<double>(logit) - highest);
+      }
+      sums[i] += highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
+    }
+  });
+  for (double& sum : sums) {
+    sum = std::exp(sum / static_cast<double>(prompt.continuation.size()));
+  }
+  return sums;
+}
+
+std::vector<double> Evaluation::attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const {
+  std::vector<double> errors(shape_.layers, 0.0);
+  sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> kept) {
+    double difference = 0.0;
+    double norm = 0.0;
+    for (std::size_t i = 0; i < full.size(); ++i) {
+      const double d = static_cast<double>(full[i]) - static_cast<double>(kept[i]);
+      difference += d * d;
+      norm += static_cast<double>(full[i]) * static_cast<double>(full[i]);
+    }
+    errors[static_cast<std::size_t>(layer)] += norm > 0.0 ? std::sqrt(difference / norm) : 0.0;
+  };
+  engine::Sequence* const only = &sequence;
+  feed(prompt, {&only, 1}, [](TokenId) {});
+  for (double& error : errors) {
+    error /= static_cast<double>(prompt.continuation.size() - 1);
+  }
+  return errors;
+}
+
+/// Feeds all sequences what the text goes on with; `before` hears of each token first. The last is not fed.
+void Evaluation::feed(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
+                      const std::function<void(TokenId)>& before) const {
+  std::vector<engine::DecodeStep> steps(sequences.size());
+  for (std::size_t t = 0; t < prompt.continuation.size(); ++t) {
+    check_interrupt();
+    before(prompt.continuation[t]);
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      steps[i] = {.sequence = sequences[i],
+                  .token = prompt.continuation[t],
+                  .position = sequences[i]->next_position()};
+    }
+    if (t + 1 < prompt.continuation.size() && !steps.empty()) {
+      engine::decode_batch(steps);
+    }
+  }
+}
+
+}  // namespace ckv

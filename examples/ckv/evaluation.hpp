@@ -1,0 +1,89 @@
+// What ckv evaluate does to one prompt: one prefill, a compressed copy of the cache for each method and
+// budget, and what each copy then answers, or loses.
+#pragma once
+
+#include <compresskv/core/shape.hpp>
+#include <compresskv/view/query_window.hpp>
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "engine/sequence.hpp"
+#include "method.hpp"
+#include "run.hpp"
+#include "tasks.hpp"
+
+namespace ckv {
+
+/// Whether an answer holds all that is expected.
+bool is_right(const TaskPrompt& prompt, std::string_view answer);
+
+/// A prompt that was read from the full cache, with the queries that methods want to see.
+struct ReadPrompt {
+  engine::Sequence sequence;
+  std::size_t window = 0;                        ///< queries kept
+  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
+  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
+  double prefill_ms = 0.0;
+  double sums_ms = 0.0;
+};
+
+/// What became of it under one method at one budget.
+struct Outcome {
+  std::string answer;
+  std::optional<double> perplexity = std::nullopt;
+  std::vector<double> errors = {};                  ///< [layer], where they are measured
+  std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
+  std::size_t rows = 0;                             ///< over all layers and KV heads
+  double compress_ms = 0.0;
+};
+
+class Evaluation {
+ public:
+  static constexpr std::size_t stretches = 64;  ///< in which kept rows are counted
+
+  Evaluation(const LoadedModel& loaded, engine::KvType type, std::size_t max_new_tokens);
+
+  const compresskv::ModelShape& shape() const { return shape_; }
+
+  /// `window` queries a layer are kept; 0 stands for all.
+  ReadPrompt read(std::span<const TokenId> prompt, std::size_t window,
+                  const std::function<void(double)>& progress) const;
+
+  /// A copy of the prompt's cache that holds what the method keeps; `beside`: the whole cache, with what the
+  /// method keeps as its shadow.
+  std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Compression& how,
+                                                bool beside = false) const;
+
+  std::size_t rows_of(const engine::Sequence& sequence) const;
+
+  /// Answers to the prompt, up to where they are right; of a prompt of several turns, to its last question.
+  std::vector<std::string> answer(const TaskPrompt& prompt,
+                                  std::span<engine::Sequence* const> sequences) const;
+
+  /// Perplexity of each sequence over what the text goes on with.
+  std::vector<double> perplexities(const TaskPrompt& prompt,
+                                   std::span<engine::Sequence* const> sequences) const;
+
+  /// || full - kept || / || full || of each layer's attention output, mean over what the text goes on with.
+  std::vector<double> attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const;
+
+ private:
+  compresskv::QueryWindow<float> queries_of(const ReadPrompt& prompt, std::size_t layer) const;
+  std::vector<std::string> greedy(std::span<engine::Sequence* const> sequences,
+                                  const std::function<bool(const std::string&)>& enough) const;
+  void feed(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
+            const std::function<void(TokenId)>& before) const;
+
+  const LoadedModel* loaded_;
+  engine::KvType type_;
+  compresskv::ModelShape shape_;
+  std::size_t max_new_tokens_;
+};
+
+}  // namespace ckv
