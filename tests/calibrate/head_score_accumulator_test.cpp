@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <compresskv/view/query_window.hpp>
 #include <cstdint>
 #include <limits>
 #include <random>
@@ -9,6 +11,10 @@
 #include <vector>
 
 #include "message_of.hpp"
+#include "reference/cache.hpp"
+#include "reference/random.hpp"
+#include "reference/scattered_kv.hpp"
+#include "reference/scores.hpp"
 
 namespace {
 
@@ -16,6 +22,9 @@ using compresskv::ArgumentError;
 using compresskv::Error;
 using compresskv::HeadRanking;
 using compresskv::HeadScores;
+using compresskv::QueryShape;
+using compresskv::QueryWindow;
+using compresskv::ScoreError;
 using compresskv::calibrate::HeadRun;
 using compresskv::calibrate::HeadScoreAccumulator;
 using compresskv::calibrate::HeadScoreKind;
@@ -206,6 +215,152 @@ TEST(HeadScoreAccumulator, FindsPlantedHeads) {
   }
 }
 
+// One query's attention in double, as its shape asks for it. `key(row, dim)`, `query(dim)`.
+template <class Key, class Query>
+Row slow_row(Key&& key, Query&& query, std::size_t rows, std::size_t head, const QueryShape& shape) {
+  std::vector<double> logits;
+  for (std::size_t row = 0; row < rows; ++row) {
+    double dot = 0.0;
+    for (std::size_t dim = 0; dim < shape.head_dim; ++dim) {
+      dot += query(dim) * key(row, dim);
+    }
+    dot *= shape.scale == 0.0F ? 1.0 / std::sqrt(static_cast<double>(shape.head_dim))
+                               : static_cast<double>(shape.scale);
+    const auto cap = static_cast<double>(shape.soft_cap);
+    dot = cap > 0.0 ? cap * std::tanh(dot / cap) : dot;
+    const bool seen = shape.sliding_window == 0 || row + shape.sliding_window >= rows;
+    logits.push_back(seen ? dot : -std::numeric_limits<double>::infinity());
+  }
+  if (!shape.sinks.empty()) {
+    logits.push_back(static_cast<double>(shape.sinks[head]));
+  }
+  const std::vector<double> weights = compresskv::reference::softmax(logits);
+  return Row(weights.begin(), weights.begin() + static_cast<std::ptrdiff_t>(rows));
+}
+
+// Queries and keys in any layout give what their attention rows give, the cache growing with each step.
+TEST(HeadScoreAccumulator, QueriesAndKeysVsTheirAttentionRows) {
+  namespace reference = compresskv::reference;
+  reference::Random random(606);
+  for (int trial = 0; trial < 40; ++trial) {
+    const std::size_t layers = random.between(1, 3);
+    const std::size_t kv_heads = random.between(1, 3);
+    const std::size_t group = random.pick(std::vector<std::size_t>{1, 3, 9});
+    const std::size_t heads = kv_heads * group;
+    const std::size_t head_dim = random.pick(std::vector<std::size_t>{1, 20, 64});
+    const std::size_t tokens = random.pick(std::vector<std::size_t>{2, 17, 300, 1100});
+    const std::vector<float> sinks(heads, 1.5F);
+    QueryShape shape{
+        .query_heads = heads, .queries = random.between(1, 3), .head_dim = head_dim, .scale = 0.2F};
+    shape.scale = random.coin() ? 0.2F : 0.0F;
+    shape.soft_cap = random.coin() ? 3.0F : 0.0F;
+    shape.sliding_window = random.coin() ? random.between(1, 400) : 0;
+    shape.sinks = random.coin() ? std::span<const float>(sinks) : std::span<const float>();
+    const std::size_t first = random.below(tokens);
+    const TokenSpan answer{.first = first, .last = random.between(first + 1, tokens)};
+    std::vector<TokenId> prompt(tokens);
+    for (TokenId& token : prompt) {
+      token = static_cast<TokenId>(random.below(4));
+    }
+    HeadScoreAccumulator from_rows(layers, heads);
+    HeadScoreAccumulator from_queries(layers, heads);
+    from_rows.begin_run(prompt, answer);
+    from_queries.begin_run(prompt, answer);
+    for (std::size_t step = 0; step < 3; ++step) {
+      for (std::size_t layer = 0; layer < layers; ++layer) {
+        reference::Cache<Eigen::half> cache(
+            {.kv_heads = kv_heads, .rows = tokens + step, .head_dim = head_dim},
+            random.pick(reference::all_arrangements));
+        cache.fill(random, 1.5F);
+        std::vector<float> queries(heads * shape.queries * head_dim);
+        for (float& element : queries) {
+          element = random.gaussian();
+        }
+        const QueryWindow observation{queries.data(), shape};
+        if (random.coin()) {
+          from_queries.add_queries(layer, cache.view(), observation);
+        } else {
+          reference::ScatteredMemory<Eigen::half> pieces(cache, random, 9, head_dim);
+          from_queries.add_queries(layer, pieces.view(), observation);
+        }
+        for (std::size_t head = 0; head < heads; ++head) {
+          const auto key = [&](std::size_t row, std::size_t dim) {
+            return static_cast<double>(cache.keys[cache.at(head / group, row, dim)]);
+          };
+          const auto query = [&](std::size_t dim) {
+            return static_cast<double>(queries[(head * shape.queries + shape.queries - 1) * head_dim + dim]);
+          };
+          from_rows.add_attention(layer, head, slow_row(key, query, tokens + step, head, shape));
+        }
+      }
+      const TokenId generated = prompt[answer.first];
+      from_rows.add_token(generated);
+      from_queries.add_token(generated);
+    }
+    from_rows.end_run(true);
+    from_queries.end_run(true);
+    const HeadRun& expected = from_rows.runs().at(0);
+    const HeadRun& actual = from_queries.runs().at(0);
+    EXPECT_EQ(actual.classic, expected.classic) << "trial " << trial;
+    for (std::size_t i = 0; i < layers * heads; ++i) {
+      // Weights are within some 1e-5 of exact (see score_tolerance).
+      ASSERT_NEAR(actual.once_per_step[i], expected.once_per_step[i], 3e-5) << "trial " << trial;
+      ASSERT_NEAR(actual.once_per_occurrence[i], expected.once_per_occurrence[i],
+                  1e-5 * static_cast<double>(tokens));
+    }
+  }
+}
+
+TEST(HeadScoreAccumulator, RejectedQueriesChangeNothing) {
+  namespace reference = compresskv::reference;
+  reference::Random random(8);
+  HeadScoreAccumulator accumulator(2, 4);
+  std::vector<float> queries(6 * 8, 0.5F);
+  const auto of = [&](std::size_t layer, std::size_t kv_heads, std::size_t rows, std::size_t query_heads,
+                      std::size_t head_dim) {
+    reference::Cache<float> cache({.kv_heads = kv_heads, .rows = rows, .head_dim = 8},
+                                  reference::Arrangement::head_token_dim);
+    cache.fill(random);
+    return message_of<ArgumentError>([&] {
+      accumulator.add_queries(
+          layer, cache.view(),
+          QueryWindow{queries.data(),
+                      QueryShape{.query_heads = query_heads, .queries = 1, .head_dim = head_dim}});
+    });
+  };
+  EXPECT_EQ(of(0, 2, 3, 4, 8), "attention outside a run: call begin_run first");
+  accumulator.begin_run(std::vector<TokenId>{1, 2, 3}, {.first = 1, .last = 3});
+  EXPECT_EQ(of(2, 2, 3, 4, 8), "layer is 2, the model has layers 0 to 1");
+  EXPECT_EQ(of(1, 3, 3, 4, 8),
+            "ModelShape::query_heads is 4, not a multiple of kv_heads 3: each KV head must serve the same "
+            "number of query heads");
+  const std::string wanted =
+      " elements, the model has 4 query heads and keys of 8 elements: give the query of every head whose "
+      "logits give the step's token";
+  EXPECT_EQ(of(1, 2, 3, 6, 8), "layer 1 shows 1 queries of 6 heads of 8" + wanted);
+  EXPECT_EQ(of(1, 2, 3, 4, 4), "layer 1 shows 1 queries of 4 heads of 4" + wanted);
+  EXPECT_EQ(
+      of(1, 2, 2, 4, 8),
+      "attention row of layer 1 head 0 has 2 weights, the full cache has 3 tokens at step 0: give the whole "
+      "row of an uncompressed cache, and add_token after each step");
+  accumulator.add_attention(0, 3, Row{0.0F, 0.5F, 0.5F});
+  EXPECT_EQ(of(0, 2, 3, 4, 8),
+            "attention of layer 0 head 3 came twice in step 0: call add_token between two steps");
+  EXPECT_NO_THROW(accumulator.add_attention(0, 0, Row{0.0F, 0.5F, 0.5F}));
+
+  // A broken head leaves the run short of it: it cannot go on, and ends without counting.
+  reference::Cache<float> cache({.kv_heads = 2, .rows = 3, .head_dim = 8},
+                                reference::Arrangement::head_token_dim);
+  cache.fill(random);
+  queries[2 * 8 + 1] = std::numeric_limits<float>::quiet_NaN();
+  const QueryWindow broken{queries.data(), QueryShape{.query_heads = 4, .queries = 1, .head_dim = 8}};
+  EXPECT_TRUE(compresskv::test::says(
+      message_of<ScoreError>([&] { accumulator.add_queries(1, cache.view(), broken); }),
+      {"layer 1 query head 2 token 0", "not finite"}));
+  EXPECT_THROW(accumulator.add_token(1), ArgumentError);
+  EXPECT_NO_THROW(accumulator.end_run(false));
+}
+
 // Fifteen prompts dealt out to three processes, whichever comes first, are one process's to the last bit.
 TEST(HeadScoreAccumulator, MergedProcessesAreOne) {
   constexpr std::size_t layers = 3;
@@ -323,7 +478,7 @@ TEST(HeadScoreAccumulator, RejectsASpanOutsideThePrompt) {
 TEST(HeadScoreAccumulator, RejectsCallsOutOfOrder) {
   HeadScoreAccumulator accumulator(1, 2);
   EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_attention(0, 0, Row{1.0F}); }),
-            "add_attention outside a run: call begin_run first");
+            "attention outside a run: call begin_run first");
   EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.add_token(1); }),
             "add_token outside a run: call begin_run first");
   EXPECT_EQ(message_of<ArgumentError>([&] { accumulator.end_run(true); }),

@@ -10,7 +10,14 @@
 
 #include "compresskv/calibrate/answer_span.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/executor.hpp"
 #include "compresskv/core/head_scores.hpp"
+#include "compresskv/core/retained.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/view/kv_view.hpp"
+#include "compresskv/view/observation.hpp"
 
 namespace compresskv::calibrate {
 
@@ -60,6 +67,9 @@ struct HeadRun {
 ///       add_token(t2) ...
 ///     end_run(answered(response, needle))
 ///
+/// Where attention rows never exist (fused kernels), `add_queries(layer, kv, queries)` takes the place of
+/// `add_attention`.
+///
 /// Processes that share the prompts number them, `begin_run(number, ...)`, and `merge`: means are taken over
 /// runs in the order of their numbers, so that the result is the same to the last bit as one process's. Not
 /// safe to share between threads without a lock. Cost: the row's length a row; memory: three doubles a head
@@ -107,15 +117,8 @@ class HeadScoreAccumulator {
   /// a probability. Of equal largest weights the first counts.
   void add_attention(std::size_t layer, std::size_t head, std::span<const float> row) {
     using compresskv::detail::require;
-    require(open_, "add_attention outside a run: call begin_run first");
-    require(layer < layers_, "layer is ", layer, ", the model has layers 0 to ", layers_ - 1);
-    require(head < heads_, "head is ", head, ", the model has query heads 0 to ", heads_ - 1);
-    require(row.size() == prompt_tokens_ + steps_, "attention row of layer ", layer, " head ", head, " has ",
-            row.size(), " weights, the full cache has ", prompt_tokens_ + steps_, " tokens at step ", steps_,
-            ": give the whole row of an uncompressed cache, and add_token after each step");
+    check_row(layer, head, row.size());
     const std::size_t index = layer * heads_ + head;
-    require(!seen_[index], "attention of layer ", layer, " head ", head, " came twice in step ", steps_,
-            ": call add_token between two steps");
     double mass = 0.0;
     for (std::size_t position = answer_.first; position < answer_.last; ++position) {
       const float weight = row[position];
@@ -128,6 +131,43 @@ class HeadScoreAccumulator {
     largest_[index] = static_cast<std::size_t>(std::max_element(row.begin(), row.end()) - row.begin());
     seen_[index] = true;
     ++rows_;
+  }
+
+  /// `add_attention` for every head of a layer, from the step's queries and the keys: the last query of
+  /// `queries` gives the step's token and belongs to the last row of `kv`, the layer's whole cache. Scale,
+  /// soft cap, sliding window and sinks are those of `queries`; weights are float32.
+  ///
+  /// Throws ArgumentError, and takes nothing, where the shapes do not fit the model or each other, and as
+  /// `add_attention`; ScoreError when a logit is NaN or +inf: heads may then be missing, and the run can only
+  /// end as one that does not count. Cost: keys of a KV head are read once for as many of its heads as 1 % of
+  /// the model's cache has room for.
+  template <KvView V, QueryObservation O>
+  void add_queries(std::size_t layer, const V& kv, const O& queries) {
+    const ModelShape shape{
+        .layers = layers_, .query_heads = heads_, .kv_heads = kv.kv_heads(), .head_dim = kv.head_dim()};
+    shape.validate();
+    compresskv::detail::require(
+        queries.queries() > 0 && queries.query_heads() == heads_ && queries.head_dim() == shape.head_dim,
+        "layer ", layer, " shows ", queries.queries(), " queries of ", queries.query_heads(), " heads of ",
+        queries.head_dim(), " elements, the model has ", heads_, " query heads and keys of ", shape.head_dim,
+        " elements: give the query of every head whose logits give the step's token");
+    for (std::size_t head = 0; head < heads_; ++head) {
+      check_row(layer, head, kv.rows(head / shape.group()));
+    }
+    // No window: each row is evictable, so that none is left out of what one query looks at.
+    const std::vector<std::size_t> rows(shape.kv_heads, prompt_tokens_ + steps_);
+    const Retained whole;
+    const kernel::LayerInput<V, O> input{.shape = shape,
+                                         .layer = layer,
+                                         .rows = rows,
+                                         .window = 0,
+                                         .retained = whole,
+                                         .kv = kv,
+                                         .observation = queries};
+    SerialExecutor executor;
+    kernel::attention_sums_of_all_heads(
+        input, 1, workspace_, executor,
+        [&](std::size_t head, std::span<const float> row) { add_attention(layer, head, row); });
   }
 
   /// Ends a step with the token that the model chose in it.
@@ -237,6 +277,18 @@ class HeadScoreAccumulator {
   }
 
  private:
+  void check_row(std::size_t layer, std::size_t head, std::size_t weights) const {
+    using compresskv::detail::require;
+    require(open_, "attention outside a run: call begin_run first");
+    require(layer < layers_, "layer is ", layer, ", the model has layers 0 to ", layers_ - 1);
+    require(head < heads_, "head is ", head, ", the model has query heads 0 to ", heads_ - 1);
+    require(weights == prompt_tokens_ + steps_, "attention row of layer ", layer, " head ", head, " has ",
+            weights, " weights, the full cache has ", prompt_tokens_ + steps_, " tokens at step ", steps_,
+            ": give the whole row of an uncompressed cache, and add_token after each step");
+    require(!seen_[layer * heads_ + head], "attention of layer ", layer, " head ", head,
+            " came twice in step ", steps_, ": call add_token between two steps");
+  }
+
   void begin_step() {
     mass_.assign(layers_ * heads_, 0.0);
     largest_.assign(layers_ * heads_, 0);
@@ -262,6 +314,7 @@ class HeadScoreAccumulator {
   std::vector<std::size_t> largest_;  // position of the largest weight
   std::vector<bool> seen_;
   std::size_t rows_ = 0;
+  Workspace workspace_;
 };
 
 }  // namespace compresskv::calibrate
