@@ -138,6 +138,7 @@ std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const 
                                             .heads = how.heads,
                                             .scores = how.scores,
                                             .errors = how.errors,
+                                            .min_rows = how.min_rows,
                                             .heads_per_layer = how.heads_per_layer,
                                             .window = how.window,
                                             .pool = how.pool,

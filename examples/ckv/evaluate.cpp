@@ -99,6 +99,8 @@ Compression parse_method(const std::string& text, const Compression& base,
       throw UsageError(fmt::format("--methods {} wants layer errors: name them with --errors", text));
     } else if (name == "window" && is_number) {
       how.window = number;
+    } else if (name == "min" && is_number) {
+      how.min_rows = number;
     } else if (name == "heads" && is_number) {
       how.heads_per_layer = number;
     } else if (name == "width" && is_number) {
@@ -117,7 +119,8 @@ Compression parse_method(const std::string& text, const Compression& base,
       how.pool = part == "pool=max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
     } else {
       throw UsageError(fmt::format(
-          "--methods {}: '{}' is not known; options are uniform, errors, window=N, heads=N, width=N, "
+          "--methods {}: '{}' is not known; options are uniform, errors, min=ROWS, window=N, heads=N, "
+          "width=N, "
           "seed=N, pool=avg, pool=max, and of methods over layers decay=PERCENT, hold=N, model=N and equal",
           text, part));
     }

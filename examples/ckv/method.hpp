@@ -28,6 +28,8 @@ struct Compression {
   /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
+  std::optional<std::size_t> min_rows =
+      std::nullopt;  ///< fewest rows of a layer then; absent: 32 or the mean
   std::size_t window = 8;
   std::size_t heads_per_layer = 4;
   compresskv::kernel::Pool pool = compresskv::kernel::Pool::average;

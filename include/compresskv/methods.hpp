@@ -136,6 +136,7 @@ struct MethodSettings {
   std::optional<HeadScores> scores = std::nullopt;  ///< for methods with `needs_scores`
   std::optional<LayerErrors> errors =
       std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
+  std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
   std::size_t heads_per_layer = 4;
   std::size_t window = 8;  ///< tova observes with 1
   kernel::Pool pool = kernel::Pool::average;
@@ -163,7 +164,7 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
       return budget::Pyramid{settings.budget};
     }
     if (settings.errors) {
-      return budget::ErrorAware{*settings.errors, settings.budget};
+      return budget::ErrorAware{*settings.errors, settings.budget, {.min_rows = settings.min_rows}};
     }
     return budget::Uniform{settings.budget};
   }();
