@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <initializer_list>
+#include <utility>
 
 #include "attention.hpp"
 #include "block.hpp"
@@ -143,7 +144,16 @@ LayerView& LayerView::earlier(int earlier_layer) {
   return *earlier_[l];
 }
 
-Sequence::Sequence(const Model& model, SequenceOptions options) : model_{&model}, options_{options} {
+Sequence::Sequence(const Model& model, SequenceOptions options)
+    : model_{&model}, options_{std::move(options)} {
+  const ModelConfig& c = model.config();
+  for (const auto& [layer, head] : options_.masked_heads) {
+    if (layer < 0 || layer >= c.layers || head < 0 || head >= c.heads) {
+      throw Error(
+          fmt::format("masked_heads names layer {} head {}, the model has layers 0 to {} of heads 0 to {}",
+                      layer, head, c.layers - 1, c.heads - 1));
+    }
+  }
   clear();
 }
 
@@ -292,6 +302,9 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
     });
 
     prefill_attention(cache, queries, pool, attention);
+    if (!options_.masked_heads.empty()) {
+      for (Index t = 0; t < count; ++t) mask_heads(l, row_of(attention, t));
+    }
     if (hooks_.attention) show_last_attention(l, row_of(queries, count - 1));
 
     if (options.on_layer) {
@@ -432,6 +445,15 @@ void Sequence::show_last_attention(int layer, std::span<const float> query) cons
   }
 }
 
+// Zeros in place of what the layer's masked heads draw from the cache, [heads * head_dim].
+void Sequence::mask_heads(int layer, std::span<float> attention) const {
+  const auto head_size = static_cast<std::size_t>(model_->config().head_dim);
+  for (const HeadIndex& masked : options_.masked_heads) {
+    if (masked.layer != layer) continue;
+    std::ranges::fill(attention.subspan(static_cast<std::size_t>(masked.head) * head_size, head_size), 0.0F);
+  }
+}
+
 std::span<const float> Sequence::decode(TokenId token, std::size_t position) {
   const DecodeStep step{.sequence = this, .token = token, .position = position};
   decode_batch({&step, 1});
@@ -500,8 +522,8 @@ void decode_batch(std::span<const DecodeStep> steps) {
   std::vector<std::vector<float>> softmax(
       static_cast<std::size_t>(batch * c.heads));  // a row a sequence and head
 
-  // Attention of every sequence and head over the caches that `cache_of` gives; it may give none.
-  const auto attend = [&](const auto& cache_of) {
+  // Attention of every sequence and head over the layer's caches that `cache_of` gives; it may give none.
+  const auto attend = [&](int l, const auto& cache_of) {
     pool.parallel_for(softmax.size(), [&](std::size_t unit) {
       const auto b = static_cast<Index>(unit) / c.heads;
       const auto h = static_cast<std::size_t>(static_cast<Index>(unit) % c.heads);
@@ -511,6 +533,9 @@ void decode_batch(std::span<const DecodeStep> steps) {
                        row_of(queries, b).subspan(h * head_size, head_size), softmax[unit],
                        row_of(attention, b).subspan(h * head_size, head_size));
     });
+    for (Index b = 0; b < batch; ++b) {
+      steps[static_cast<std::size_t>(b)].sequence->mask_heads(l, row_of(attention, b));
+    }
   };
 
   for (int l = 0; l < c.layers; ++l) {
@@ -538,7 +563,7 @@ void decode_batch(std::span<const DecodeStep> steps) {
       shadowed = shadowed || (shadow && sequence.hooks_.shadow);
     }
 
-    attend([&](const Sequence& sequence) { return &sequence.caches_[layer]; });
+    attend(l, [&](const Sequence& sequence) { return &sequence.caches_[layer]; });
     multiply_all({{attention, weights.output, block}}, pool);
     for (Index b = 0; b < batch; ++b) {
       const Hooks& hooks = steps[static_cast<std::size_t>(b)].sequence->hooks_;
@@ -548,7 +573,7 @@ void decode_batch(std::span<const DecodeStep> steps) {
     }
 
     if (shadowed) {
-      attend([&](const Sequence& sequence) {
+      attend(l, [&](const Sequence& sequence) {
         const std::optional<LayerCache>& shadow = sequence.shadows_[layer];
         return shadow ? &*shadow : nullptr;
       });

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <chrono>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -100,8 +101,19 @@ struct Hooks {
   std::function<void(int layer, std::span<const float> full, std::span<const float> shadow)> shadow;
 };
 
+/// A query head of a layer.
+struct HeadIndex {
+  int layer = 0;
+  int head = 0;
+
+  auto operator<=>(const HeadIndex&) const = default;
+};
+
 struct SequenceOptions {
   KvType kv_type = KvType::f32;
+  /// Heads whose attention output is zero, as if their columns of the output projection were: what a model is
+  /// without them. Hooks still see their attention.
+  std::vector<HeadIndex> masked_heads = {};
 };
 
 class Sequence;
@@ -123,6 +135,7 @@ void decode_batch(std::span<const DecodeStep> steps);
 /// Movable; the model must outlive it. Not for use by two threads at once.
 class Sequence {
  public:
+  /// Throws Error where a masked head does not exist.
   explicit Sequence(const Model& model, SequenceOptions options = {});
 
   /// Reads a prompt, or what follows: the next chunk of it, the next turn of a conversation. The tokens stand
@@ -199,6 +212,7 @@ class Sequence {
   bool show_layer(int layer, std::size_t window, const float* queries,
                   const std::function<void(LayerView&)>& on_layer);
   void show_last_attention(int layer, std::span<const float> query) const;
+  void mask_heads(int layer, std::span<float> attention) const;
   void check_truncate(std::size_t position) const;
   void check_no_shadow(const char* what) const;
   void clear();
