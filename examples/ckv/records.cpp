@@ -47,9 +47,8 @@ RecordFile::RecordFile(std::filesystem::path path, const Json& header) : path_(s
       Json line = Json::parse(text.substr(begin, end - begin), nullptr, false);
       ++number;
       if (!line.is_object()) {
-        throw engine::Error(
-            fmt::format("'{}' line {} is no record: it is not from `ckv evaluate`; give another file",
-                        path_.string(), number));
+        throw engine::Error(fmt::format("'{}' line {} is no record: it is not from `{}`; give another file",
+                                        path_.string(), number, header.value("file", "ckv")));
       }
       if (has_header) {
         records_.push_back(std::move(line));
