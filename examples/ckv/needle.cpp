@@ -6,8 +6,11 @@
 #include <array>
 #include <cctype>
 #include <cmath>
+#include <compresskv/calibrate/rouge1_recall.hpp>
 #include <cstdio>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <sstream>
 #include <utility>
 
 #include "arguments.hpp"
@@ -67,6 +70,48 @@ std::string join(std::span<const std::string> sentences) {
 }  // namespace
 
 std::span<const Needle> calibration_needles() { return calibration_table; }
+
+std::vector<NeedleText> read_needles(const std::filesystem::path& path) {
+  std::vector<NeedleText> needles;
+  std::istringstream text{read_text_file(path)};
+  std::size_t number = 0;
+  for (std::string line; std::getline(text, line);) {
+    ++number;
+    if (std::all_of(line.begin(), line.end(), is_space)) {
+      continue;
+    }
+    const auto fail = [&](const std::string& what) {
+      throw engine::Error(
+          fmt::format(R"('{}' line {}: {}; give a needle a line, {{"fact": "...", "question": "..."}})",
+                      path.string(), number, what));
+    };
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (!json.is_object()) {
+      fail("no JSON object");
+    }
+    const auto sentence = [&](const char* key) {
+      const auto found = json.find(key);
+      if (found == json.end() || !found->is_string()) {
+        fail(fmt::format("\"{}\" is {}", key, found == json.end() ? "absent" : "no text"));
+      }
+      return found->get<std::string>();
+    };
+    NeedleText needle{.fact = sentence("fact"), .question = sentence("question")};
+    // Answers are judged by the fact's words; a question may be in any script.
+    if (compresskv::calibrate::detail::count_words(needle.fact).empty()) {
+      fail("\"fact\" has no word of letters a-z or digits, by which answers are judged");
+    }
+    if (std::all_of(needle.question.begin(), needle.question.end(), is_space)) {
+      fail("\"question\" is empty");
+    }
+    needles.push_back(std::move(needle));
+  }
+  if (needles.empty()) {
+    throw engine::Error(fmt::format("'{}' holds no needle; give one a line, {}", path.string(),
+                                    R"({"fact": "...", "question": "..."})"));
+  }
+  return needles;
+}
 
 const Needle& demo_needle() { return demo_row; }
 
