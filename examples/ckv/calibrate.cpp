@@ -4,21 +4,28 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <compresskv/calibrate/eviction_error_accumulator.hpp>
-#include <compresskv/calibrate/head_score_accumulator.hpp>
-#include <compresskv/calibrate/rouge1_recall.hpp>
+#include <compresskv/core/version.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
+#include <cstdio>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "arguments.hpp"
+#include "calibration.hpp"
+#include "calibration_jobs.hpp"
+#include "calibration_results.hpp"
 #include "commands.hpp"
-#include "compress.hpp"
 #include "engine/error.hpp"
 #include "engine/sha256.hpp"
 #include "needle.hpp"
@@ -29,147 +36,358 @@
 namespace ckv {
 namespace {
 
-using Json = nlohmann::ordered_json;
-namespace calibration = compresskv::calibrate;
+using compresskv::calibrate::HeadScoreKind;
 
 struct CalibrateArguments {
   ModelArguments model;
-  CacheArguments cache;
+  CalibrationSettings settings;
   std::filesystem::path out;
   std::string name;
   std::vector<std::size_t> lengths = {512, 1024, 2048};
-  std::size_t depths = 5;
-  std::size_t needles = 4;
-  std::filesystem::path haystack;
-  std::size_t max_new_tokens = 50;
+  std::size_t needles = 0;  // all of the file, 4 of ours
+  std::filesystem::path needle_file;
   std::string counting = "occurrence";
   std::size_t error_rows = 32;
-};
+  std::size_t texts = 5;
+  std::size_t jobs = 1;
+  bool curves = false;
+  std::vector<std::size_t> ablate_heads;  // ascending; empty: no ablation
+  std::size_t ablate_length = 512;
+  std::size_t ablate_prompts = 40;
 
-/// One needle prompt, and what came of it.
-struct CalibrationRun {
-  std::size_t needle = 0;
-  std::size_t length = 0;
-  double depth = 0.0;
-  NeedlePrompt prompt = {};
-  std::string answer = {};
-  double recall = 0.0;
-  bool counted = false;
-};
-
-/// Greedy decoding of one prompt to the end token; `picked` hears of each token before it is fed.
-template <class Picked>
-std::vector<TokenId> decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence,
-                                     std::span<const TokenId> prompt, const engine::PrefillOptions& options,
-                                     std::size_t max_new_tokens, Picked&& picked) {
-  std::vector<TokenId> tokens;
-  std::span<const float> logits = sequence.prefill(prompt, options);
-  while (tokens.size() < max_new_tokens) {
-    check_interrupt();
-    const TokenId token = engine::greedy(logits);
-    if (loaded.tokenizer.is_end_of_generation(token)) {
-      break;
-    }
-    tokens.push_back(token);
-    picked(token);
-    logits = sequence.decode(token, sequence.next_position());
+  bool ablates() const { return !ablate_heads.empty(); }
+  HeadScoreKind kind() const {
+    return counting == "step" ? HeadScoreKind::once_per_step : HeadScoreKind::once_per_occurrence;
   }
-  return tokens;
+};
+
+constexpr std::size_t own_needles = 4;    // of the tool's, where no number is given
+constexpr std::size_t curve_prompts = 4;  // of each data set
+constexpr std::size_t ablation_draws = 5;
+const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
+
+// ---- what is asked for ----
+
+std::vector<NeedleText> wanted_needles(const CalibrateArguments& arguments) {
+  std::vector<NeedleText> needles;
+  if (!arguments.needle_file.empty()) {
+    needles = read_needles(arguments.needle_file);
+  } else {
+    for (const Needle& needle : calibration_needles()) {
+      needles.push_back({.fact = std::string(needle.fact), .question = std::string(needle.question)});
+    }
+  }
+  const std::size_t most = arguments.needle_file.empty() ? own_needles : needles.size();
+  const std::size_t count = arguments.needles == 0 ? most : arguments.needles;
+  if (count > needles.size()) {
+    throw UsageError(fmt::format("--needles is {}, there are {}", count, needles.size()));
+  }
+  needles.resize(count);
+  return needles;
 }
 
-std::vector<CalibrationRun> plan_runs(const CalibrateArguments& arguments, const LoadedModel& loaded,
-                                      const Haystack& haystack) {
-  std::vector<CalibrationRun> runs;
+std::vector<NeedleRun> plan_runs(const CalibrateArguments& arguments) {
+  std::vector<NeedleRun> runs;
   for (const std::size_t length : arguments.lengths) {
-    for (std::size_t depth = 0; depth < arguments.depths; ++depth) {
-      for (std::size_t needle = 0; needle < arguments.needles; ++needle) {
-        // Each needle lies in another part of the text, so that the heads are not those of one passage.
-        const double start = static_cast<double>(needle) / static_cast<double>(arguments.needles);
-        CalibrationRun run{.needle = needle, .length = length};
-        run.depth = arguments.depths == 1
-                        ? 0.5
-                        : static_cast<double>(depth) / static_cast<double>(arguments.depths - 1);
-        run.prompt = needle_prompt(loaded, haystack, calibration_needles()[needle],
-                                   {.tokens = length, .depth = run.depth, .start = start});
-        runs.push_back(std::move(run));
+    for (std::size_t depth = 0; depth < arguments.settings.depths; ++depth) {
+      for (std::size_t needle = 0; needle < arguments.settings.needles.size(); ++needle) {
+        runs.push_back({.run = runs.size(),
+                        .needle = needle,
+                        .length = length,
+                        .depth = arguments.settings.depth(depth)});
       }
     }
   }
   return runs;
 }
 
-double tokens_of(std::span<const CalibrationRun> runs) {
-  double total = 0.0;
-  for (const CalibrationRun& run : runs) {
-    total += static_cast<double>(run.prompt.tokens.size());
+/// One data set a length and kind of text: long prompts must not rule the mean because they lose more.
+std::vector<std::vector<ErrorPrompt>> plan_data_sets(const CalibrateArguments& arguments,
+                                                     std::span<const NeedleRun> runs) {
+  std::vector<std::vector<ErrorPrompt>> sets;
+  for (const std::size_t length : arguments.lengths) {
+    auto& needles = sets.emplace_back();
+    for (const NeedleRun& run : runs) {
+      if (run.length == length) {
+        needles.push_back(
+            {.data_set = fmt::format("needle_{}", length), .run = run.run, .length = length, .needle = run});
+      }
+    }
+    if (arguments.texts > 0) {
+      auto& texts = sets.emplace_back();
+      for (std::size_t run = 0; run < arguments.texts; ++run) {
+        texts.push_back({.data_set = fmt::format("text_{}", length), .run = run, .length = length});
+      }
+    }
   }
-  return total;
+  return sets;
 }
 
-compresskv::HeadScores score_heads(const CalibrateArguments& arguments, const LoadedModel& loaded,
-                                   std::span<CalibrationRun> runs, Progress& progress, double& done) {
-  const engine::ModelConfig& config = loaded.model.config();
-  calibration::HeadScoreAccumulator scores{static_cast<std::size_t>(config.layers),
-                                           static_cast<std::size_t>(config.heads)};
-  for (CalibrationRun& run : runs) {
-    engine::Sequence sequence{loaded.model};
-    sequence.hooks().attention = [&](int layer, int head, std::span<const float> row) {
-      scores.add_attention(static_cast<std::size_t>(layer), static_cast<std::size_t>(head), row);
-    };
-    const auto on_layer = [&](const engine::LayerView& layer) {
-      const double share = static_cast<double>(layer.layer + 1) / config.layers;
-      progress.show(done + share * static_cast<double>(run.prompt.tokens.size()), "scoring heads");
-      check_interrupt();
-    };
-    scores.begin_run(run.prompt.tokens, run.prompt.needle);
-    const std::vector<TokenId> tokens =
-        decode_greedily(loaded, sequence, run.prompt.tokens, {.on_layer = on_layer, .on_logits = {}},
-                        arguments.max_new_tokens, [&](TokenId token) { scores.add_token(token); });
-    run.answer = loaded.tokenizer.decode(tokens, {.skip_special = true});
-    const std::string_view fact = calibration_needles()[run.needle].fact;
-    run.recall = calibration::rouge1_recall(run.answer, fact);
-    run.counted = calibration::answered(run.answer, fact);
-    scores.end_run(run.counted);
-    done += static_cast<double>(run.prompt.tokens.size());
+/// 16, 32, 64, ... up to the longest length, each with room for the window.
+std::vector<std::size_t> wanted_curve_rows(const CalibrateArguments& arguments) {
+  const std::size_t longest = *std::max_element(arguments.lengths.begin(), arguments.lengths.end());
+  std::vector<std::size_t> rows;
+  for (std::size_t budget = 16; budget < longest; budget *= 2) {
+    if (budget > arguments.settings.cache.window) {
+      rows.push_back(budget);
+    }
   }
-  return scores.scores(arguments.counting == "step" ? calibration::HeadScoreKind::once_per_step
-                                                    : calibration::HeadScoreKind::once_per_occurrence);
+  rows.push_back(longest);
+  return rows;
 }
 
-compresskv::LayerErrors measure_errors(const CalibrateArguments& arguments, const LoadedModel& loaded,
-                                       const compresskv::HeadRanking& ranking,
-                                       std::span<const CalibrationRun> runs, Progress& progress,
-                                       double& done) {
-  const engine::ModelConfig& config = loaded.model.config();
-  Compression how{.method = Method::compresskv,
-                  .budget = compresskv::Budget::tokens_per_layer(arguments.error_rows),
-                  .heads = ranking};
-  arguments.cache.apply_to(how);
-  calibration::EvictionErrorAccumulator errors{static_cast<std::size_t>(config.layers)};
-  const auto compressor = make_compressor(how, shape_of(config, engine::KvType::f32), loaded.model.pool());
-  // One data set a length: long prompts must not rule the mean because they lose more.
-  std::size_t number = 0;
-  for (const CalibrationRun& run : runs) {
-    errors.begin_run(fmt::format("needle_{}", run.length), number++);
-    engine::Sequence sequence{loaded.model};
-    sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
-      errors.add(static_cast<std::size_t>(layer), full, evicted);
-    };
-    const auto on_layer = [&](engine::LayerView& layer) {
-      compressor->compress(layer.shadow(), {.queries = queries_of(layer)});
-      const double share = static_cast<double>(layer.layer + 1) / config.layers;
-      progress.show(done + share * static_cast<double>(run.prompt.tokens.size()), "measuring layers");
-      check_interrupt();
-    };
-    compressor->begin(run.prompt.tokens.size());
-    decode_greedily(loaded, sequence, run.prompt.tokens,
-                    {.window = how.window, .on_layer = on_layer, .on_logits = {}}, arguments.max_new_tokens,
-                    [](TokenId) {});
-    errors.end_run();
-    done += static_cast<double>(run.prompt.tokens.size());
-  }
-  return errors.errors();
+Json haystack_json(const CalibrateArguments& arguments, const Json& file) {
+  return arguments.settings.haystack.empty() ? Json("King James text of Debian's bible-kjv") : file;
 }
+
+/// What records of one folder must have in common. What is measured beside the heads may grow.
+Json header_json(const CalibrateArguments& arguments, const std::string& sha256) {
+  const CalibrationSettings& settings = arguments.settings;
+  const auto digest = [](const std::filesystem::path& path) {
+    return path.empty() ? Json() : Json(engine::sha256_of_file(path));
+  };
+  return {{"file", "ckv calibrate"},
+          {"version", fmt::format("{}.{}.{}", COMPRESSKV_VERSION_MAJOR, COMPRESSKV_VERSION_MINOR,
+                                  COMPRESSKV_VERSION_PATCH)},
+          {"model", arguments.model.model.filename().string()},
+          {"model_sha256", sha256},
+          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
+          {"settings",
+           {{"lengths", arguments.lengths},
+            {"depths", settings.depths},
+            {"needles", settings.needles.size()},
+            {"needle_file_sha256", digest(arguments.needle_file)},
+            {"max_new_tokens", settings.max_new_tokens},
+            {"counting", arguments.counting},
+            {"window", settings.cache.window},
+            {"heads_per_layer", settings.cache.heads_per_layer},
+            {"pool", settings.cache.pool},
+            {"haystack", haystack_json(arguments, digest(settings.haystack))}}}};
+}
+
+// ---- the work ----
+
+/// Something to do on a prompt, in whichever process.
+struct PromptTask {
+  double tokens = 0.0;  ///< what it costs, in tokens read
+  std::string note;
+  std::function<void(const PromptCalibration&, const Take&)> work;
+};
+
+double tokens_of(std::span<const PromptTask> tasks) {
+  return std::accumulate(tasks.begin(), tasks.end(), 0.0,
+                         [](double sum, const PromptTask& task) { return sum + task.tokens; });
+}
+
+/// All that is done to the prompts, and the records of it.
+class CalibrationWork {
+ public:
+  /// Those given must outlive it.
+  CalibrationWork(const CalibrateArguments& arguments, const engine::ModelConfig& config,
+                  CalibrationRecords& records)
+      : arguments_(&arguments), config_(&config), records_(&records), runs_(plan_runs(arguments)) {
+    for (const std::vector<ErrorPrompt>& set : plan_data_sets(arguments, runs_)) {
+      for (std::size_t i = 0; i < set.size(); ++i) {
+        prompts_.push_back(set[i]);
+        // Spread over the set, so that all depths and needles have their share.
+        if (arguments.curves && i * curve_prompts % set.size() < curve_prompts) {
+          curve_prompts_.push_back(set[i]);
+        }
+      }
+    }
+    if (arguments.curves) {
+      curve_rows_ = wanted_curve_rows(arguments);
+    }
+  }
+
+  /// Does what has no record yet.
+  void run() {
+    const std::vector<PromptTask> heads = head_tasks();
+    const std::vector<PromptTask> errors = error_tasks();
+    const std::size_t ablated = arguments_->ablates() ? ablated_before() : 0;
+    const std::size_t ablations = arguments_->ablates() ? arguments_->ablate_prompts : 0;
+    if (!records_->empty() && (!heads.empty() || !errors.empty() || ablated < ablations)) {
+      fmt::print(stderr,
+                 "ckv: going on: {} of {} prompts are done for the heads, {} of {} for the layer errors{}\n",
+                 runs_.size() - heads.size(), runs_.size(), prompts_.size() - errors.size(), prompts_.size(),
+                 ablations == 0 ? "" : fmt::format(", {} of {} for the masks", ablated, ablations));
+    }
+    const std::size_t passes = 1 + arguments_->ablate_heads.size() * (2 + ablation_draws);
+    Progress progress{"calibrate", tokens_of(heads) + tokens_of(errors) +
+                                       static_cast<double>((ablations - std::min(ablated, ablations)) *
+                                                           arguments_->ablate_length * passes)};
+    do_all(heads, progress);
+    scores_.emplace(records_->heads(runs_.size(), *config_));
+    ranking_.emplace(scores_->scores(arguments_->kind()).ranking());
+    do_all(errors, progress);
+    if (arguments_->ablates()) {
+      ablate(progress);
+    }
+  }
+
+  // What has come of it, after run().
+
+  std::span<const NeedleRun> runs() const { return runs_; }
+  const compresskv::calibrate::HeadScoreAccumulator& scores() const { return *scores_; }
+  compresskv::LayerErrors errors() const {
+    return records_->errors(prompts_, arguments_->error_rows, *config_).errors();
+  }
+  Json curves_json() const {
+    Json errors = Json::array();
+    for (const std::size_t rows : curve_rows_) {
+      errors.push_back(records_->errors(curve_prompts_, rows, *config_).step_errors());
+    }
+    return {{"rows", curve_rows_}, {"errors", std::move(errors)}};
+  }
+  Json masks_json() const { return ablation_json(*records_, arguments_->ablate_length, masks_, ablated_); }
+
+ private:
+  void do_all(std::span<const PromptTask> tasks, Progress& progress) {
+    const std::size_t jobs = std::min(arguments_->jobs, tasks.size());
+    const auto all_threads = arguments_->model.threads == 0
+                                 ? static_cast<std::size_t>(std::thread::hardware_concurrency())
+                                 : static_cast<std::size_t>(arguments_->model.threads);
+    const auto start = [&] {
+      const auto threads = static_cast<int>(std::max<std::size_t>(1, all_threads / jobs));
+      const auto calibration =
+          std::make_shared<PromptCalibration>(arguments_->settings, arguments_->model.model, threads);
+      return [calibration, tasks](std::size_t task, const Take& hand_on) {
+        tasks[task].work(*calibration, hand_on);
+      };
+    };
+    const auto show = [&](std::size_t task) {
+      if (task < tasks.size()) {
+        progress.show(done_, tasks[task].note);
+      }
+    };
+    show(0);
+    share_out(
+        tasks.size(), jobs, start, [&](const Json& record) { records_->add(record); },
+        [&](std::size_t task) {
+          done_ += tasks[task].tokens;
+          show(task + 1);
+        });
+  }
+
+  std::vector<PromptTask> head_tasks() const {
+    std::vector<PromptTask> tasks;
+    for (const NeedleRun& run : runs_) {
+      if (!records_->has(heads_key(run.run))) {
+        tasks.push_back({.tokens = static_cast<double>(run.length),
+                         .note = fmt::format("scoring heads, {} tokens", run.length),
+                         .work = [run](const PromptCalibration& calibration, const Take& hand_on) {
+                           hand_on(calibration.score_heads(run));
+                         }});
+      }
+    }
+    return tasks;
+  }
+
+  std::vector<PromptTask> error_tasks() const {
+    std::vector<PromptTask> tasks;
+    for (const ErrorPrompt& prompt : prompts_) {
+      std::set<std::size_t> budgets = {arguments_->error_rows};
+      const bool has_curve =
+          std::any_of(curve_prompts_.begin(), curve_prompts_.end(), [&](const ErrorPrompt& other) {
+            return other.data_set == prompt.data_set && other.run == prompt.run;
+          });
+      if (has_curve) {
+        budgets.insert(curve_rows_.begin(), curve_rows_.end());
+      }
+      std::vector<std::size_t> missing;
+      for (const std::size_t rows : budgets) {
+        if (!records_->has(errors_key(rows, prompt.data_set, prompt.run))) {
+          missing.push_back(rows);
+        }
+      }
+      if (!missing.empty()) {
+        // An answer from both caches takes about as long as reading a third of the prompt.
+        tasks.push_back(
+            {.tokens = static_cast<double>(prompt.length) * (1.0 + 0.3 * static_cast<double>(missing.size())),
+             .note = fmt::format("measuring layers, {} tokens", prompt.length),
+             .work = [this, prompt, missing](const PromptCalibration& calibration, const Take& hand_on) {
+               calibration.measure_errors(prompt, *ranking_, missing, hand_on);
+             }});
+      }
+    }
+    return tasks;
+  }
+
+  /// Prompts of which every answer is there; before the ranking is known, which names no heads.
+  std::size_t ablated_before() const {
+    const HeadMask none{.heads = "srh"};
+    const HeadMask last{.heads = "random",
+                        .draw = ablation_draws - 1,
+                        .masked = std::vector<engine::HeadIndex>(arguments_->ablate_heads.back())};
+    std::size_t count = 0;
+    for (std::size_t run = 0; records_->has(ablation_key(arguments_->ablate_length, none, run)); ++run) {
+      count += records_->has(ablation_key(arguments_->ablate_length, last, run)) ? 1 : 0;
+    }
+    return count;
+  }
+
+  /// Of the prompts in their order those count that the model answers with all heads.
+  void ablate(Progress& progress) {
+    constexpr std::size_t patience = 10;  // prompts tried for each that is wanted
+    const std::size_t wanted = arguments_->ablate_prompts;
+    const std::size_t length = arguments_->ablate_length;
+    masks_ = head_masks(scores_->scores(arguments_->kind()), scores_->scores(HeadScoreKind::classic),
+                        arguments_->ablate_heads, ablation_draws);
+    for (std::size_t first = 0; ablated_.size() < wanted && first < patience * wanted;) {
+      const std::size_t last = first + wanted - ablated_.size();
+      std::vector<PromptTask> tasks;
+      for (std::size_t run = first; run < last; ++run) {
+        const bool known = records_->has(ablation_key(length, masks_[0], run));
+        std::vector<HeadMask> missing;
+        for (const HeadMask& mask : masks_) {
+          if (!records_->has(ablation_key(length, mask, run))) {
+            missing.push_back(mask);
+          }
+        }
+        if (!missing.empty() && (!known || records_->right(length, masks_[0], run))) {
+          tasks.push_back(
+              {.tokens = static_cast<double>(length * missing.size()),
+               .note = fmt::format("masking heads, {} of {} prompts", ablated_.size(), wanted),
+               .work = [length, run, missing](const PromptCalibration& calibration, const Take& hand_on) {
+                 calibration.ablate(length, run, missing, hand_on);
+               }});
+        }
+      }
+      do_all(tasks, progress);
+      for (; first < last; ++first) {
+        if (records_->right(length, masks_[0], first)) {
+          ablated_.push_back(first);
+        }
+      }
+    }
+    if (ablated_.empty()) {
+      throw engine::Error(fmt::format(
+          "--ablate: the model answers none of {} prompts of {} tokens with all its heads; give a smaller "
+          "--ablate-length",
+          patience * wanted, length));
+    }
+    if (ablated_.size() < wanted) {
+      progress.clear();
+      fmt::print(stderr, "ckv: --ablate: the model answers {} of the {} prompts wanted\n", ablated_.size(),
+                 wanted);
+    }
+  }
+
+  const CalibrateArguments* arguments_;
+  const engine::ModelConfig* config_;
+  CalibrationRecords* records_;
+  std::vector<NeedleRun> runs_;
+  std::vector<ErrorPrompt> prompts_;
+  std::vector<ErrorPrompt> curve_prompts_;
+  std::vector<std::size_t> curve_rows_;
+  std::optional<compresskv::calibrate::HeadScoreAccumulator> scores_;
+  std::optional<compresskv::HeadRanking> ranking_;
+  std::vector<HeadMask> masks_;
+  std::vector<std::size_t> ablated_;  // prompts that count
+  double done_ = 0.0;                 // tokens
+};
+
+// ---- what is told about it ----
 
 /// "SmolLM2-135M-Instruct" of "SmolLM2-135M-Instruct.Q4_1.gguf"; dots inside a name like "3.1" stay.
 std::string model_name(const std::filesystem::path& path) {
@@ -184,123 +402,184 @@ std::string model_name(const std::filesystem::path& path) {
 }
 
 std::string command_text(const CalibrateArguments& arguments) {
+  const CalibrationSettings& settings = arguments.settings;
   std::string text = fmt::format(
       "ckv calibrate --model {} --out DIR --lengths {} --depths {} --needles {} --max-new-tokens {} "
-      "--counting {} "
-      "--error-rows {} --window {} --heads-per-layer {} --pool {}",
-      arguments.model.model.filename().string(), fmt::join(arguments.lengths, ","), arguments.depths,
-      arguments.needles, arguments.max_new_tokens, arguments.counting, arguments.error_rows,
-      arguments.cache.window, arguments.cache.heads_per_layer, arguments.cache.pool);
-  if (!arguments.haystack.empty()) {
-    text += fmt::format(" --haystack {}", arguments.haystack.filename().string());
+      "--counting {} --texts {} --error-rows {} --window {} --heads-per-layer {} --pool {}",
+      arguments.model.model.filename().string(), fmt::join(arguments.lengths, ","), settings.depths,
+      settings.needles.size(), settings.max_new_tokens, arguments.counting, arguments.texts,
+      arguments.error_rows, settings.cache.window, settings.cache.heads_per_layer, settings.cache.pool);
+  if (!arguments.needle_file.empty()) {
+    text += fmt::format(" --needle-file {}", arguments.needle_file.filename().string());
+  }
+  if (!settings.haystack.empty()) {
+    text += fmt::format(" --haystack {}", settings.haystack.filename().string());
+  }
+  if (arguments.curves) {
+    text += " --curves";
+  }
+  if (arguments.ablates()) {
+    text += fmt::format(" --ablate {} --ablate-length {} --ablate-prompts {}",
+                        fmt::join(arguments.ablate_heads, ","), arguments.ablate_length,
+                        arguments.ablate_prompts);
   }
   return text;
 }
 
-/// What was run on what, so that the files beside it can be made again.
-Json record_json(const CalibrateArguments& arguments, const std::string& name,
-                 std::span<const CalibrationRun> runs) {
-  Json record;
-  record["model"] = name;
-  record["model_file"] = arguments.model.model.filename().string();
-  record["model_sha256"] = engine::sha256_of_file(arguments.model.model);
-  record["command"] = command_text(arguments);
-  record["haystack"] = arguments.haystack.empty() ? "King James text of Debian's bible-kjv"
-                                                  : arguments.haystack.filename().string();
-  record["code_path"] = compresskv::kernel::name(compresskv::kernel::code_path());
-  for (std::size_t needle = 0; needle < arguments.needles; ++needle) {
-    record["needles"].push_back(
-        {{"fact", calibration_needles()[needle].fact}, {"question", calibration_needles()[needle].question}});
+/// What was run on what, so that the files beside it can be made again, and what it says.
+Json calibration_json(const CalibrateArguments& arguments, const std::string& name, const std::string& sha256,
+                      const CalibrationRecords& records, const CalibrationWork& work) {
+  Json out;
+  out["model"] = name;
+  out["model_file"] = arguments.model.model.filename().string();
+  out["model_sha256"] = sha256;
+  out["command"] = command_text(arguments);
+  out["haystack"] = haystack_json(arguments, arguments.settings.haystack.filename().string());
+  out["code_path"] = compresskv::kernel::name(compresskv::kernel::code_path());
+  for (const NeedleText& needle : arguments.settings.needles) {
+    out["needles"].push_back({{"fact", needle.fact}, {"question", needle.question}});
   }
-  for (const CalibrationRun& run : runs) {
-    record["runs"].push_back({{"needle", run.needle},
-                              {"tokens", run.prompt.tokens.size()},
-                              {"depth", run.depth},
-                              {"recall", run.recall},
-                              {"counted", run.counted},
-                              {"answer", run.answer}});
+  for (const NeedleRun& run : work.runs()) {
+    const Json& record = records.at(heads_key(run.run));
+    Json told;
+    for (const char* key : {"run", "needle", "length", "tokens", "depth", "recall", "counted", "answer"}) {
+      told[key] = record.at(key);
+    }
+    out["runs"].push_back(std::move(told));
   }
-  return record;
+  out["stability"] = stability_json(work.scores(), arguments.kind());
+  if (arguments.curves) {
+    out["curves"] = work.curves_json();
+  }
+  if (arguments.ablates()) {
+    out["ablation"] = work.masks_json();
+  }
+  return out;
 }
 
-void print_summary(const CalibrateArguments& arguments, std::span<const CalibrationRun> runs,
-                   const compresskv::HeadScores& scores, const compresskv::LayerErrors& errors) {
+void print_stability(const Json& stability) {
+  if (stability.is_null()) {
+    fmt::print("\nstability: too few prompts counted to compare halves of them; give more\n");
+    return;
+  }
+  const Json& halves = stability.at("halves");
+  fmt::print(
+      "\nrankings from {} and from {} other prompts: {:.0f} % of the best 4 heads a layer the same, "
+      "rank correlation over all heads {:.3f}\n",
+      halves.at("prompts").at(0).get<std::size_t>(), halves.at("prompts").at(1).get<std::size_t>(),
+      100.0 * halves.at("top4_overlap").get<double>(), halves.at("rank_correlation").get<double>());
+  for (const Json& row : stability.at("by_prompts")) {
+    fmt::print("  {:>3} prompts: {:.0f} % of the best 4 as from all\n", row.at("prompts").get<std::size_t>(),
+               100.0 * row.at("top4_overlap").get<double>());
+  }
+}
+
+void print_masks(const Json& rows) {
+  fmt::print("\nright answers with so many heads masked, of {} that are right with none\n{:<8}",
+             rows.at(0).at("prompts").get<std::size_t>(), "masked");
+  std::map<std::size_t, std::map<std::string, double>> table;
+  for (const Json& row : rows) {
+    table[row.at("masked")][row.at("heads")] = row.at("right");
+  }
+  for (const auto& [heads, right] : table.begin()->second) {
+    fmt::print("{:>10}", heads);
+  }
+  for (const auto& [masked, shares] : table) {
+    fmt::print("\n{:<8}", masked);
+    for (const auto& [heads, right] : shares) {
+      fmt::print("{:>8.0f} %", 100.0 * right);
+    }
+  }
+  fmt::print("\n");
+}
+
+void print_summary(const CalibrateArguments& arguments, const CalibrationWork& work,
+                   const compresskv::HeadScores& scores, const compresskv::LayerErrors& errors,
+                   const Json& told) {
   fmt::print("{:<8}{:>10}{:>10}\n", "tokens", "prompts", "counted");
   for (const std::size_t length : arguments.lengths) {
     std::size_t prompts = 0;
     std::size_t counted = 0;
-    for (const CalibrationRun& run : runs) {
+    for (const NeedleRun& run : work.runs()) {
       prompts += run.length == length ? 1 : 0;
-      counted += run.length == length && run.counted ? 1 : 0;
+      counted += run.length == length && work.scores().runs().at(run.run).counted ? 1 : 0;
     }
     fmt::print("{:<8}{:>10}{:>10}\n", length, prompts, counted);
   }
 
-  struct Head {
-    std::size_t layer;
-    std::size_t head;
-    double score;
-  };
-  std::vector<Head> heads;
-  for (std::size_t layer = 0; layer < scores.layers(); ++layer) {
-    for (std::size_t head = 0; head < scores.heads(); ++head) {
-      heads.push_back({.layer = layer, .head = head, .score = scores.mean(layer, head)});
-    }
-  }
-  std::stable_sort(heads.begin(), heads.end(),
-                   [](const Head& a, const Head& b) { return a.score > b.score; });
+  const std::vector<engine::HeadIndex> heads = best_heads(scores);
   fmt::print("\nbest retrieval heads (mean score)\n");
-  for (const Head& head : std::span(heads).first(std::min<std::size_t>(10, heads.size()))) {
-    fmt::print("  layer {:>2} head {:>2}  {:.3f}\n", head.layer, head.head, head.score);
+  for (const auto& [layer, head] : std::span(heads).first(std::min<std::size_t>(10, heads.size()))) {
+    fmt::print("  layer {:>2} head {:>2}  {:.3f}\n", layer, head,
+               scores.mean(static_cast<std::size_t>(layer), static_cast<std::size_t>(head)));
   }
 
   fmt::print("\nlayers by what evicting costs\n");
   std::vector<std::size_t> order(errors.layers());
-  for (std::size_t layer = 0; layer < order.size(); ++layer) {
-    order[layer] = layer;
-  }
+  std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](auto a, auto b) { return errors.average()[a] > errors.average()[b]; });
   for (const std::size_t layer : std::span(order).first(std::min<std::size_t>(5, order.size()))) {
     fmt::print("  layer {:>2}  {:.4f}\n", layer, errors.average()[layer]);
   }
+  print_stability(told.at("stability"));
+  if (arguments.ablates()) {
+    print_masks(told.at("ablation"));
+  }
 }
 
-void calibrate(const CalibrateArguments& arguments) {
-  if (arguments.needles > calibration_needles().size()) {
+void check(const CalibrateArguments& arguments, const engine::ModelConfig& config) {
+  if (std::set(arguments.lengths.begin(), arguments.lengths.end()).size() < arguments.lengths.size()) {
     throw UsageError(
-        fmt::format("--needles is {}, there are {}", arguments.needles, calibration_needles().size()));
+        fmt::format("--lengths {}: one stands there twice, drop it", fmt::join(arguments.lengths, ",")));
   }
+  try {
+    compresskv::Budget::tokens_per_layer(arguments.error_rows)
+        .validate(arguments.settings.cache.window, shape_of(config, engine::KvType::f32));
+  } catch (const compresskv::ArgumentError& error) {
+    throw UsageError(fmt::format("--error-rows: {}", error.what()));
+  }
+  const auto heads = static_cast<std::size_t>(config.layers * config.heads);
+  for (const std::size_t masked : arguments.ablate_heads) {
+    if (masked > heads) {
+      throw UsageError(fmt::format("--ablate {}: the model has {} heads in all", masked, heads));
+    }
+  }
+}
+
+void calibrate(CalibrateArguments& arguments) {
+  arguments.settings.needles = wanted_needles(arguments);
+  const engine::ModelConfig config = engine::read_config(engine::GgufFile::open(arguments.model.model));
+  check(arguments, config);
   std::error_code failure;
   std::filesystem::create_directories(arguments.out, failure);
   if (failure) {
     throw engine::Error(
         fmt::format("cannot make the folder '{}': {}", arguments.out.string(), failure.message()));
   }
-  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
-  const Haystack haystack = Haystack::from(arguments.haystack);
-  std::vector<CalibrationRun> runs = plan_runs(arguments, loaded, haystack);
+  const std::string sha256 = engine::sha256_of_file(arguments.model.model);
+  CalibrationRecords records{arguments.out / "records.jsonl", header_json(arguments, sha256)};
+  CalibrationWork work{arguments, config, records};
+  work.run();
 
-  Progress progress{"calibrate", 2.0 * tokens_of(runs)};
-  double done = 0.0;
-  const compresskv::HeadScores scores = score_heads(arguments, loaded, runs, progress, done);
-  const compresskv::HeadRanking ranking = scores.ranking();
-  const compresskv::LayerErrors errors = measure_errors(arguments, loaded, ranking, runs, progress, done);
-  progress.clear();
-
-  // Nothing is written before all is measured; each file appears whole.
+  // Each file appears whole, and only once all is measured.
   const std::string name = arguments.name.empty() ? model_name(arguments.model.model) : arguments.name;
   const auto file = [&](const char* ending) { return arguments.out / (name + ending); };
+  const compresskv::HeadScores scores = work.scores().scores(arguments.kind());
+  const compresskv::LayerErrors errors = work.errors();
+  const Json told = calibration_json(arguments, name, sha256, records, work);
   compresskv::io::save_head_scores(file("_head_scores.json"), scores);
-  compresskv::io::save_head_ranking(file("_head_idx.json"), ranking);
+  compresskv::io::save_head_scores(file("_classic_scores.json"),
+                                   work.scores().scores(HeadScoreKind::classic));
+  compresskv::io::save_head_ranking(file("_head_idx.json"), scores.ranking());
   compresskv::io::save_layer_errors(file("_layer_score.jsonl"), errors);
-  write_text_file(
-      arguments.out / "calibration.json",
-      record_json(arguments, name, runs).dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+  write_text_file(arguments.out / "calibration.json", told.dump(1) + "\n");
 
-  print_summary(arguments, runs, scores, errors);
-  fmt::print("\nwritten to {}: {}_head_idx.json, _head_scores.json, _layer_score.jsonl, calibration.json\n",
-             arguments.out.string(), name);
+  print_summary(arguments, work, scores, errors, told);
+  fmt::print(
+      "\nwritten to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, _layer_score.jsonl, "
+      "calibration.json, records.jsonl\n",
+      arguments.out.string(), name);
 }
 
 }  // namespace
@@ -310,7 +589,10 @@ void add_calibrate(CLI::App& app) {
       "calibrate", "Find a model's semantic retrieval heads and what evicting from each layer costs");
   const auto arguments = std::make_shared<CalibrateArguments>();
   arguments->model.add_to(*command);
-  command->add_option("--out", arguments->out, "Folder for the results; made where it is not there")
+  command
+      ->add_option("--out", arguments->out,
+                   "Folder for the results; made where it is not there. Where a run was stopped, this one "
+                   "goes on")
       ->required()
       ->type_name("DIR");
   command->add_option("--name", arguments->name, "How the files begin; default: the model file's name");
@@ -318,40 +600,93 @@ void add_calibrate(CLI::App& app) {
       ->delimiter(',')
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--depths", arguments->depths, "Depths of the needle, evenly from first to last")
+  command
+      ->add_option("--depths", arguments->settings.depths, "Depths of the needle, evenly from first to last")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command
       ->add_option("--needles", arguments->needles,
-                   fmt::format("Needles, up to {}", calibration_needles().size()))
+                   fmt::format("Needles; default: {} of the {} of this program, all of --needle-file",
+                               own_needles, calibration_needles().size()))
+      ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--needle-file", arguments->needle_file,
+                   "Needles of your own as JSON Lines: {\"fact\": \"a sentence\", \"question\": \"what it "
+                   "answers\"}")
+      ->type_name("FILE.jsonl");
+  command
+      ->add_option("--haystack", arguments->settings.haystack,
+                   "A long text to hide the needles in, and to go on with; default: the King James text, "
+                   "from the program `bible`")
+      ->type_name("FILE");
+  command->add_option("--max-new-tokens", arguments->settings.max_new_tokens, "Longest answer")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command
       ->add_option(
-          "--haystack", arguments->haystack,
-          "A long text to hide the needles in; default: the King James text, from the program `bible`")
-      ->type_name("FILE");
-  command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
-      ->check(CLI::PositiveNumber)
+          "--counting", arguments->counting,
+          "How often a step counts whose token is in the needle: for each occurrence there (as the released "
+          "code), or once a step (as the paper)")
+      ->check(CLI::IsMember({"occurrence", "step"}))
       ->capture_default_str();
   command
-      ->add_option("--counting", arguments->counting,
-                   "How often a step counts whose token is in the needle: for each occurrence there (as the "
-                   "released code), or once a step (as the paper)")
-      ->check(CLI::IsMember({"occurrence", "step"}))
+      ->add_option("--texts", arguments->texts,
+                   "Stretches of the haystack of each length whose continuation is a second data set of "
+                   "layer errors, beside the needles")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command
       ->add_option("--error-rows", arguments->error_rows,
                    "Tokens that a layer keeps while its error is measured, window included")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  arguments->cache.add_to(*command, false);
+  command->add_flag("--curves", arguments->curves,
+                    fmt::format("Measure layers at budgets of 16, 32, 64, ... tokens, too, on {} prompts of "
+                                "each data set",
+                                curve_prompts));
+  CLI::Option* ablate =
+      command
+          ->add_option("--ablate", arguments->ablate_heads,
+                       fmt::format("Proof that the heads matter: answers with so many of the best heads "
+                                   "masked, by both scores, and with as many random ones (mean of {} draws). "
+                                   "Without numbers: {}",
+                                   ablation_draws, fmt::join(ablation_heads, ",")))
+          ->delimiter(',')
+          ->expected(0, -1)
+          ->check(CLI::PositiveNumber)
+          ->type_name("[HEADS,...]");
+  command->add_option("--ablate-length", arguments->ablate_length, "Tokens of the prompts of --ablate")
+      ->check(CLI::PositiveNumber)
+      ->needs(ablate)
+      ->capture_default_str();
+  command
+      ->add_option("--ablate-prompts", arguments->ablate_prompts,
+                   "Prompts of --ablate that the model answers with all heads; others are replaced")
+      ->check(CLI::PositiveNumber)
+      ->needs(ablate)
+      ->capture_default_str();
+  command
+      ->add_option("--jobs", arguments->jobs,
+                   "Processes that share the prompts, and --threads; each holds the model. The results do "
+                   "not depend on it")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  arguments->settings.cache.add_to(*command, false);
   command->footer(
-      "Writes NAME_head_idx.json (ranking), NAME_head_scores.json (a score a head and run), "
-      "NAME_layer_score.jsonl (layer errors)\nand calibration.json (settings and every answer). A run counts "
-      "when "
-      "the answer holds over half of the needle's words.");
-  command->callback([arguments] { calibrate(*arguments); });
+      "Writes NAME_head_idx.json (ranking), NAME_head_scores.json and NAME_classic_scores.json (a score a "
+      "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
+      "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
+      "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, --texts "
+      "and --error-rows may be added to a folder later.");
+  command->callback([arguments] {
+    std::vector<std::size_t>& heads = arguments->ablate_heads;
+    if (heads == std::vector<std::size_t>{0}) {  // what CLI11 makes of an option without its values
+      heads = ablation_heads;
+    }
+    std::sort(heads.begin(), heads.end());
+    heads.erase(std::unique(heads.begin(), heads.end()), heads.end());
+    calibrate(*arguments);
+  });
 }
 
 }  // namespace ckv

@@ -3,14 +3,9 @@
 #include "tool.hpp"
 
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -18,7 +13,6 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "model_fixture.hpp"
@@ -83,7 +77,6 @@ TEST(Tool, WrongUsageIsExitCode2) {
                            "--working-rows", "7"}),
                      "--working-rows is 7, the window alone is 8: give at least the window");
   expect_usage_error({"generate", "--prompt", "x", "--method", "full"}, "--model");
-  expect_usage_error({"calibrate", "--model", "m.gguf"}, "--out");
   expect_usage_error({"inspect"}, "model");
 }
 
@@ -341,73 +334,6 @@ TEST_F(ToolWithModel, DemoWithoutCalibrationNamesCalibrate) {
   const Folder folder;
   expect_usage_error({"demo", "--model", model_path(), "--models-dir", folder.path("none").string()},
                      "ckv calibrate");
-}
-
-// A small calibration writes all four files, and its ranking is one that generate takes.
-TEST_F(ToolWithModel, CalibrateWritesFilesThatGenerateReads) {
-  const Folder folder;
-  std::string haystack;
-  for (int i = 0; i < 60; ++i) {
-    haystack += "The farmer counted " + std::to_string(i) + " sheep on the hill and went home for supper. ";
-  }
-  const std::string text = folder.write("hay.txt", haystack).string();
-  const std::string out = folder.path("out").string();
-  const Outcome outcome =
-      run_tool({"calibrate", "--model", model_path(), "--out", out, "--name", "tiny", "--lengths", "200",
-                "--depths", "1", "--needles", "2", "--haystack", text});
-  ASSERT_EQ(outcome.code, 0) << outcome.err;
-  EXPECT_EQ(outcome.err, "");
-  const Json ranking = Json::parse(read(folder.path("out/tiny_head_idx.json")));
-  ASSERT_EQ(ranking.size(), 30U);
-  for (const Json& heads : ranking) {
-    auto sorted = heads.get<std::vector<int>>();
-    std::sort(sorted.begin(), sorted.end());
-    EXPECT_EQ(sorted, (std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
-  }
-  const Json record = Json::parse(read(folder.path("out/calibration.json")));
-  EXPECT_EQ(record.at("runs").size(), 2U);
-  EXPECT_EQ(record.at("model_sha256").get<std::string>().size(), 64U);
-  const Json scores = Json::parse(read(folder.path("out/tiny_head_scores.json")));
-  EXPECT_EQ(scores.size(), 270U);
-
-  const Outcome answer = run_tool(
-      generate({"--prompt", long_text(), "--rows", "40", "--heads", folder.path("out/tiny_head_idx.json"),
-                "--errors", folder.path("out/tiny_layer_score.jsonl")}));
-  EXPECT_EQ(answer.code, 0) << answer.err;
-}
-
-// Ctrl-C in the middle: exit code 1, a word about it, and no file.
-TEST_F(ToolWithModel, CtrlCEndsCalibrationWithoutFiles) {
-  const Folder folder;
-  std::string haystack;
-  for (int i = 0; i < 700; ++i) {
-    haystack += "The farmer counted " + std::to_string(i) + " sheep on the hill and went home for supper. ";
-  }
-  const std::string text = folder.write("hay.txt", haystack).string();
-  const std::string out = folder.path("out").string();
-  const std::string err = folder.path("err").string();
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    if (std::freopen(err.c_str(), "w", stderr) == nullptr) {
-      _exit(99);
-    }
-    execl(COMPRESSKV_CKV_BINARY, "ckv", "calibrate", "--model", model_path().c_str(), "--out", out.c_str(),
-          "--haystack", text.c_str(), "--lengths", "2000", static_cast<char*>(nullptr));
-    _exit(99);
-  }
-  // The folder is made after the handler is in place and before anything is measured.
-  for (int i = 0; i < 600 && !std::filesystem::exists(out); ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  }
-  std::this_thread::sleep_for(std::chrono::milliseconds(500));
-  kill(child, SIGINT);
-  int status = 0;
-  waitpid(child, &status, 0);
-  ASSERT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 1);
-  EXPECT_NE(read(err).find("interrupted"), std::string::npos) << read(err);
-  EXPECT_TRUE(std::filesystem::is_empty(out));
 }
 
 }  // namespace

@@ -1,0 +1,208 @@
+#include "calibration.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <compresskv/calibrate/eviction_error_accumulator.hpp>
+#include <compresskv/calibrate/head_score_accumulator.hpp>
+#include <compresskv/calibrate/rouge1_recall.hpp>
+#include <map>
+#include <utility>
+
+#include "compress.hpp"
+#include "engine/error.hpp"
+#include "tasks.hpp"
+
+namespace ckv {
+namespace {
+
+namespace calibrate = compresskv::calibrate;
+
+constexpr std::size_t text_steps = 32;  // that a stretch of text goes on
+
+/// Greedy decoding up to the end token or while `wanted(token)` says yes, which hears of each token before it
+/// is fed.
+template <class Wanted>
+void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
+                     const Wanted& wanted) {
+  for (std::size_t step = 0;
+       step < max_new_tokens && sequence.next_position() < loaded.model.config().context; ++step) {
+    const TokenId token = engine::greedy(sequence.logits());
+    if (loaded.tokenizer.is_end_of_generation(token) || !wanted(token)) {
+      return;
+    }
+    sequence.decode(token, sequence.next_position());
+  }
+}
+
+Json merged(Json key, Json more) {
+  key.update(more);
+  return key;
+}
+
+}  // namespace
+
+Json heads_key(std::size_t run) { return {{"kind", "heads"}, {"run", run}}; }
+
+Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run) {
+  return {{"kind", "errors"}, {"rows", rows}, {"data_set", data_set}, {"run", run}};
+}
+
+Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run) {
+  return {{"kind", "ablation"},           {"length", length}, {"heads", mask.heads}, {"draw", mask.draw},
+          {"masked", mask.masked.size()}, {"run", run}};
+}
+
+Json key_of(const Json& record) {
+  static const std::map<std::string, std::vector<std::string>> names = {
+      {"heads", {"run"}},
+      {"errors", {"rows", "data_set", "run"}},
+      {"ablation", {"length", "heads", "draw", "masked", "run"}}};
+  Json key = {{"kind", record.at("kind")}};
+  const auto found = names.find(key.at("kind").get<std::string>());
+  if (found == names.end()) {
+    throw engine::Error(fmt::format("its kind is {}", key.at("kind").dump()));
+  }
+  for (const std::string& name : found->second) {
+    key[name] = record.at(name);
+  }
+  return key;
+}
+
+PromptCalibration::PromptCalibration(const CalibrationSettings& settings, const std::filesystem::path& model,
+                                     int threads)
+    : settings_(&settings),
+      loaded_(load_model(model, threads)),
+      haystack_(Haystack::from(settings.haystack)) {}
+
+NeedlePrompt PromptCalibration::prompt_of(const NeedleRun& run) const {
+  // Each needle lies in another part of the text, so that the heads are not those of one passage.
+  const double start = static_cast<double>(run.needle) / static_cast<double>(settings_->needles.size());
+  return needle_prompt(loaded_, haystack_, settings_->needles[run.needle].view(),
+                       {.tokens = run.length, .depth = run.depth, .start = start});
+}
+
+Json PromptCalibration::score_heads(const NeedleRun& run) const {
+  const engine::ModelConfig& config = loaded_.model.config();
+  const NeedlePrompt prompt = prompt_of(run);
+  calibrate::HeadScoreAccumulator scores{static_cast<std::size_t>(config.layers),
+                                         static_cast<std::size_t>(config.heads)};
+  engine::Sequence sequence{loaded_.model};
+  sequence.hooks().attention = [&](int layer, int head, std::span<const float> row) {
+    scores.add_attention(static_cast<std::size_t>(layer), static_cast<std::size_t>(head), row);
+  };
+  scores.begin_run(run.run, prompt.tokens, prompt.needle);
+  sequence.prefill(prompt.tokens);
+  std::vector<TokenId> tokens;
+  decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId token) {
+    scores.add_token(token);
+    tokens.push_back(token);
+    return true;
+  });
+  const std::string answer = loaded_.tokenizer.decode(tokens, {.skip_special = true});
+  const std::string& fact = settings_->needles[run.needle].fact;
+  scores.end_run(calibrate::answered(answer, fact));
+  const calibrate::HeadRun& ended = scores.runs().at(run.run);
+  return merged(heads_key(run.run), {{"needle", run.needle},
+                                     {"length", run.length},
+                                     {"tokens", prompt.tokens.size()},
+                                     {"depth", run.depth},
+                                     {"answer", answer},
+                                     {"recall", calibrate::rouge1_recall(answer, fact)},
+                                     {"counted", ended.counted},
+                                     {"once_per_occurrence", ended.once_per_occurrence},
+                                     {"once_per_step", ended.once_per_step},
+                                     {"classic", ended.classic}});
+}
+
+void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compresskv::HeadRanking& ranking,
+                                       std::span<const std::size_t> budgets, const Take& hand_on) const {
+  const auto layers = static_cast<std::size_t>(loaded_.model.config().layers);
+  std::vector<TokenId> tokens;
+  std::vector<TokenId> continuation;
+  if (prompt.needle) {
+    tokens = prompt_of(*prompt.needle).tokens;
+  } else {
+    TaskPrompt text =
+        task_prompt("perplexity", loaded_, haystack_, {.length = prompt.length, .index = prompt.run});
+    tokens = std::move(text.tokens);
+    continuation = std::move(text.continuation);
+    continuation.resize(std::min(continuation.size(), text_steps));
+  }
+  Compression how{.method = Method::compresskv, .heads = ranking};
+  settings_->cache.apply_to(how);
+  const compresskv::ModelShape shape = shape_of(loaded_.model.config(), engine::KvType::f32);
+
+  engine::Sequence whole{loaded_.model};
+  std::vector<std::vector<float>> queries;  // [layer][head][window][head_dim]
+  std::size_t window = 0;
+  whole.prefill(tokens, {.window = how.window,
+                         .on_layer =
+                             [&](const engine::LayerView& layer) {
+                               window = layer.window;
+                               queries.emplace_back(
+                                   layer.queries,
+                                   layer.queries + shape.query_heads * window * shape.head_dim);
+                             },
+                         .on_logits = {}});
+  for (const std::size_t rows : budgets) {
+    how.budget = compresskv::Budget::tokens_per_layer(rows);
+    const auto compressor = make_compressor(how, shape, loaded_.model.pool());
+    compressor->begin(tokens.size());
+    engine::Sequence sequence = whole.clone([&](engine::LayerView& layer) {
+      const compresskv::QueryWindow<float> shown{
+          queries[static_cast<std::size_t>(layer.layer)].data(),
+          compresskv::QueryShape{
+              .query_heads = shape.query_heads, .queries = window, .head_dim = shape.head_dim}};
+      compressor->compress(layer.shadow(), {.queries = shown});
+    });
+    calibrate::EvictionErrorAccumulator errors{layers};
+    errors.begin_run(prompt.data_set, prompt.run);
+    sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
+      errors.add(static_cast<std::size_t>(layer), full, evicted);
+    };
+    std::size_t steps = 0;
+    if (prompt.needle) {
+      decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId) {
+        ++steps;
+        return true;
+      });
+    }
+    for (const TokenId token : continuation) {
+      sequence.decode(token, sequence.next_position());
+      ++steps;
+    }
+    std::vector<double> sums(layers, 0.0);
+    if (steps > 0) {
+      errors.end_run();
+      sums = errors.data_sets().at(prompt.data_set).at(prompt.run).errors;
+    }
+    hand_on(merged(errors_key(rows, prompt.data_set, prompt.run), {{"steps", steps}, {"errors", sums}}));
+  }
+}
+
+void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,
+                               const Take& hand_on) const {
+  const TaskPrompt prompt =
+      task_prompt("needle", loaded_, haystack_,
+                  {.length = length, .index = run, .depth = settings_->depth(run % settings_->depths)});
+  for (const HeadMask& mask : masks) {
+    engine::Sequence sequence{loaded_.model, {.masked_heads = mask.masked}};
+    sequence.prefill(prompt.tokens);
+    engine::StreamDecoder text{loaded_.tokenizer};
+    std::string answer;
+    // What is said after a right answer changes nothing.
+    decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId token) {
+      answer += text.push(token);
+      return !holds(answer, prompt.expect[0]);
+    });
+    answer += text.finish();
+    const bool right = holds(answer, prompt.expect[0]);
+    hand_on(merged(ablation_key(length, mask, run), {{"right", right}, {"answer", answer}}));
+    if (mask.masked.empty() && !right) {
+      return;
+    }
+  }
+}
+
+}  // namespace ckv

@@ -1,0 +1,94 @@
+// What `ckv calibrate` measures on one prompt; all of it becomes records.
+#pragma once
+
+#include <compresskv/core/head_ranking.hpp>
+#include <cstddef>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "arguments.hpp"
+#include "calibration_jobs.hpp"
+#include "engine/sequence.hpp"
+#include "needle.hpp"
+#include "records.hpp"
+#include "run.hpp"
+
+namespace ckv {
+
+/// What decides what a prompt says.
+struct CalibrationSettings {
+  CacheArguments cache;
+  std::vector<NeedleText> needles;
+  std::filesystem::path haystack;  ///< empty: the King James text
+  std::size_t depths = 5;
+  std::size_t max_new_tokens = 50;
+
+  /// Of the so-manieth depth, evenly from first to last.
+  double depth(std::size_t index) const {
+    return depths == 1 ? 0.5 : static_cast<double>(index) / static_cast<double>(depths - 1);
+  }
+};
+
+/// A needle prompt of the grid.
+struct NeedleRun {
+  std::size_t run = 0;
+  std::size_t needle = 0;
+  std::size_t length = 0;
+  double depth = 0.0;
+};
+
+/// A prompt whose layers are evicted from: the run's, else a stretch of the haystack.
+struct ErrorPrompt {
+  std::string data_set;
+  std::size_t run = 0;  ///< its number in the data set
+  std::size_t length = 0;
+  std::optional<NeedleRun> needle = std::nullopt;
+};
+
+/// Heads that are masked, and how they were chosen.
+struct HeadMask {
+  std::string heads;  ///< "srh", "classic" or "random"
+  std::size_t draw = 0;
+  std::vector<engine::HeadIndex> masked = {};
+};
+
+/// What tells a record from all others of its file.
+Json heads_key(std::size_t run);
+Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run);
+Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run);
+
+/// A record's own. Throws Json's exceptions where a part of it is absent, engine::Error for another kind.
+Json key_of(const Json& record);
+
+/// Works on one prompt after another.
+class PromptCalibration {
+ public:
+  /// `settings` must outlive it. Throws as load_model and Haystack::from.
+  PromptCalibration(const CalibrationSettings& settings, const std::filesystem::path& model, int threads);
+
+  /// Answers a needle prompt and scores every head. Throws as needle_prompt.
+  Json score_heads(const NeedleRun& run) const;
+
+  /// What each layer loses when it is cut to `rows`, for each of several budgets: a record each. The answer
+  /// is that of the whole cache; of a stretch of text what it goes on with. A prompt without a step says
+  /// nothing, and its record counts none.
+  void measure_errors(const ErrorPrompt& prompt, const compresskv::HeadRanking& ranking,
+                      std::span<const std::size_t> budgets, const Take& hand_on) const;
+
+  /// Whether each of these masks leaves a needle prompt's answer right; a record each. The prompts are those
+  /// of the task "needle", by `run`. Ends where the answer is wrong with nothing masked.
+  void ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,
+              const Take& hand_on) const;
+
+ private:
+  NeedlePrompt prompt_of(const NeedleRun& run) const;
+
+  const CalibrationSettings* settings_;
+  LoadedModel loaded_;
+  Haystack haystack_;
+};
+
+}  // namespace ckv

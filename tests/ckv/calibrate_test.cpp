@@ -1,0 +1,460 @@
+// ckv calibrate as its users meet it, on short prompts, and what it makes of its records.
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <compresskv/io/calibration_files.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "ckv/calibration_jobs.hpp"
+#include "ckv/calibration_results.hpp"
+#include "ckv/needle.hpp"
+#include "engine/error.hpp"
+#include "message_of.hpp"
+#include "model_fixture.hpp"
+#include "tool.hpp"
+
+namespace ckv_test {
+namespace {
+
+using compresskv::test::message_of;
+
+// ---- what records say together
+// -----------------------------------------------------------------------------------
+
+compresskv::HeadScores scores_of(std::size_t layers, std::size_t heads, const std::vector<double>& means) {
+  std::vector<std::vector<double>> runs;
+  for (const double mean : means) {
+    runs.push_back({mean});
+  }
+  return {layers, heads, std::move(runs)};
+}
+
+TEST(CalibrationResults, TopOverlapIsTheShareThatBothRankingsHave) {
+  const compresskv::HeadRanking a{{{0, 1, 2, 3, 4}, {4, 3, 2, 1, 0}}};
+  const compresskv::HeadRanking b{{{1, 0, 4, 3, 2}, {3, 4, 1, 2, 0}}};
+  EXPECT_EQ(ckv::top_overlap(a, b, 2), 1.0);
+  EXPECT_EQ(ckv::top_overlap(a, b, 1), 0.0);
+  EXPECT_EQ(ckv::top_overlap(a, b, 3), 0.5 * (2.0 / 3.0 + 2.0 / 3.0));
+  EXPECT_EQ(ckv::top_overlap(a, b, 4), 0.5 * (3.0 / 4.0 + 1.0));
+  EXPECT_EQ(ckv::top_overlap(a, b, 9), 1.0);
+}
+
+TEST(CalibrationResults, RankCorrelationLooksAtTheOrderOfAllHeads) {
+  const auto a = scores_of(2, 2, {0.0, 1.0, 2.0, 30.0});
+  EXPECT_DOUBLE_EQ(ckv::rank_correlation(a, a), 1.0);
+  EXPECT_DOUBLE_EQ(ckv::rank_correlation(a, scores_of(2, 2, {9.0, 8.0, -1.0, -2.0})), -1.0);
+  // Ranks 0 1 2 3 and 1 0 2 3: 1 - 6 * 2 / (4 * 15).
+  EXPECT_DOUBLE_EQ(ckv::rank_correlation(a, scores_of(2, 2, {2.0, 1.0, 3.0, 4.0})), 0.8);
+  // Ties share a rank: 0 1 2 3 and 0.5 0.5 2.5 2.5 have the covariance 4 and the squares 5 and 4.
+  EXPECT_DOUBLE_EQ(ckv::rank_correlation(a, scores_of(2, 2, {0.0, 0.0, 1.0, 1.0})), 4.0 / std::sqrt(20.0));
+  EXPECT_EQ(ckv::rank_correlation(a, scores_of(2, 2, {1.0, 1.0, 1.0, 1.0})), 0.0);
+}
+
+TEST(CalibrationResults, BestHeadsAreThoseOfTheWholeModel) {
+  using Heads = std::vector<engine::HeadIndex>;
+  EXPECT_EQ(ckv::best_heads(scores_of(2, 2, {0.5, 2.0, 3.0, 0.5})), (Heads{{1, 0}, {0, 1}, {0, 0}, {1, 1}}));
+}
+
+TEST(CalibrationResults, StabilityComparesHalvesAndGrowingParts) {
+  using compresskv::calibrate::HeadScoreKind;
+  compresskv::calibrate::HeadScoreAccumulator scores{1, 6};
+  const std::vector<double> up = {0, 1, 2, 3, 4, 5};
+  const std::vector<double> down = {5, 4, 3, 2, 1, 0};
+  EXPECT_EQ(ckv::stability_json(scores, HeadScoreKind::classic), nullptr);
+  for (const std::size_t even : {0, 2, 4}) {
+    scores.add_run(
+        {.run = even, .counted = true, .once_per_occurrence = up, .once_per_step = up, .classic = up});
+  }
+  EXPECT_EQ(ckv::stability_json(scores, HeadScoreKind::classic), nullptr);
+  scores.add_run(
+      {.run = 3, .counted = true, .once_per_occurrence = up, .once_per_step = up, .classic = down});
+  scores.add_run({.run = 5});
+  const auto same = ckv::stability_json(scores, HeadScoreKind::once_per_occurrence);
+  EXPECT_EQ(same.at("halves").at("prompts"), (std::vector<int>{3, 1}));
+  EXPECT_EQ(same.at("halves").at("top4_overlap"), 1.0);
+  EXPECT_EQ(same.at("halves").at("rank_correlation"), 1.0);
+  const auto other = ckv::stability_json(scores, HeadScoreKind::classic);
+  EXPECT_EQ(other.at("halves").at("top4_overlap"), 0.5);
+  EXPECT_EQ(other.at("halves").at("rank_correlation"), -1.0);
+  ASSERT_EQ(other.at("by_prompts").size(), 2U);
+  EXPECT_EQ(other.at("by_prompts").at(1).at("prompts"), 2);
+}
+
+TEST(CalibrationResults, MasksHoldTheBestHeadsAndRandomOnes) {
+  const auto srh = scores_of(2, 10, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19});
+  const auto classic = scores_of(2, 10, {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+  const std::vector<std::size_t> counts = {1, 3};
+  const auto masks = ckv::head_masks(srh, classic, counts, 2);
+  ASSERT_EQ(masks.size(), 1U + 2U * 4U);
+  EXPECT_TRUE(masks[0].masked.empty());
+  EXPECT_EQ(masks[5].masked, (std::vector<engine::HeadIndex>{{1, 9}, {1, 8}, {1, 7}}));
+  EXPECT_EQ(masks[6].masked, (std::vector<engine::HeadIndex>{{0, 0}, {0, 1}, {0, 2}}));
+  for (const std::size_t draw : {0, 1}) {
+    const auto& one = masks[3 + draw];
+    const auto& three = masks[7 + draw];
+    EXPECT_EQ(three.draw, draw);
+    EXPECT_EQ(three.heads, "random");
+    EXPECT_EQ(one.masked.at(0), three.masked.at(0));
+    EXPECT_EQ(std::set(three.masked.begin(), three.masked.end()).size(), 3U);
+  }
+  EXPECT_NE(masks[7].masked, masks[8].masked);
+}
+
+// ---- processes
+// -----------------------------------------------------------------------------------------------------
+
+TEST(CalibrationJobs, RecordsComeInTheOrderOfTheTasks) {
+  for (const std::size_t jobs : {1, 3, 20}) {
+    std::vector<std::string> seen;
+    ckv::share_out(
+        8, jobs,
+        [] {
+          return [](std::size_t task, const ckv::Take& hand_on) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(task % 3 * 10));
+            for (std::size_t part = 0; part < task % 3; ++part) {
+              // More than a pipe holds.
+              hand_on({{"task", task}, {"part", part}, {"long", std::string(100'000, 'x')}});
+            }
+          };
+        },
+        [&](const ckv::Json& record) {
+          EXPECT_EQ(record.at("long").get<std::string>().size(), 100'000U);
+          seen.push_back(record.at("task").dump() + "." + record.at("part").dump());
+        },
+        [&](std::size_t task) { seen.push_back(std::to_string(task)); });
+    EXPECT_EQ(seen, (std::vector<std::string>{"0", "1.0", "1", "2.0", "2.1", "2", "3", "4.0", "4", "5.0",
+                                              "5.1", "5", "6", "7.0", "7"}));
+  }
+}
+
+TEST(CalibrationJobs, WhatFailsThereIsSaidHere) {
+  const auto message = [](const std::function<void(std::size_t)>& fails) {
+    std::size_t taken = 0;
+    const std::string said = message_of<engine::Error>([&] {
+      ckv::share_out(
+          4, 2,
+          [&] {
+            return [&](std::size_t task, const ckv::Take& hand_on) {
+              if (task == 3) {
+                fails(task);
+              }
+              hand_on({{"task", task}});
+            };
+          },
+          [&](const ckv::Json&) { ++taken; }, [](std::size_t) {});
+    });
+    EXPECT_EQ(taken, 3U);
+    return said;
+  };
+  EXPECT_EQ(message([](std::size_t task) { throw std::runtime_error("no task " + std::to_string(task)); }),
+            "no task 3");
+  EXPECT_NE(message([](std::size_t) { raise(SIGKILL); }).find("ended before its work was done"),
+            std::string::npos);
+}
+
+// ---- own needles
+// ---------------------------------------------------------------------------------------------------
+
+TEST(OwnNeedles, AreReadLineByLine) {
+  const Folder folder;
+  const auto path = folder.write("needles.jsonl",
+                                 "{\"fact\": \"A cat.\", \"question\": \"What?\"}\n\n"
+                                 "{\"question\": \"Who?\", \"fact\": \"Number 7.\", \"by\": \"me\"}");
+  const auto needles = ckv::read_needles(path);
+  ASSERT_EQ(needles.size(), 2U);
+  EXPECT_EQ(needles[0].fact, "A cat.");
+  EXPECT_EQ(needles[1].fact, "Number 7.");
+  EXPECT_EQ(needles[1].question, "Who?");
+}
+
+TEST(OwnNeedles, ABadLineIsNamed) {
+  const Folder folder;
+  const std::string good = "{\"fact\": \"A cat.\", \"question\": \"What?\"}\n";
+  const auto message = [&](const std::string& text) {
+    const auto path = folder.write("needles.jsonl", text);
+    return message_of<engine::Error>([&] { ckv::read_needles(path); });
+  };
+  const std::map<std::string, std::string> bad = {
+      {"a cat", "no JSON object"},
+      {"[1]", "no JSON object"},
+      {R"({"fact": "A cat."})", "\"question\" is absent"},
+      {R"({"fact": 7, "question": "What?"})", "\"fact\" is no text"},
+      {R"({"fact": "...", "question": "What?"})", "\"fact\" has no word"},
+      {R"({"fact": "A cat.", "question": " "})", "\"question\" is empty"}};
+  for (const auto& [line, what] : bad) {
+    const std::string said = message(good + "\n" + line + "\n" + good);
+    EXPECT_NE(said.find("needles.jsonl' line 3: " + what), std::string::npos) << said;
+  }
+  EXPECT_NE(message("\n").find("holds no needle"), std::string::npos) << message("\n");
+  EXPECT_NE(
+      message_of<engine::Error>([&] { ckv::read_needles(folder.path("none.jsonl")); }).find("none.jsonl"),
+      std::string::npos);
+}
+
+// ---- with the real model
+// --------------------------------------------------------------------------------------------
+
+TEST(Calibrate, WrongUsageIsExitCode2) {
+  const auto with = [](const Arguments& more) {
+    Arguments all = {"calibrate", "--model", "m.gguf", "--out", "/tmp/none"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  expect_usage_error({"calibrate", "--model", "m.gguf"}, "--out");
+  expect_usage_error(with({"--needles", "7"}), "--needles is 7, there are 6");
+  expect_usage_error(with({"--jobs", "0"}), "--jobs");
+  expect_usage_error(with({"--ablate", "0"}), "--ablate");
+  expect_usage_error(with({"--ablate-prompts", "3"}), "--ablate-prompts requires --ablate");
+  expect_usage_error(with({"--counting", "twice"}), "twice");
+}
+
+class CalibrateWithModel : public RealModel {
+ protected:
+  void SetUp() override {
+    RealModel::SetUp();
+    std::string haystack;
+    for (int i = 0; i < 300; ++i) {
+      haystack += "The farmer counted " + std::to_string(i) + " sheep on the hill and went home for supper. ";
+    }
+    haystack_ = folder_.write("hay.txt", haystack).string();
+  }
+
+  std::filesystem::path path(const char* name) const { return folder_.path(name); }
+
+  /// `more` comes on top of a small grid, or in place of its options.
+  Arguments calibrate(const char* out, const std::map<std::string, std::string>& more = {}) const {
+    std::map<std::string, std::string> options = {{"--model", model_path()}, {"--out", path(out).string()},
+                                                  {"--name", "tiny"},        {"--lengths", "120"},
+                                                  {"--depths", "1"},         {"--needles", "2"},
+                                                  {"--haystack", haystack_}, {"--texts", "1"},
+                                                  {"--max-new-tokens", "20"}};
+    for (const auto& [option, value] : more) {
+      options[option] = value;
+    }
+    Arguments all = {"calibrate"};
+    for (const auto& [option, value] : options) {
+      all.push_back(option);
+      if (!value.empty()) {
+        all.push_back(value);
+      }
+    }
+    return all;
+  }
+
+  static Outcome run_well(const Arguments& arguments) {
+    Outcome outcome = run_tool(arguments);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return outcome;
+  }
+
+  Folder folder_;
+  std::string haystack_;
+};
+
+const std::set<std::string> all_files = {"tiny_head_idx.json",       "tiny_head_scores.json",
+                                         "tiny_classic_scores.json", "tiny_layer_score.jsonl",
+                                         "calibration.json",         "records.jsonl"};
+
+std::map<std::string, std::string> files_of(const std::filesystem::path& folder) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::directory_iterator{folder}) {
+    files[entry.path().filename().string()] = read(entry.path());
+  }
+  return files;
+}
+
+/// Everything at once, in one process; cut and gone on with; in two.
+TEST_F(CalibrateWithModel, ResumedAndSharedRunsAreTheSameToTheByte) {
+  const std::map<std::string, std::string> everything = {
+      {"--curves", ""}, {"--ablate", "2"}, {"--ablate-length", "120"}, {"--ablate-prompts", "1"}};
+  const Outcome whole = run_well(calibrate("whole", everything));
+  EXPECT_EQ(whole.err, "");
+  const auto expected = files_of(path("whole"));
+  std::set<std::string> names;
+  for (const auto& [name, text] : expected) {
+    names.insert(name);
+  }
+  EXPECT_EQ(names, all_files);
+
+  const auto ranking = compresskv::io::load_head_ranking(path("whole") / "tiny_head_idx.json");
+  EXPECT_NO_THROW(ranking.validate(30, 9));
+  const auto classic = compresskv::io::load_head_scores(path("whole") / "tiny_classic_scores.json");
+  EXPECT_EQ(classic.layers(), 30U);
+  const auto errors = compresskv::io::load_layer_errors(path("whole") / "tiny_layer_score.jsonl");
+  ASSERT_EQ(errors.data_sets().size(), 2U);
+  EXPECT_EQ(errors.data_sets()[0].name, "needle_120");
+  EXPECT_EQ(errors.data_sets()[1].name, "text_120");
+
+  const Json told = Json::parse(expected.at("calibration.json"));
+  EXPECT_EQ(told.at("model_sha256").get<std::string>().size(), 64U);
+  ASSERT_EQ(told.at("runs").size(), 2U);
+  EXPECT_EQ(told.at("runs").at(1).at("counted"), true) << told.at("runs");
+  EXPECT_EQ(told.at("stability").at("halves").at("prompts"), (std::vector<int>{1, 1}));
+  const Json& curves = told.at("curves");
+  EXPECT_EQ(curves.at("rows"), (std::vector<int>{16, 32, 64, 120}));
+  for (std::size_t layer = 0; layer < 30; ++layer) {
+    EXPECT_GT(curves.at("errors").at(0).at(layer), curves.at("errors").at(2).at(layer)) << layer;
+    EXPECT_EQ(curves.at("errors").at(3).at(layer), 0.0) << layer;  // all is kept
+  }
+  std::map<std::string, double> right;
+  for (const Json& row : told.at("ablation")) {
+    EXPECT_EQ(row.at("prompts"), 1);
+    if (row.at("masked") == 0) {
+      EXPECT_EQ(row.at("right"), 1.0);
+    } else {
+      EXPECT_EQ(row.at("masked"), 2);
+      right[row.at("heads")] = row.at("right");
+    }
+  }
+  EXPECT_EQ(right.size(), 3U);
+
+  const Outcome shared = run_well(calibrate("shared", [&] {
+    auto all = everything;
+    all["--jobs"] = "2";
+    all["--threads"] = "2";
+    return all;
+  }()));
+  EXPECT_EQ(files_of(path("shared")), expected);
+  EXPECT_EQ(shared.out.substr(0, shared.out.find("written to")),
+            whole.out.substr(0, whole.out.find("written to")));
+
+  // Killed while a line of the layer errors was written.
+  std::filesystem::create_directory(path("torn"));
+  const std::string& records = expected.at("records.jsonl");
+  folder_.write("torn/records.jsonl", records.substr(0, records.find("text_120") + 30));
+  const Outcome resumed = run_well(calibrate("torn", everything));
+  EXPECT_EQ(resumed.err,
+            "ckv: going on: 2 of 2 prompts are done for the heads, 2 of 3 for the layer errors, 0 of 1 for "
+            "the masks\n");
+  EXPECT_EQ(files_of(path("torn")), expected);
+
+  // Nothing is left to do.
+  const Outcome again = run_well(calibrate("torn", everything));
+  EXPECT_EQ(again.err, "");
+  EXPECT_EQ(files_of(path("torn")), expected);
+}
+
+TEST_F(CalibrateWithModel, OtherRecordsAreRefused) {
+  const auto write_run = [](Json record) { return record.dump() + "\n"; };
+  std::filesystem::create_directory(path("out"));
+  const std::map<std::string, std::string> same = {{"--needles", "1"}, {"--max-new-tokens", "1"}};
+  run_tool(calibrate("out", same));  // too short to answer: what is measured is no more than the heads
+  const std::string text = read(path("out") / "records.jsonl");
+  const std::string header = text.substr(0, text.find('\n') + 1);
+  const auto refused = [&](const std::string& records, const std::map<std::string, std::string>& more,
+                           const std::string& message) {
+    folder_.write("out/records.jsonl", records);
+    expect_failure(calibrate("out", more), message);
+    EXPECT_EQ(read(path("out") / "records.jsonl"), records);
+  };
+  refused(text, {{"--max-new-tokens", "1"}},
+          "records.jsonl' holds records of other runs: settings.needles is 1 there and 2 here");
+  std::string other = text;
+  other.replace(other.find("\"model_sha256\":\"") + 16, 4, "0000");
+  refused(other, same, "holds records of other runs: model_sha256 is \"0000");
+  refused("some text\n", same, "line 1 is no record: it is not from `ckv calibrate`");
+  refused(header + write_run({{"kind", "sums"}, {"run", 0}}), same,
+          "holds a record that is none of this calibration");
+  const std::vector<double> scores(269);
+  refused(header + write_run({{"kind", "heads"},
+                              {"run", 0},
+                              {"counted", true},
+                              {"once_per_occurrence", scores},
+                              {"once_per_step", scores},
+                              {"classic", scores}}),
+          same, "run 0 has 269 scores, must have 270");
+}
+
+// Ctrl-C in the middle: exit code 1, a word about it, no result and no process; the next run goes on.
+TEST_F(CalibrateWithModel, CtrlCEndsAllProcessesAndTheNextRunGoesOn) {
+  const Arguments arguments = calibrate("out", {{"--depths", "3"}, {"--texts", "0"}, {"--jobs", "2"}});
+  const std::string err = path("err").string();
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    setpgid(0, 0);
+    std::vector<char*> words = {const_cast<char*>("ckv")};
+    for (const std::string& argument : arguments) {
+      words.push_back(const_cast<char*>(argument.c_str()));
+    }
+    words.push_back(nullptr);
+    if (std::freopen(err.c_str(), "w", stderr) != nullptr) {
+      execv(COMPRESSKV_CKV_BINARY, words.data());
+    }
+    _exit(99);
+  }
+  const auto records = [&] {
+    const std::string text = read(path("out") / "records.jsonl");
+    return std::count(text.begin(), text.end(), '\n');
+  };
+  for (int i = 0; i < 1200 && records() < 2; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  kill(child, SIGINT);
+  int status = 0;
+  waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 1);
+  EXPECT_NE(read(err).find("interrupted"), std::string::npos) << read(err);
+  EXPECT_EQ(kill(-child, 0), -1);
+  EXPECT_EQ(errno, ESRCH);
+  EXPECT_EQ(files_of(path("out")).size(), 1U);
+  EXPECT_GE(records(), 2);
+
+  const Outcome resumed = run_well(arguments);
+  EXPECT_NE(resumed.err.find("going on: "), std::string::npos) << resumed.err;
+  EXPECT_NE(resumed.err.find(" of 6 prompts are done for the heads"), std::string::npos) << resumed.err;
+  EXPECT_EQ(records(), 1 + 6 + 6);
+}
+
+// Its files are those that generate takes, and another model's are refused by layer and head.
+TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
+  const std::string needles =
+      folder_
+          .write("needles.jsonl", R"({"fact": "The best cheese of Orlen is made from oat milk.", )"
+                                  R"("question": "From what is the best cheese of Orlen made?"})"
+                                  "\n")
+          .string();
+  const Outcome outcome =
+      run_well(calibrate("out", {{"--needle-file", needles}, {"--needles", "1"}, {"--counting", "step"}}));
+  EXPECT_NE(outcome.out.find("too few prompts counted"), std::string::npos) << outcome.out;
+  const Json told = Json::parse(read(path("out") / "calibration.json"));
+  EXPECT_EQ(told.at("needles").size(), 1U);
+  EXPECT_EQ(told.at("stability"), Json());
+  EXPECT_FALSE(told.contains("curves"));
+  EXPECT_FALSE(told.contains("ablation"));
+
+  const auto generate = [&](const std::filesystem::path& heads) {
+    return run_tool({"generate", "--model", model_path(), "--json", "--max-new-tokens", "4", "--prompt",
+                     read(haystack_).substr(0, 900), "--rows", "40", "--heads", heads.string(), "--errors",
+                     (path("out") / "tiny_layer_score.jsonl").string()});
+  };
+  const Outcome answer = generate(path("out") / "tiny_head_idx.json");
+  EXPECT_EQ(answer.code, 0) << answer.err;
+  Json other = Json::parse(read(path("out") / "tiny_head_idx.json"));
+  other.at("3").at(0) = 9;
+  const Outcome refused = generate(folder_.write("other.json", other.dump()));
+  EXPECT_EQ(refused.code, 1);
+  EXPECT_NE(refused.err.find("names head 9, the model has heads 0 to 8"), std::string::npos) << refused.err;
+}
+
+}  // namespace
+}  // namespace ckv_test
