@@ -347,7 +347,7 @@ class CalibrationWork {
         if (!missing.empty() && (!known || records_->right(length, masks_[0], run))) {
           tasks.push_back(
               {.tokens = static_cast<double>(length * missing.size()),
-               .note = fmt::format("masking heads, {} of {} prompts", ablated_.size(), wanted),
+               .note = fmt::format("masking heads, prompt {}", run),
                .work = [length, run, missing](const PromptCalibration& calibration, const Take& hand_on) {
                  calibration.ablate(length, run, missing, hand_on);
                }});

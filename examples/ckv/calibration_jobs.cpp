@@ -96,7 +96,8 @@ class Process {
     check_interrupt();
     if (count <= 0) {
       throw engine::Error(
-          "a process of --jobs ended before its work was done: it may have run out of memory; use fewer");
+          "a process ended before its work was done: it may have run out of memory; where --jobs is given, "
+          "use fewer");
     }
     text_.append(buffer.data(), static_cast<std::size_t>(count));
   }

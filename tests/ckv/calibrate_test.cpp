@@ -79,7 +79,7 @@ TEST(CalibrationResults, StabilityComparesHalvesAndGrowingParts) {
   const std::vector<double> up = {0, 1, 2, 3, 4, 5};
   const std::vector<double> down = {5, 4, 3, 2, 1, 0};
   EXPECT_EQ(ckv::stability_json(scores, HeadScoreKind::classic), nullptr);
-  for (const std::size_t even : {0, 2, 4}) {
+  for (const std::size_t even : {0U, 2U, 4U}) {
     scores.add_run(
         {.run = even, .counted = true, .once_per_occurrence = up, .once_per_step = up, .classic = up});
   }
@@ -107,7 +107,7 @@ TEST(CalibrationResults, MasksHoldTheBestHeadsAndRandomOnes) {
   EXPECT_TRUE(masks[0].masked.empty());
   EXPECT_EQ(masks[5].masked, (std::vector<engine::HeadIndex>{{1, 9}, {1, 8}, {1, 7}}));
   EXPECT_EQ(masks[6].masked, (std::vector<engine::HeadIndex>{{0, 0}, {0, 1}, {0, 2}}));
-  for (const std::size_t draw : {0, 1}) {
+  for (const std::size_t draw : {0U, 1U}) {
     const auto& one = masks[3 + draw];
     const auto& three = masks[7 + draw];
     EXPECT_EQ(three.draw, draw);
@@ -122,7 +122,7 @@ TEST(CalibrationResults, MasksHoldTheBestHeadsAndRandomOnes) {
 // -----------------------------------------------------------------------------------------------------
 
 TEST(CalibrationJobs, RecordsComeInTheOrderOfTheTasks) {
-  for (const std::size_t jobs : {1, 3, 20}) {
+  for (const std::size_t jobs : {1U, 3U, 20U}) {
     std::vector<std::string> seen;
     ckv::share_out(
         8, jobs,

@@ -113,10 +113,10 @@ TEST(MaskedHeads, HooksSeeTheirAttention) {
 TEST(MaskedHeads, ThatDoNotExistAreNamed) {
   const TinyModel tiny;
   const Model model = tiny.model();
-  for (const auto& [layer, head] : {std::pair{2, 0}, {-1, 0}, {0, 6}, {1, -1}}) {
-    EXPECT_EQ(message_of<Error>([&] { Sequence(model, {.masked_heads = {{.layer = layer, .head = head}}}); }),
-              "masked_heads names layer " + std::to_string(layer) + " head " + std::to_string(head) +
-                  ", the model has layers 0 to 1 of heads 0 to 5");
+  for (const HeadIndex& masked_head : {HeadIndex{2, 0}, {-1, 0}, {0, 6}, {1, -1}}) {
+    EXPECT_EQ(message_of<Error>([&] { Sequence(model, {.masked_heads = {masked_head}}); }),
+              "masked_heads names layer " + std::to_string(masked_head.layer) + " head " +
+                  std::to_string(masked_head.head) + ", the model has layers 0 to 1 of heads 0 to 5");
   }
 }
 
