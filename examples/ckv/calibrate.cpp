@@ -4,7 +4,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <compresskv/core/version.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdio>
@@ -136,33 +135,20 @@ std::vector<std::size_t> wanted_curve_rows(const CalibrateArguments& arguments) 
   return rows;
 }
 
-Json haystack_json(const CalibrateArguments& arguments, const Json& file) {
-  return arguments.settings.haystack.empty() ? Json("King James text of Debian's bible-kjv") : file;
-}
-
 /// What records of one folder must have in common. What is measured beside the heads may grow.
 Json header_json(const CalibrateArguments& arguments, const std::string& sha256) {
   const CalibrationSettings& settings = arguments.settings;
-  const auto digest = [](const std::filesystem::path& path) {
-    return path.empty() ? Json() : Json(engine::sha256_of_file(path));
-  };
-  return {{"file", "ckv calibrate"},
-          {"version", fmt::format("{}.{}.{}", COMPRESSKV_VERSION_MAJOR, COMPRESSKV_VERSION_MINOR,
-                                  COMPRESSKV_VERSION_PATCH)},
-          {"model", arguments.model.model.filename().string()},
-          {"model_sha256", sha256},
-          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
-          {"settings",
-           {{"lengths", arguments.lengths},
-            {"depths", settings.depths},
-            {"needles", settings.needles.size()},
-            {"needle_file_sha256", digest(arguments.needle_file)},
-            {"max_new_tokens", settings.max_new_tokens},
-            {"counting", arguments.counting},
-            {"window", settings.cache.window},
-            {"heads_per_layer", settings.cache.heads_per_layer},
-            {"pool", settings.cache.pool},
-            {"haystack", haystack_json(arguments, digest(settings.haystack))}}}};
+  return record_header("ckv calibrate", arguments.model.model, sha256,
+                       {{"lengths", arguments.lengths},
+                        {"depths", settings.depths},
+                        {"needles", settings.needles.size()},
+                        {"needle_file_sha256", file_digest(arguments.needle_file)},
+                        {"max_new_tokens", settings.max_new_tokens},
+                        {"counting", arguments.counting},
+                        {"window", settings.cache.window},
+                        {"heads_per_layer", settings.cache.heads_per_layer},
+                        {"pool", settings.cache.pool},
+                        {"haystack", haystack_json(settings.haystack, file_digest(settings.haystack))}});
 }
 
 // ---- the work ----
@@ -434,7 +420,8 @@ Json calibration_json(const CalibrateArguments& arguments, const std::string& na
   out["model_file"] = arguments.model.model.filename().string();
   out["model_sha256"] = sha256;
   out["command"] = command_text(arguments);
-  out["haystack"] = haystack_json(arguments, arguments.settings.haystack.filename().string());
+  out["haystack"] =
+      haystack_json(arguments.settings.haystack, arguments.settings.haystack.filename().string());
   out["code_path"] = compresskv::kernel::name(compresskv::kernel::code_path());
   for (const NeedleText& needle : arguments.settings.needles) {
     out["needles"].push_back({{"fact", needle.fact}, {"question", needle.question}});

@@ -9,8 +9,8 @@
 #include <map>
 #include <utility>
 
-#include "compress.hpp"
 #include "engine/error.hpp"
+#include "evaluation.hpp"
 #include "tasks.hpp"
 
 namespace ckv {
@@ -20,17 +20,17 @@ namespace calibrate = compresskv::calibrate;
 
 constexpr std::size_t text_steps = 32;  // that a stretch of text goes on
 
-/// Greedy decoding up to the end token or while `wanted(token)` says yes, which hears of each token before it
-/// is fed.
-template <class Wanted>
+/// Greedy decoding up to the end token; `picked` hears of each token before it is fed.
+template <class Picked>
 void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
-                     const Wanted& wanted) {
+                     const Picked& picked) {
   for (std::size_t step = 0;
        step < max_new_tokens && sequence.next_position() < loaded.model.config().context; ++step) {
     const TokenId token = engine::greedy(sequence.logits());
-    if (loaded.tokenizer.is_end_of_generation(token) || !wanted(token)) {
+    if (loaded.tokenizer.is_end_of_generation(token)) {
       return;
     }
+    picked(token);
     sequence.decode(token, sequence.next_position());
   }
 }
@@ -97,7 +97,6 @@ Json PromptCalibration::score_heads(const NeedleRun& run) const {
   decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId token) {
     scores.add_token(token);
     tokens.push_back(token);
-    return true;
   });
   const std::string answer = loaded_.tokenizer.decode(tokens, {.skip_special = true});
   const std::string& fact = settings_->needles[run.needle].fact;
@@ -131,31 +130,11 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
   }
   Compression how{.method = Method::compresskv, .heads = ranking};
   settings_->cache.apply_to(how);
-  const compresskv::ModelShape shape = shape_of(loaded_.model.config(), engine::KvType::f32);
-
-  engine::Sequence whole{loaded_.model};
-  std::vector<std::vector<float>> queries;  // [layer][head][window][head_dim]
-  std::size_t window = 0;
-  whole.prefill(tokens, {.window = how.window,
-                         .on_layer =
-                             [&](const engine::LayerView& layer) {
-                               window = layer.window;
-                               queries.emplace_back(
-                                   layer.queries,
-                                   layer.queries + shape.query_heads * window * shape.head_dim);
-                             },
-                         .on_logits = {}});
+  const Evaluation evaluation{loaded_, engine::KvType::f32, settings_->max_new_tokens};
+  ReadPrompt read = evaluation.read(tokens, how.window, [](double) {});
   for (const std::size_t rows : budgets) {
     how.budget = compresskv::Budget::tokens_per_layer(rows);
-    const auto compressor = make_compressor(how, shape, loaded_.model.pool());
-    compressor->begin(tokens.size());
-    engine::Sequence sequence = whole.clone([&](engine::LayerView& layer) {
-      const compresskv::QueryWindow<float> shown{
-          queries[static_cast<std::size_t>(layer.layer)].data(),
-          compresskv::QueryShape{
-              .query_heads = shape.query_heads, .queries = window, .head_dim = shape.head_dim}};
-      compressor->compress(layer.shadow(), {.queries = shown});
-    });
+    engine::Sequence sequence = evaluation.compress(read, how, true).first;
     calibrate::EvictionErrorAccumulator errors{layers};
     errors.begin_run(prompt.data_set, prompt.run);
     sequence.hooks().shadow = [&](int layer, std::span<const float> full, std::span<const float> evicted) {
@@ -163,10 +142,7 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
     };
     std::size_t steps = 0;
     if (prompt.needle) {
-      decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId) {
-        ++steps;
-        return true;
-      });
+      decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId) { ++steps; });
     }
     for (const TokenId token : continuation) {
       sequence.decode(token, sequence.next_position());
@@ -186,18 +162,13 @@ void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<co
   const TaskPrompt prompt =
       task_prompt("needle", loaded_, haystack_,
                   {.length = length, .index = run, .depth = settings_->depth(run % settings_->depths)});
+  const Evaluation evaluation{loaded_, engine::KvType::f32, settings_->max_new_tokens};
   for (const HeadMask& mask : masks) {
     engine::Sequence sequence{loaded_.model, {.masked_heads = mask.masked}};
     sequence.prefill(prompt.tokens);
-    engine::StreamDecoder text{loaded_.tokenizer};
-    std::string answer;
-    // What is said after a right answer changes nothing.
-    decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId token) {
-      answer += text.push(token);
-      return !holds(answer, prompt.expect[0]);
-    });
-    answer += text.finish();
-    const bool right = holds(answer, prompt.expect[0]);
+    engine::Sequence* const only = &sequence;
+    const std::string answer = evaluation.answer(prompt, {&only, 1})[0];
+    const bool right = is_right(prompt, answer);
     hand_on(merged(ablation_key(length, mask, run), {{"right", right}, {"answer", answer}}));
     if (mask.masked.empty() && !right) {
       return;

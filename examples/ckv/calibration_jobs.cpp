@@ -141,6 +141,7 @@ void share_out(std::size_t tasks, std::size_t jobs, const std::function<Worker()
       take(line);
     }
     if (line.is_string()) {
+      check_interrupt();  // it may have seen Ctrl-C first
       throw engine::Error(line.get<std::string>());
     }
     done(task);

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <compresskv/core/version.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdio>
@@ -197,33 +196,22 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   return variants;
 }
 
-Json file_digest(const std::filesystem::path& path) {
-  return path.empty() ? Json() : Json(engine::sha256_of_file(path));
-}
-
 /// What records of one file must have in common. Methods, budgets, lengths and the number of prompts may
 /// grow.
 Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& files,
                  const std::string& sha256) {
-  return {{"file", "ckv evaluate"},
-          {"version", fmt::format("{}.{}.{}", COMPRESSKV_VERSION_MAJOR, COMPRESSKV_VERSION_MINOR,
-                                  COMPRESSKV_VERSION_PATCH)},
-          {"model", arguments.model.model.filename().string()},
-          {"model_sha256", sha256},
-          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
-          {"settings",
-           {{"seed", arguments.seed},
-            {"depths", arguments.depths},
-            {"window", arguments.cache.window},
-            {"heads_per_layer", arguments.cache.heads_per_layer},
-            {"pool", arguments.cache.pool},
-            {"kv_type", arguments.cache.kv_type},
-            {"max_new_tokens", arguments.max_new_tokens},
-            {"heads_sha256", file_digest(files.heads)},
-            {"errors_sha256", file_digest(files.errors)},
-            {"scores_sha256", file_digest(files.scores)},
-            {"haystack", arguments.haystack.empty() ? Json("King James text of Debian's bible-kjv")
-                                                    : file_digest(arguments.haystack)}}}};
+  return record_header("ckv evaluate", arguments.model.model, sha256,
+                       {{"seed", arguments.seed},
+                        {"depths", arguments.depths},
+                        {"window", arguments.cache.window},
+                        {"heads_per_layer", arguments.cache.heads_per_layer},
+                        {"pool", arguments.cache.pool},
+                        {"kv_type", arguments.cache.kv_type},
+                        {"max_new_tokens", arguments.max_new_tokens},
+                        {"heads_sha256", file_digest(files.heads)},
+                        {"errors_sha256", file_digest(files.errors)},
+                        {"scores_sha256", file_digest(files.scores)},
+                        {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}});
 }
 
 // ---- the grid ----

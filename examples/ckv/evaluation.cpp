@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <numeric>
@@ -14,16 +13,6 @@
 #include "terminal.hpp"
 
 namespace ckv {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double milliseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
-
-}  // namespace
-
 bool is_right(const TaskPrompt& prompt, std::string_view answer) {
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
                      [&](const std::string& expect) { return holds(answer, expect); });

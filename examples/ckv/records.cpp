@@ -2,12 +2,15 @@
 
 #include <fmt/core.h>
 
+#include <compresskv/core/version.hpp>
+#include <compresskv/kernel/code_path.hpp>
 #include <string>
 #include <system_error>
 #include <utility>
 
 #include "arguments.hpp"
 #include "engine/error.hpp"
+#include "engine/sha256.hpp"
 
 namespace ckv {
 namespace {
@@ -29,6 +32,25 @@ void check_same(const std::filesystem::path& path, const std::string& name, cons
 }
 
 }  // namespace
+
+Json record_header(std::string_view command, const std::filesystem::path& model, const std::string& sha256,
+                   Json settings) {
+  return {{"file", command},
+          {"version", fmt::format("{}.{}.{}", COMPRESSKV_VERSION_MAJOR, COMPRESSKV_VERSION_MINOR,
+                                  COMPRESSKV_VERSION_PATCH)},
+          {"model", model.filename().string()},
+          {"model_sha256", sha256},
+          {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
+          {"settings", std::move(settings)}};
+}
+
+Json file_digest(const std::filesystem::path& path) {
+  return path.empty() ? Json() : Json(engine::sha256_of_file(path));
+}
+
+Json haystack_json(const std::filesystem::path& haystack, const Json& file) {
+  return haystack.empty() ? Json("King James text of Debian's bible-kjv") : file;
+}
 
 RecordFile::RecordFile(std::filesystem::path path, const Json& header) : path_(std::move(path)) {
   std::error_code failure;

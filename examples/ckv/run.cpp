@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -15,12 +14,6 @@
 
 namespace ckv {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double milliseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 using Positions = std::vector<std::vector<std::uint32_t>>;  // [list][row]
 
@@ -116,6 +109,10 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
 }
 
 }  // namespace
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
 
 LoadedModel load_model(const std::filesystem::path& path, int threads) {
   engine::GgufFile file = engine::GgufFile::open(path);

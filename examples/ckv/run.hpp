@@ -1,6 +1,7 @@
 // What every subcommand does: load a model, read a prompt, shrink each layer as it ends its prefill, decode.
 #pragma once
 
+#include <chrono>
 #include <compresskv/compresskv.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +25,9 @@
 namespace ckv {
 
 using engine::TokenId;
+
+using Clock = std::chrono::steady_clock;
+double milliseconds_since(Clock::time_point start);
 
 /// A model file with all that is read from it.
 struct LoadedModel {
