@@ -159,17 +159,23 @@ def curves(records, unit):
     return figure
 
 
+def panels(count, cell, margin):
+    """A figure of `count` panels, four a row; sizes in inches."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(cell[0] * columns + margin[0], cell[1] * rows + margin[1]),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def heat_maps(records, budget):
     """Length x depth for each method at one budget."""
     own = [r for r in records if r["budget"] == budget]
     methods = list(dict.fromkeys(r["method"] for r in own))
     lengths, depths = sorted({r["length"] for r in own}), sorted({r["depth"] for r in own})
-    columns = min(4, len(methods))
-    rows = -(-len(methods) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.0 * columns + 0.8, (1.0 + 0.4 * len(lengths)) * rows + 0.6),
-                                sharex=True, sharey=True, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(methods):]:
-        axis.set_visible(False)
+    figure, axes = panels(len(methods), (3.0, 1.0 + 0.4 * len(lengths)), (0.8, 0.6))
     for axis, method in zip(axes.flat, methods):
         grid = np.full((len(lengths), len(depths)), np.nan)
         for i, length in enumerate(lengths):
@@ -201,12 +207,7 @@ def kept_maps(records, length, budget):
     tokens, layers, stretches = full["prompt_tokens"], len(own[0]["kept"]), len(own[0]["kept"][0])
     # Of all KV heads together: the positions p of a stretch are those with the same p * stretches / tokens, rounded down.
     whole = np.bincount(np.arange(tokens) * stretches // tokens, minlength=stretches) * full["rows"] / (tokens * layers)
-    columns = min(4, len(own))
-    rows = -(-len(own) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns + 0.6, 1.7 * rows + 0.8),
-                                sharex=True, sharey=True, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(own):]:
-        axis.set_visible(False)
+    figure, axes = panels(len(own), (3.4, 1.7), (0.6, 0.8))
     for axis, record in zip(axes.flat, own):
         image = axis.imshow(np.array(record["kept"]) / whole, vmin=0, vmax=1, cmap="Blues", aspect="auto",
                             interpolation="nearest", extent=(0, tokens, layers - 0.5, -0.5))

@@ -19,13 +19,17 @@ constexpr std::size_t every = 32;
 
 class DecodingOnABudget : public RealModel {
  protected:
-  /// Sampled, so that the text does not end up in a loop.
-  static ckv::RunResult write(ckv::Method method, std::size_t tokens, std::size_t step = every) {
+  static ckv::Compression on_budget(ckv::Method method) {
     ckv::Compression how{.method = method, .budget = compresskv::Budget::tokens_per_layer(rows)};
     if (ckv::info(method).needs_heads) {
       how.heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"));
     }
-    return ckv::run(model(), boxes_prompt(), how,
+    return how;
+  }
+
+  /// Sampled, so that the text does not end up in a loop.
+  static ckv::RunResult write(ckv::Method method, std::size_t tokens, std::size_t step = every) {
+    return ckv::run(model(), boxes_prompt(), on_budget(method),
                     {.decode_every = step,
                      .max_new_tokens = tokens,
                      .sampling = {.temperature = 1.0F, .top_p = 0.9F, .seed = 3}});
@@ -34,17 +38,13 @@ class DecodingOnABudget : public RealModel {
 
 TEST_F(DecodingOnABudget, HoldsAThousandTokensInItsRowsAndNMore) {
   // A text without an end, so that no end token stops it.
-  ckv::Compression how{.method = ckv::Method::compresskv,
-                       .budget = compresskv::Budget::tokens_per_layer(rows),
-                       .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))};
-  const std::string text = "In the beginning there was a small town by the sea. ";
   std::string raw;
   for (int i = 0; i < 12; ++i) {
-    raw += text;
+    raw += "In the beginning there was a small town by the sea. ";
   }
   const ckv::RunResult result =
-      ckv::run(model(), model().tokenizer.encode(raw, {.add_bos = false, .parse_special = false}), how,
-               {.decode_every = every, .max_new_tokens = 1001});
+      ckv::run(model(), model().tokenizer.encode(raw, {.add_bos = false, .parse_special = false}),
+               on_budget(ckv::Method::compresskv), {.decode_every = every, .max_new_tokens = 1001});
   EXPECT_EQ(result.decode_steps, 1000U);
   EXPECT_EQ(result.rows_peak, rows + every);
 }

@@ -93,7 +93,7 @@ class HeadScoreAccumulator {
   void begin_run(std::size_t run, std::span<const TokenId> prompt, TokenSpan answer) {
     using compresskv::detail::require;
     require(!open_, "begin_run within a run: call end_run first");
-    require(!runs_.contains(run), "run ", run, " came already: each prompt has a number of its own");
+    check_new(run);
     require(answer.first < answer.last && answer.last <= prompt.size(), "answer span is [", answer.first,
             ", ", answer.last, "), must be within the ", prompt.size(),
             " tokens of the prompt and not empty: give the needle's place");
@@ -212,7 +212,7 @@ class HeadScoreAccumulator {
   /// came already, its scores are not one a head, or one is not finite.
   void add_run(HeadRun run) {
     using compresskv::detail::require;
-    require(!runs_.contains(run.run), "run ", run.run, " came already: each prompt has a number of its own");
+    check_new(run.run);
     const std::size_t expected = run.counted ? layers_ * heads_ : 0;
     for (const auto* scores : {&run.once_per_occurrence, &run.once_per_step, &run.classic}) {
       require(scores->size() == expected, "run ", run.run, " has ", scores->size(), " scores, must have ",
@@ -277,6 +277,11 @@ class HeadScoreAccumulator {
   }
 
  private:
+  void check_new(std::size_t run) const {
+    compresskv::detail::require(!runs_.contains(run), "run ", run,
+                                " came already: each prompt has a number of its own");
+  }
+
   void check_row(std::size_t layer, std::size_t head, std::size_t weights) const {
     using compresskv::detail::require;
     require(open_, "attention outside a run: call begin_run first");

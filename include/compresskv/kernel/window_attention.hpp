@@ -128,8 +128,10 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   for (std::size_t begin = 0; begin < count; begin += held) {
     const std::size_t now = std::min(held, count - begin);
     // Where all queries of a prompt observe, half of what they could look at is their future.
+    const auto own_row = [&](std::size_t q) { return rows - observers + (begin + q) % observers; };
     const bool one_head = begin / observers == (begin + now - 1) / observers;
-    const std::size_t visible = one_head ? rows - observers + (begin + now - 1) % observers + 1 : rows;
+    const std::size_t visible = one_head ? own_row(now - 1) + 1 : rows;
+    const std::size_t looked_at = std::min(evictable, visible);
     for (std::size_t q = 0; q < now; ++q) {
       const auto run = in.observation.query_run(heads[(begin + q) / observers]);
       decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, queries.data() + q * padded);
@@ -146,21 +148,19 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     });
     executor.parallel_for(now, [&](std::size_t q) {
       // A query sees the columns up to its own row: the rest is the future and has no weight.
-      const std::size_t own = rows - observers + (begin + q) % observers;
+      const std::size_t own = own_row(q);
       const std::size_t first = first_visible(in, kv_head, own);
       float* row = logits.data() + q * rows;
       std::fill_n(row, first, 0.0F);
       row_sums[q] = exp_row(row + first, own + 1 - first,
                             compresskv::detail::sink_logit(in.observation, heads[(begin + q) / observers]));
-      std::fill(row + own + 1, row + std::max(own + 1, std::min(evictable, visible)), 0.0F);
+      std::fill(row + own + 1, row + std::max(own + 1, looked_at), 0.0F);
     });
     for (std::size_t q = 0; q < now; ++q) {
       if (!std::isfinite(row_sums[q])) {
-        fail_not_finite(in.layer, heads[(begin + q) / observers],
-                        logits.subspan(q * rows, rows - observers + (begin + q) % observers + 1));
+        fail_not_finite(in.layer, heads[(begin + q) / observers], logits.subspan(q * rows, own_row(q) + 1));
       }
     }
-    const std::size_t looked_at = std::min(evictable, visible);
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, looked_at - first);
