@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "common.hpp"
-#include "compresskv/kernel/lanes.hpp"
 #include "compresskv/kernel/logits.hpp"
 
 namespace bench {
@@ -64,9 +63,15 @@ void run_logits(benchmark::State& state, RunOf&& as_run, Kernel&& kernel) {
 
 const auto library_kernel = [](const auto& run, const Buffer<float>& queries, std::size_t count, float scale,
                                Buffer<float>& out) {
-  Buffer<float> row_buffer(head_dim);
-  compresskv::kernel::logits(run, 0, run.rows, {.data = queries.data(), .count = count, .head_dim = head_dim},
-                             scale, row_buffer.data(), out.data(), run.rows);
+  using namespace compresskv::kernel;
+  // Putting the queries in order is part of the work.
+  Buffer<float> buffer(keys_at_once * head_dim);
+  Buffer<float> block = zeros<float>(QueryBlock::size(count, head_dim));
+  for (std::size_t q = 0; q < count; ++q) {
+    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, block.data());
+  }
+  compresskv::kernel::logits(run, 0, run.rows, {.data = block.data(), .count = count, .head_dim = head_dim},
+                             scale, buffer.data(), out.data(), run.rows);
 };
 
 const auto plain_kernel = [](const auto& run, const Buffer<float>& queries, std::size_t count, float scale,

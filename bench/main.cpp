@@ -1,13 +1,14 @@
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <exception>
 #include <iostream>
 #include <string_view>
 
 #include "compresskv/kernel/code_path.hpp"
 
-// As benchmark's own main, with one more option: --code_path=portable|avx2 in place of the fastest that the
-// CPU supports.
+// As benchmark's own main, with one more option: --code_path=portable (avx2, avx512, avx512_bf16) in place of
+// the fastest that the CPU supports.
 int main(int argc, char** argv) {
   constexpr std::string_view option = "--code_path=";
   int kept = 1;
@@ -17,15 +18,15 @@ int main(int argc, char** argv) {
       argv[kept++] = argv[i];
       continue;
     }
-    using compresskv::kernel::CodePath;
-    const std::string_view wanted = argument.substr(option.size());
-    if (wanted != name(CodePath::portable) && wanted != name(CodePath::avx2)) {
-      std::cerr << argument << ": the code paths are portable and avx2\n";
+    using namespace compresskv::kernel;
+    const auto wanted =
+        std::find(code_path_names.begin(), code_path_names.end(), argument.substr(option.size()));
+    if (wanted == code_path_names.end()) {
+      std::cerr << argument << ": the code paths are portable, avx2, avx512 and avx512_bf16\n";
       return 2;
     }
     try {
-      compresskv::kernel::force_code_path(wanted == name(CodePath::avx2) ? CodePath::avx2
-                                                                         : CodePath::portable);
+      force_code_path(all_code_paths[static_cast<std::size_t>(wanted - code_path_names.begin())]);
     } catch (const std::exception& error) {
       std::cerr << error.what() << '\n';
       return 1;

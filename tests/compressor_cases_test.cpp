@@ -127,6 +127,7 @@ TYPED_TEST(CompressorCases, CompressKeepsTheBestRowsByteForByte) {
 }
 
 TYPED_TEST(CompressorCases, NothingButTheSizesDecidesABit) {
+  const ForcedPath exact(reference::exact_path());
   for (const LayerCase& c : layer_cases(60, 14)) {
     SCOPED_TRACE(c);
     Layer<TypeParam> layer(c);

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <compresskv/kernel/code_path.hpp>
+#include <string>
 
 #include "reference/errors.hpp"
 #include "reference/forced_path.hpp"
@@ -17,18 +18,34 @@ TEST(CodePath, PortableIsAlwaysThere) {
 TEST(CodePath, NamesAreThoseOfTheOutput) {
   EXPECT_EQ(name(CodePath::portable), "portable");
   EXPECT_EQ(name(CodePath::avx2), "avx2");
+  EXPECT_EQ(name(CodePath::avx512), "avx512");
+  EXPECT_EQ(name(CodePath::avx512_bf16), "avx512_bf16");
 }
 
 TEST(CodePath, TheFastestSupportedOneIsUsedUnlessForced) {
-  EXPECT_EQ(code_path(), supported(CodePath::avx2) ? CodePath::avx2 : CodePath::portable);
+  bool faster = false;
+  for (const CodePath path : all_code_paths) {
+    faster = faster || path == code_path();
+    EXPECT_EQ(supported(path), !faster || path == code_path())
+        << name(path) << ", in use " << name(code_path());
+  }
+  const reference::ForcedPath forced(CodePath::portable);
+  EXPECT_FALSE(uses(CodePath::avx2));
+  EXPECT_TRUE(uses(CodePath::portable));
 }
 
 TEST(CodePath, OneThatTheCpuLacksIsRejected) {
-  if (supported(CodePath::avx2)) {
+  if (fastest_code_path() == all_code_paths.back()) {
     GTEST_SKIP() << "this CPU supports every path";
   }
-  reference::expect_error<ArgumentError>([] { force_code_path(CodePath::avx2); },
-                                         {"code path 'avx2' is not supported", "use 'portable'"});
+  for (const CodePath path : all_code_paths) {
+    if (!supported(path)) {
+      const std::string fastest(name(fastest_code_path()));
+      reference::expect_error<ArgumentError>(
+          [&] { force_code_path(path); },
+          {"code path '" + std::string(name(path)) + "' is not supported", "use '" + fastest + "'"});
+    }
+  }
 }
 
 }  // namespace

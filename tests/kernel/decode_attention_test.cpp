@@ -68,18 +68,14 @@ TYPED_TEST(DecodeAttention, IsTheReferencesInEveryLayoutAndPath) {
       ASSERT_NEAR(result.out[dim], expected[dim], 5e-5) << "rows " << rows << " d " << head_dim;
     }
 
-    for (const CodePath path : {CodePath::portable, CodePath::avx2}) {
-      if (!supported(path)) {
-        continue;
-      }
-      const reference::ForcedPath forced(path);
+    reference::on_all_paths([&] {
       for (const std::size_t chunk : {head_dim, std::size_t{1}, std::size_t{8}}) {
         reference::ScatteredMemory<TypeParam> pieces(cache, random, 9, chunk);
         const Result other = attend(pieces.view(), head, query, scale);
-        EXPECT_TRUE(reference::same_bytes(other.out, result.out)) << name(path) << " chunk " << chunk;
-        EXPECT_TRUE(reference::same_bytes(other.attention, result.attention)) << name(path);
+        EXPECT_TRUE(reference::same_bytes(other.out, result.out)) << "chunk " << chunk;
+        EXPECT_TRUE(reference::same_bytes(other.attention, result.attention));
       }
-    }
+    });
   }
 }
 

@@ -5,6 +5,7 @@
 #include <compresskv/kernel/lanes.hpp>
 #include <compresskv/kernel/logits.hpp>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -58,21 +59,28 @@ struct Logits : testing::Test {};
 using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
 TYPED_TEST_SUITE(Logits, Elements);
 
+/// `count` queries, `[query][head_dim]`, as the kernel wants them.
+std::vector<float> packed(const std::vector<float>& queries, std::size_t count, std::size_t head_dim) {
+  std::vector<float> data(QueryBlock::size(count, head_dim), 0.0F);
+  for (std::size_t q = 0; q < count; ++q) {
+    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, data.data());
+  }
+  return data;
+}
+
 /// Dot products in double, for any head_dim, number of queries, arrangement and path; every path's bits
 /// alike.
 TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
   reference::Random random(51);
   for (const std::size_t head_dim : {1U, 8U, 15U, 16U, 17U, 20U, 64U, 80U, 128U}) {
-    for (const std::size_t count : {1U, 3U, 4U, 5U, 8U, 32U}) {
-      constexpr std::size_t rows = 9;
-      const std::size_t padded = round_up_to_lanes(head_dim);
-      std::vector<float> queries(count * padded, 0.0F);
-      for (std::size_t q = 0; q < count; ++q) {
-        for (std::size_t e = 0; e < head_dim; ++e) {
-          queries[q * padded + e] = random.gaussian();
-        }
+    for (const std::size_t count : {1U, 3U, 8U, 9U, 16U, 17U, 31U, 32U}) {
+      constexpr std::size_t rows = 19;
+      std::vector<float> queries(count * head_dim);
+      for (float& value : queries) {
+        value = random.gaussian();
       }
-      const QueryBlock block{.data = queries.data(), .count = count, .head_dim = head_dim};
+      const std::vector<float> data = packed(queries, count, head_dim);
+      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
         reference::Cache<TypeParam> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim}, arrangement);
         cache.fill(random);
@@ -84,14 +92,11 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         const std::size_t first = random.below(rows);
         const std::size_t used = rows - first;
         std::vector<std::vector<float>> results;
-        for (const CodePath path : {CodePath::portable, CodePath::avx2}) {
-          if (supported(path)) {
-            const reference::ForcedPath forced(path);
-            std::vector<float> row_buffer(padded, std::numeric_limits<float>::quiet_NaN());
-            results.emplace_back(count * used);
-            logits(run, first, used, block, scale, row_buffer.data(), results.back().data(), used);
-          }
-        }
+        reference::on_all_paths([&] {
+          std::vector<float> buffer(keys_at_once * head_dim, std::numeric_limits<float>::quiet_NaN());
+          results.emplace_back(count * used);
+          logits(run, first, used, block, scale, buffer.data(), results.back().data(), used);
+        });
         for (const auto& result : results) {
           EXPECT_TRUE(reference::same_bytes(result, results.front())) << head_dim << " x " << count;
         }
@@ -100,14 +105,63 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
             double dot = 0.0;
             double mass = 0.0;
             for (std::size_t e = 0; e < head_dim; ++e) {
-              const double product = static_cast<double>(queries[q * padded + e]) *
+              const double product = static_cast<double>(queries[q * head_dim + e]) *
                                      static_cast<double>(to_float(cache.keys[cache.at(0, first + r, e)]));
               dot += product;
               mass += std::abs(product);
             }
-            // d / 16 fused additions a lane, four to fold.
-            const double roundings = static_cast<double>(padded) / 16.0 + 4.0;
+            // A fused addition an element, one rounding of the product with the scale.
+            const double roundings = static_cast<double>(head_dim) + 1.0;
             ASSERT_NEAR(results[0][q * used + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + 1e-45);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// bfloat16 times bfloat16 is exact: what is left are `head_dim` roundings, and sums below the normal
+/// numbers.
+TEST(Logits, PairsStayWithinTheirBound) {
+  if (!supported(CodePath::avx512_bf16)) {
+    GTEST_SKIP() << "this CPU has no bfloat16 dot products";
+  }
+  const reference::ForcedPath forced(CodePath::avx512_bf16);
+  reference::Random random(52);
+  for (const std::size_t head_dim : {2U, 8U, 30U, 64U, 128U}) {
+    for (const std::size_t count : {1U, 8U, 9U, 16U, 33U}) {
+      constexpr std::size_t rows = 19;
+      std::vector<Eigen::bfloat16> queries(count * head_dim);
+      for (auto& value : queries) {
+        value = static_cast<Eigen::bfloat16>(random.gaussian());
+      }
+      std::vector<float> data(QueryBlock::size(count, head_dim / 2), 0.0F);
+      std::vector<float> query(head_dim / 2);
+      for (std::size_t q = 0; q < count; ++q) {
+        std::memcpy(query.data(), queries.data() + q * head_dim, head_dim * sizeof(Eigen::bfloat16));
+        QueryBlock::put(q, query.data(), head_dim / 2, data.data());
+      }
+      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim, .pairs = true};
+      for (const reference::Arrangement arrangement : reference::all_arrangements) {
+        reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
+                                                arrangement);
+        cache.fill(random);
+        std::vector<float> buffer(keys_at_once * head_dim);
+        std::vector<float> result(count * rows);
+        const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
+        logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);
+        for (std::size_t q = 0; q < count; ++q) {
+          for (std::size_t r = 0; r < rows; ++r) {
+            double dot = 0.0;
+            double mass = 0.0;
+            for (std::size_t e = 0; e < head_dim; ++e) {
+              const double product = static_cast<double>(to_float(queries[q * head_dim + e])) *
+                                     static_cast<double>(to_float(cache.keys[cache.at(0, r, e)]));
+              dot += product;
+              mass += std::abs(product);
+            }
+            const double roundings = static_cast<double>(head_dim) + 1.0;
+            ASSERT_NEAR(result[q * rows + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + 1e-37);
           }
         }
       }

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstddef>
 #include <string_view>
 
 #include "compresskv/core/error.hpp"
@@ -11,19 +14,26 @@
 
 namespace compresskv::kernel {
 
-/// Which instructions the dispatched kernels use. All float32 paths give the same result, bit for bit.
+/// Which instructions the dispatched kernels use, each path those of the paths before it as well. All but the
+/// last give the same result, bit for bit; the last differs from them where both keys and queries are
+/// bfloat16, within the bound that `kernel::logits` states.
 enum class CodePath {
-  portable,  ///< plain C++; correct everywhere, slow where the compiler may not assume fused multiply-add
-  avx2,      ///< AVX2, FMA and F16C
+  portable,     ///< plain C++; correct everywhere, slow where the compiler may not assume fused multiply-add
+  avx2,         ///< AVX2, FMA and F16C
+  avx512,       ///< AVX-512 F, VL and DQ
+  avx512_bf16,  ///< dot products of bfloat16 pairs
 };
 
-constexpr std::string_view name(CodePath path) { return path == CodePath::avx2 ? "avx2" : "portable"; }
+/// From the slowest to the fastest.
+inline constexpr std::array all_code_paths{CodePath::portable, CodePath::avx2, CodePath::avx512,
+                                           CodePath::avx512_bf16};
+inline constexpr std::array<std::string_view, all_code_paths.size()> code_path_names{"portable", "avx2",
+                                                                                     "avx512", "avx512_bf16"};
+
+constexpr std::string_view name(CodePath path) { return code_path_names[static_cast<std::size_t>(path)]; }
 
 /// Whether this CPU (and build) can run `path`.
 inline bool supported(CodePath path) {
-  if (path == CodePath::portable) {
-    return true;
-  }
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks whether the system saves the wide registers; clang 14 does not know
   // "f16c".
@@ -32,16 +42,34 @@ inline bool supported(CodePath path) {
   unsigned ecx = 0;
   unsigned edx = 0;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  return f16c && __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
-#else
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
+                      __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0;
+  switch (path) {
+    case CodePath::portable:
+      return true;
+    case CodePath::avx2:
+      return avx2;
+    case CodePath::avx512:
+      return avx512;
+    case CodePath::avx512_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") != 0;
+  }
   return false;
+#else
+  return path == CodePath::portable;
 #endif
+}
+
+/// The fastest path that this CPU supports.
+inline CodePath fastest_code_path() {
+  return *std::find_if(all_code_paths.rbegin(), all_code_paths.rend(), supported);
 }
 
 namespace detail {
 
 inline std::atomic<CodePath>& active_code_path() {
-  static std::atomic<CodePath> path{supported(CodePath::avx2) ? CodePath::avx2 : CodePath::portable};
+  static std::atomic<CodePath> path{fastest_code_path()};
   return path;
 }
 
@@ -50,11 +78,16 @@ inline std::atomic<CodePath>& active_code_path() {
 /// The path in use: the fastest that this CPU supports, unless forced.
 inline CodePath code_path() { return detail::active_code_path().load(std::memory_order_relaxed); }
 
-/// Forces a path for the whole process; meant for tests and for comparing machines.
+/// Whether kernels written for `path` are to run.
+inline bool uses(CodePath path) { return code_path() >= path; }
+
+/// Forces a path for the whole process: for tests, for comparing machines, and to do without the bfloat16 dot
+/// products (`CodePath::avx512`).
 /// Throws ArgumentError when the CPU does not support it.
 inline void force_code_path(CodePath path) {
   compresskv::detail::require(supported(path), "code path '", name(path),
-                              "' is not supported by this CPU: use 'portable'");
+                              "' is not supported by this CPU: use '", name(fastest_code_path()),
+                              "' or one before it");
   detail::active_code_path().store(path, std::memory_order_relaxed);
 }
 

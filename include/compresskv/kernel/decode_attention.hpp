@@ -8,14 +8,23 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/kernel/code_path.hpp"
-#include "compresskv/kernel/logits.hpp"
+#include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/lanes.hpp"
 #include "compresskv/kernel/softmax.hpp"
-#include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/view/kv_view.hpp"
 
 namespace compresskv::kernel {
 
 namespace portable {
+
+/// `query . key` of one padded query and one decoded key, by lanes.
+inline float dot_row(const float* query, const float* key, std::size_t head_dim) {
+  Lanes lanes{};
+  for (std::size_t e = 0; e < head_dim; ++e) {
+    lanes[e % lane_count] = std::fma(query[e], key[e], lanes[e % lane_count]);
+  }
+  return kernel::fold(lanes);
+}
 
 template <Element T>
 void add_row(const T* value, float weight, std::size_t first, std::size_t count, float* out) {
@@ -28,6 +37,19 @@ void add_row(const T* value, float weight, std::size_t first, std::size_t count,
 
 #if defined(__x86_64__)
 namespace avx2 {
+
+/// As portable::dot_row; reads `round_up_to_lanes(head_dim)` elements of the key.
+template <Element T>
+[[gnu::target("avx2,fma,f16c")]] inline float dot_row(const float* query, const T* key,
+                                                      std::size_t head_dim) {
+  __m256 low = _mm256_setzero_ps();
+  __m256 high = low;
+  for (std::size_t e = 0; e < head_dim; e += lane_count) {
+    low = _mm256_fmadd_ps(_mm256_loadu_ps(query + e), load8(key + e), low);
+    high = _mm256_fmadd_ps(_mm256_loadu_ps(query + e + 8), load8(key + e + 8), high);
+  }
+  return fold(low, high);
+}
 
 template <Element T>
 [[gnu::target("avx2,fma,f16c")]] inline void add_row(const T* value, float weight, std::size_t count,
@@ -47,13 +69,38 @@ template <Element T>
 template <Element T>
 void add_row(const T* value, float weight, std::size_t count, float* out) {
 #if defined(__x86_64__)
-  if (code_path() == CodePath::avx2) {
+  if (uses(CodePath::avx2)) {
     avx2::add_row(value, weight, count, out);
     return;
   }
 #endif
   portable::add_row(value, weight, 0, count, out);
 }
+
+namespace detail {
+
+/// `query . key` of row `index`. The sum runs over lanes, other than in `kernel::logits`: a single query
+/// fills no register.
+template <Stored T>
+float dot_row(const Run<const T>& keys, std::size_t index, const float* query, std::size_t head_dim,
+              float* row_buffer) {
+#if defined(__x86_64__)
+  if (uses(CodePath::avx2)) {
+    if constexpr (Element<T>) {
+      if (keys.chunk >= head_dim && head_dim % lane_count == 0) {
+        return avx2::dot_row(query, keys.row(index), head_dim);
+      }
+    }
+    decode_row(keys, index, head_dim, row_buffer);
+    std::fill(row_buffer + head_dim, row_buffer + round_up_to_lanes(head_dim), 0.0F);
+    return avx2::dot_row(query, static_cast<const float*>(row_buffer), head_dim);
+  }
+#endif
+  decode_row(keys, index, head_dim, row_buffer);
+  return portable::dot_row(query, row_buffer, head_dim);
+}
+
+}  // namespace detail
 
 /// Attention of one query over one KV head's rows, as they stand in the cache: full or compressed alike.
 ///
@@ -71,9 +118,14 @@ void decode_attention(const V& kv, std::size_t kv_head, const float* query, floa
   float* row_buffer = scratch.data() + padded;
   std::copy_n(query, head_dim, padded_query);
   std::fill(padded_query + head_dim, padded_query + padded, 0.0F);
-  const QueryBlock block{.data = padded_query, .count = 1, .head_dim = head_dim};
-  detail::logits_of_rows(kv, kv_head, 0, rows, block, scale, row_buffer, attention.data(), rows);
-  const float inverse = 1.0F / exp_row(attention.data(), rows);
+  std::size_t row = 0;
+  for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
+    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    for (std::size_t r = 0; r < run.rows; ++r, ++row) {
+      attention[row] = scale * detail::dot_row(run, r, padded_query, head_dim, row_buffer);
+    }
+  }
+  const float inverse = 1.0F / exp_row(attention.data(), rows).sum;
 
   std::fill_n(out, head_dim, 0.0F);
   std::size_t t = 0;

@@ -78,6 +78,34 @@ namespace avx2 {
 }
 
 }  // namespace avx2
+
+namespace avx512 {
+
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq"), gnu::always_inline]] inline __m512 exp(__m512 argument) {
+  using namespace exp_constants;
+  // "maskz": of the plain forms of some, g++ 12 says that they use what is not initialised.
+  constexpr __mmask16 all = 0xFFFF;
+  const __m512 x = _mm512_maskz_max_ps(all, _mm512_set1_ps(lowest), argument);
+  const __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(log2_e), _mm512_set1_ps(round_shift));
+  const __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(round_shift));
+  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-ln2_high), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(-ln2_low), r);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(p0), r, _mm512_set1_ps(p1));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(p2));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(p3));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(p4));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(p5));
+  const __m512 square = _mm512_mul_ps(r, r);
+  const __m512 value = _mm512_add_ps(_mm512_fmadd_ps(p, square, r), _mm512_set1_ps(1.0F));
+  const __m512i power = _mm512_maskz_slli_epi32(all, _mm512_castps_si512(shifted), 23);
+  const __m512 scaled = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), power));
+  const __mmask16 underflow = _mm512_cmp_ps_mask(argument, _mm512_set1_ps(lowest), _CMP_LT_OQ);
+  const __mmask16 not_a_number = _mm512_cmp_ps_mask(argument, argument, _CMP_UNORD_Q);
+  const __m512 number = _mm512_mask_mov_ps(scaled, underflow, _mm512_setzero_ps());
+  return _mm512_mask_mov_ps(number, not_a_number, argument);
+}
+
+}  // namespace avx512
 #endif
 
 }  // namespace compresskv::kernel

@@ -46,14 +46,10 @@ namespace avx2 {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-/// Lanes 0..7 and 8..15 folded to four, in the order of `fold`.
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline __m128 fold_to_four(__m256 low, __m256 high) {
-  const __m256 eight = _mm256_add_ps(low, high);
-  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-}
-
+/// Lanes 0..7 and 8..15 folded, in the order of `fold`.
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline float fold(__m256 low, __m256 high) {
-  const __m128 four = fold_to_four(low, high);
+  const __m256 eight = _mm256_add_ps(low, high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }

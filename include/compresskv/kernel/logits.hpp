@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/kernel/code_path.hpp"
@@ -10,29 +13,74 @@
 #include "compresskv/kernel/lanes.hpp"
 #include "compresskv/view/run.hpp"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace compresskv::kernel {
 
-/// Queries made ready for the dot products: float32 `[count][round_up_to_lanes(head_dim)]`, padded with
-/// zeros.
+/// Queries of a `QueryBlock` that stand side by side: the floats of the widest registers in use.
+inline constexpr std::size_t abreast = 16;
+
+/// Queries made ready for the dot products. Element e of query q stands at
+/// `data[((q / abreast) * head_dim + e) * abreast + q % abreast]`; places of queries that are not there hold
+/// zeros. Each query is then a lane of a register, each key element a number for all lanes, and no sum runs
+/// across a register.
+///
+/// With `pairs`, two bfloat16 elements stand in the place of one float: 2e and 2e + 1 where e would be.
 struct QueryBlock {
   const float* data = nullptr;
   std::size_t count = 0;
   std::size_t head_dim = 0;
+  bool pairs = false;
+
+  /// Floats that `data` has.
+  static constexpr std::size_t size(std::size_t count, std::size_t head_dim) {
+    return (count + abreast - 1) / abreast * abreast * head_dim;
+  }
+  /// Puts query `q` in its place.
+  static void put(std::size_t q, const float* query, std::size_t head_dim, float* data) {
+    float* place = data + q / abreast * abreast * head_dim + q % abreast;
+    for (std::size_t e = 0; e < head_dim; ++e) {
+      place[e * abreast] = query[e];
+    }
+  }
 };
+
+/// Keys that meet all queries before the next ones come: with eight queries abreast, eight sums hide the
+/// latency of the multiply-adds and leave registers for their operands.
+inline constexpr std::size_t keys_at_once = 8;
+
+namespace detail {
+
+/// Asks the memory for the lines of the next keys, `ahead` elements on, as the sums pass the start of each:
+/// eight rows read side by side are no stream that a CPU predicts, and a burst of requests would stall.
+template <std::size_t count, class T>
+[[gnu::always_inline]] inline void prefetch(const T* const* keys, std::ptrdiff_t ahead, std::size_t e) {
+  if (e % (64 / sizeof(T)) == 0) {
+    for (std::size_t k = 0; k < count; ++k) {
+      __builtin_prefetch(keys[k] + ahead + static_cast<std::ptrdiff_t>(e));
+    }
+  }
+}
+
+}  // namespace detail
 
 namespace portable {
 
-/// `out[q * out_stride] = scale * (query q . key)` for one decoded key.
-inline void dot_row(const float* key, const QueryBlock& queries, float scale, float* out,
-                    std::size_t out_stride) {
-  const std::size_t padded = round_up_to_lanes(queries.head_dim);
+/// `out[q * out_stride + k] = scale * (query q . key k)` for `count` decoded keys. Sums run over the elements
+/// in order, each addition fused: the order of every path.
+inline void dot(const float* const* keys, std::size_t count, const QueryBlock& queries, float scale,
+                float* out, std::size_t out_stride) {
   for (std::size_t q = 0; q < queries.count; ++q) {
-    const float* query = queries.data + q * padded;
-    Lanes lanes{};
-    for (std::size_t e = 0; e < queries.head_dim; ++e) {
-      lanes[e % lane_count] = std::fma(query[e], key[e], lanes[e % lane_count]);
+    const float* query = queries.data + q / abreast * abreast * queries.head_dim + q % abreast;
+    for (std::size_t k = 0; k < count; ++k) {
+      float sum = 0.0F;
+      for (std::size_t e = 0; e < queries.head_dim; ++e) {
+        sum = std::fma(query[e * abreast], keys[k][e], sum);
+      }
+      out[q * out_stride + k] = sum * scale;
     }
-    out[q * out_stride] = kernel::fold(lanes) * scale;
   }
 }
 
@@ -41,228 +89,377 @@ inline void dot_row(const float* key, const QueryBlock& queries, float scale, fl
 #if defined(__x86_64__)
 namespace avx2 {
 
-/// Folds the sums of four queries with one key, scales them and stores them `out_stride` apart.
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline void store_four(const __m256* low, const __m256* high,
-                                                                       float scale, float* out,
-                                                                       std::size_t out_stride) {
-  __m128 lane0 = fold_to_four(low[0], high[0]);
-  __m128 lane1 = fold_to_four(low[1], high[1]);
-  __m128 lane2 = fold_to_four(low[2], high[2]);
-  __m128 lane3 = fold_to_four(low[3], high[3]);
-  _MM_TRANSPOSE4_PS(lane0, lane1, lane2, lane3);
-  const __m128 sums = _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
-  alignas(16) float scaled[4];
-  _mm_store_ps(scaled, _mm_mul_ps(sums, _mm_set1_ps(scale)));
-  for (std::size_t i = 0; i < 4; ++i) {
-    out[i * out_stride] = scaled[i];
+/// Sums of eight keys, a register of eight queries each, times `scale` to `out[query * out_stride + key]`;
+/// `keys` and `queries` of them are wanted.
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void store(const __m256* sums, float scale,
+                                                                  std::size_t keys, std::size_t queries,
+                                                                  float* out, std::size_t out_stride) {
+  const __m256 a0 = _mm256_unpacklo_ps(sums[0], sums[1]);
+  const __m256 a1 = _mm256_unpackhi_ps(sums[0], sums[1]);
+  const __m256 a2 = _mm256_unpacklo_ps(sums[2], sums[3]);
+  const __m256 a3 = _mm256_unpackhi_ps(sums[2], sums[3]);
+  const __m256 a4 = _mm256_unpacklo_ps(sums[4], sums[5]);
+  const __m256 a5 = _mm256_unpackhi_ps(sums[4], sums[5]);
+  const __m256 a6 = _mm256_unpacklo_ps(sums[6], sums[7]);
+  const __m256 a7 = _mm256_unpackhi_ps(sums[6], sums[7]);
+  const __m256 b0 = _mm256_shuffle_ps(a0, a2, _MM_SHUFFLE(1, 0, 1, 0));
+  const __m256 b1 = _mm256_shuffle_ps(a0, a2, _MM_SHUFFLE(3, 2, 3, 2));
+  const __m256 b2 = _mm256_shuffle_ps(a1, a3, _MM_SHUFFLE(1, 0, 1, 0));
+  const __m256 b3 = _mm256_shuffle_ps(a1, a3, _MM_SHUFFLE(3, 2, 3, 2));
+  const __m256 b4 = _mm256_shuffle_ps(a4, a6, _MM_SHUFFLE(1, 0, 1, 0));
+  const __m256 b5 = _mm256_shuffle_ps(a4, a6, _MM_SHUFFLE(3, 2, 3, 2));
+  const __m256 b6 = _mm256_shuffle_ps(a5, a7, _MM_SHUFFLE(1, 0, 1, 0));
+  const __m256 b7 = _mm256_shuffle_ps(a5, a7, _MM_SHUFFLE(3, 2, 3, 2));
+  const __m256 rows[8] = {_mm256_permute2f128_ps(b0, b4, 0x20), _mm256_permute2f128_ps(b1, b5, 0x20),
+                          _mm256_permute2f128_ps(b2, b6, 0x20), _mm256_permute2f128_ps(b3, b7, 0x20),
+                          _mm256_permute2f128_ps(b0, b4, 0x31), _mm256_permute2f128_ps(b1, b5, 0x31),
+                          _mm256_permute2f128_ps(b2, b6, 0x31), _mm256_permute2f128_ps(b3, b7, 0x31)};
+  const __m256 factor = _mm256_set1_ps(scale);
+  for (std::size_t q = 0; q < queries; ++q) {
+    const __m256 row = _mm256_mul_ps(rows[q], factor);
+    if (keys == keys_at_once) {
+      _mm256_storeu_ps(out + q * out_stride, row);
+    } else {
+      alignas(32) float values[keys_at_once];
+      _mm256_store_ps(values, row);
+      std::memcpy(out + q * out_stride, values, keys * sizeof(float));
+    }
   }
 }
 
-/// As portable::dot_row; reads `padded` elements of the key.
+/// The elements of four bytes of a key, each for all lanes.
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void broadcast(const float* key, __m256* elements) {
+  elements[0] = _mm256_broadcast_ss(key);
+}
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void broadcast(const Eigen::bfloat16* key,
+                                                                      __m256* elements) {
+  int bits = 0;
+  std::memcpy(&bits, key, sizeof(bits));
+  const __m256i both = _mm256_set1_epi32(bits);
+  elements[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  elements[1] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x10000)));
+}
+
+/// `count` keys times the `8 * registers` queries that stand at `queries`: `sums[r * keys_at_once + k]`.
+/// Measured: four keys with sixteen queries 0.8 of the peak, eight with eight 0.67; the loads set the pace.
+template <std::size_t count, std::size_t registers, class T>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void multiply(const T* const* keys,
+                                                                     std::ptrdiff_t ahead,
+                                                                     const float* queries,
+                                                                     std::size_t head_dim, __m256* sums) {
+  __m256 s[registers][count];
+#pragma GCC unroll 2
+  for (std::size_t r = 0; r < registers; ++r) {
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < count; ++k) {
+      s[r][k] = _mm256_setzero_ps();
+    }
+  }
+  constexpr std::size_t step = sizeof(float) / sizeof(T);
+  for (std::size_t e = 0; e < head_dim; e += step) {
+    detail::prefetch<count>(keys, ahead, e);
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < count; ++k) {
+      __m256 elements[step];
+      broadcast(keys[k] + e, elements);
+#pragma GCC unroll 2
+      for (std::size_t i = 0; i < step; ++i) {
+#pragma GCC unroll 2
+        for (std::size_t r = 0; r < registers; ++r) {
+          s[r][k] =
+              _mm256_fmadd_ps(_mm256_loadu_ps(queries + (e + i) * abreast + 8 * r), elements[i], s[r][k]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (std::size_t r = 0; r < registers; ++r) {
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < count; ++k) {
+      sums[r * keys_at_once + k] = s[r][k];
+    }
+  }
+}
+
+/// As portable::dot for eight keys, of which `count` are wanted. `head_dim` of bfloat16 keys is even. The
+/// keys that come next are `ahead` elements on.
+template <class T>
+[[gnu::target("avx2,fma")]] inline void dot(const T* const* keys, std::size_t count, std::ptrdiff_t ahead,
+                                            const QueryBlock& queries, float scale, float* out,
+                                            std::size_t out_stride) {
+  for (std::size_t q = 0; q < queries.count; q += abreast) {
+    const float* block = queries.data + q * queries.head_dim;
+    const std::size_t wanted = std::min(abreast, queries.count - q);
+    __m256 sums[2 * keys_at_once];
+    if (wanted <= 8) {
+      multiply<8, 1>(keys, ahead, block, queries.head_dim, sums);
+    } else {
+      multiply<4, 2>(keys, ahead, block, queries.head_dim, sums);
+      multiply<4, 2>(keys + 4, ahead, block, queries.head_dim, sums + 4);
+    }
+    for (std::size_t r = 0; 8 * r < wanted; ++r) {
+      store(sums + r * keys_at_once, scale, count, std::min<std::size_t>(8, wanted - 8 * r),
+            out + (q + 8 * r) * out_stride, out_stride);
+    }
+  }
+}
+
+/// `count` elements side by side as float32.
 template <Element T>
-[[gnu::target("avx2,fma,f16c")]] inline void dot_row(const T* key, const QueryBlock& queries, float scale,
-                                                     float* out, std::size_t out_stride) {
-  const std::size_t padded = round_up_to_lanes(queries.head_dim);
-  std::size_t q = 0;
-  // Four queries a pass: eight accumulators hide the latency of the multiply-adds and still fit the
-  // registers.
-  for (; q + 4 <= queries.count; q += 4) {
-    const float* q0 = queries.data + q * padded;
-    const float* q1 = q0 + padded;
-    const float* q2 = q1 + padded;
-    const float* q3 = q2 + padded;
-    __m256 low0 = _mm256_setzero_ps();
-    __m256 low1 = low0;
-    __m256 low2 = low0;
-    __m256 low3 = low0;
-    __m256 high0 = low0;
-    __m256 high1 = low0;
-    __m256 high2 = low0;
-    __m256 high3 = low0;
-    for (std::size_t e = 0; e < padded; e += lane_count) {
-      const __m256 low = load8(key + e);
-      const __m256 high = load8(key + e + 8);
-      low0 = _mm256_fmadd_ps(_mm256_loadu_ps(q0 + e), low, low0);
-      high0 = _mm256_fmadd_ps(_mm256_loadu_ps(q0 + e + 8), high, high0);
-      low1 = _mm256_fmadd_ps(_mm256_loadu_ps(q1 + e), low, low1);
-      high1 = _mm256_fmadd_ps(_mm256_loadu_ps(q1 + e + 8), high, high1);
-      low2 = _mm256_fmadd_ps(_mm256_loadu_ps(q2 + e), low, low2);
-      high2 = _mm256_fmadd_ps(_mm256_loadu_ps(q2 + e + 8), high, high2);
-      low3 = _mm256_fmadd_ps(_mm256_loadu_ps(q3 + e), low, low3);
-      high3 = _mm256_fmadd_ps(_mm256_loadu_ps(q3 + e + 8), high, high3);
-    }
-    const __m256 low[4] = {low0, low1, low2, low3};
-    const __m256 high[4] = {high0, high1, high2, high3};
-    store_four(low, high, scale, out + q * out_stride, out_stride);
+[[gnu::target("avx2,fma,f16c")]] inline void decode(const T* key, std::size_t count, float* out) {
+  std::size_t e = 0;
+  for (; e + 8 <= count; e += 8) {
+    _mm256_storeu_ps(out + e, load8(key + e));
   }
-  for (; q < queries.count; ++q) {
-    const float* query = queries.data + q * padded;
-    __m256 low = _mm256_setzero_ps();
-    __m256 high = low;
-    for (std::size_t e = 0; e < padded; e += lane_count) {
-      low = _mm256_fmadd_ps(_mm256_loadu_ps(query + e), load8(key + e), low);
-      high = _mm256_fmadd_ps(_mm256_loadu_ps(query + e + 8), load8(key + e + 8), high);
-    }
-    out[q * out_stride] = fold(low, high) * scale;
-  }
-}
-
-/// Eight lanes of four queries times three keys, `sums[4 * key + query]`: twelve accumulators and their
-/// operands fill the sixteen registers, and each load serves three or four multiply-adds. `padded` elements,
-/// those of the other eight lanes left out.
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline void dot_half(const float* const* keys,
-                                                                     const float* queries, std::size_t padded,
-                                                                     __m256* sums) {
-  const float* k0 = keys[0];
-  const float* k1 = keys[1];
-  const float* k2 = keys[2];
-  const float* q0 = queries;
-  const float* q1 = q0 + padded;
-  const float* q2 = q1 + padded;
-  const float* q3 = q2 + padded;
-  __m256 s00 = _mm256_setzero_ps();
-  __m256 s01 = s00;
-  __m256 s02 = s00;
-  __m256 s03 = s00;
-  __m256 s10 = s00;
-  __m256 s11 = s00;
-  __m256 s12 = s00;
-  __m256 s13 = s00;
-  __m256 s20 = s00;
-  __m256 s21 = s00;
-  __m256 s22 = s00;
-  __m256 s23 = s00;
-  for (std::size_t e = 0; e < padded; e += lane_count) {
-    const __m256 key0 = _mm256_loadu_ps(k0 + e);
-    const __m256 key1 = _mm256_loadu_ps(k1 + e);
-    const __m256 key2 = _mm256_loadu_ps(k2 + e);
-    __m256 query = _mm256_loadu_ps(q0 + e);
-    s00 = _mm256_fmadd_ps(query, key0, s00);
-    s10 = _mm256_fmadd_ps(query, key1, s10);
-    s20 = _mm256_fmadd_ps(query, key2, s20);
-    query = _mm256_loadu_ps(q1 + e);
-    s01 = _mm256_fmadd_ps(query, key0, s01);
-    s11 = _mm256_fmadd_ps(query, key1, s11);
-    s21 = _mm256_fmadd_ps(query, key2, s21);
-    query = _mm256_loadu_ps(q2 + e);
-    s02 = _mm256_fmadd_ps(query, key0, s02);
-    s12 = _mm256_fmadd_ps(query, key1, s12);
-    s22 = _mm256_fmadd_ps(query, key2, s22);
-    query = _mm256_loadu_ps(q3 + e);
-    s03 = _mm256_fmadd_ps(query, key0, s03);
-    s13 = _mm256_fmadd_ps(query, key1, s13);
-    s23 = _mm256_fmadd_ps(query, key2, s23);
-  }
-  sums[0] = s00;
-  sums[1] = s01;
-  sums[2] = s02;
-  sums[3] = s03;
-  sums[4] = s10;
-  sums[5] = s11;
-  sums[6] = s12;
-  sums[7] = s13;
-  sums[8] = s20;
-  sums[9] = s21;
-  sums[10] = s22;
-  sums[11] = s23;
-}
-
-/// As dot_row for three decoded keys at `keys[k]`, the same bits: `out[q * out_stride + k]`.
-[[gnu::target("avx2,fma,f16c")]] inline void dot_three(const float* const* keys, const QueryBlock& queries,
-                                                       float scale, float* out, std::size_t out_stride) {
-  const std::size_t padded = round_up_to_lanes(queries.head_dim);
-  std::size_t q = 0;
-  for (; q + 4 <= queries.count; q += 4) {
-    __m256 low[12];
-    __m256 high[12];
-    const float* const upper[3] = {keys[0] + 8, keys[1] + 8, keys[2] + 8};
-    dot_half(keys, queries.data + q * padded, padded, low);
-    dot_half(upper, queries.data + q * padded + 8, padded, high);
-    for (std::size_t k = 0; k < 3; ++k) {
-      store_four(low + 4 * k, high + 4 * k, scale, out + q * out_stride + k, out_stride);
-    }
-  }
-  if (q < queries.count) {
-    const QueryBlock rest{
-        .data = queries.data + q * padded, .count = queries.count - q, .head_dim = queries.head_dim};
-    for (std::size_t k = 0; k < 3; ++k) {
-      avx2::dot_row(keys[k], rest, scale, out + q * out_stride + k, out_stride);
-    }
-  }
-}
-
-/// Elements of a key up to which three are decoded on the stack at a time.
-inline constexpr std::size_t longest_decoded = 512;
-
-/// `padded` elements of a key as float32; float keys stay where they are.
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline const float* decoded(const float* key,
-                                                                                 std::size_t, float*) {
-  return key;
-}
-template <Element T>
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline const float* decoded(const T* key,
-                                                                                 std::size_t padded,
-                                                                                 float* buffer) {
-  for (std::size_t e = 0; e < padded; e += 8) {
-    _mm256_storeu_ps(buffer + e, load8(key + e));
-  }
-  return buffer;
-}
-
-/// Keys side by side, `head_dim` a multiple of the lanes.
-template <Element T>
-[[gnu::target("avx2,fma,f16c")]] inline void dot_rows(const Run<const T>& keys, std::size_t first,
-                                                      std::size_t count, const QueryBlock& queries,
-                                                      float scale, float* out, std::size_t out_stride) {
-  std::size_t i = 0;
-  if (queries.count >= 4 && queries.head_dim <= longest_decoded) {
-    alignas(32) float buffer[3 * longest_decoded];
-    for (; i + 3 <= count; i += 3) {
-      const float* const rows[3] = {
-          decoded(keys.row(first + i), queries.head_dim, buffer),
-          decoded(keys.row(first + i + 1), queries.head_dim, buffer + longest_decoded),
-          decoded(keys.row(first + i + 2), queries.head_dim, buffer + 2 * longest_decoded)};
-      avx2::dot_three(rows, queries, scale, out + i, out_stride);
-    }
-  }
-  for (; i < count; ++i) {
-    avx2::dot_row(keys.row(first + i), queries, scale, out + i, out_stride);
+  for (; e < count; ++e) {
+    out[e] = to_float(key[e]);
   }
 }
 
 }  // namespace avx2
+
+namespace avx512 {
+
+/// As avx2::store, for up to sixteen queries.
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq"), gnu::always_inline]] inline void store(
+    const __m512* sums, float scale, std::size_t keys, std::size_t queries, float* out,
+    std::size_t out_stride) {
+  __m256 half[keys_at_once];
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    half[k] = _mm512_maskz_extractf32x8_ps(0xFF, sums[k], 0);
+  }
+  avx2::store(half, scale, keys, std::min<std::size_t>(8, queries), out, out_stride);
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    half[k] = _mm512_maskz_extractf32x8_ps(0xFF, sums[k], 1);
+  }
+  avx2::store(half, scale, keys, queries - 8, out + 8 * out_stride, out_stride);
+}
+
+/// Eight keys times the sixteen queries that stand at `queries`.
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq"), gnu::always_inline]] inline void multiply(
+    const float* const* keys, std::ptrdiff_t ahead, const float* queries, std::size_t head_dim,
+    __m512* sums) {
+  __m512 s[keys_at_once];
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    s[k] = _mm512_setzero_ps();
+  }
+  for (std::size_t e = 0; e < head_dim; ++e) {
+    detail::prefetch<keys_at_once>(keys, ahead, e);
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < keys_at_once; ++k) {
+      s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(queries + e * abreast), _mm512_set1_ps(keys[k][e]), s[k]);
+    }
+  }
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    sums[k] = s[k];
+  }
+}
+
+/// As portable::dot for eight keys, of which `count` are wanted; the same bits. Up to eight queries of a
+/// block fit the narrow registers.
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq")]] inline void dot(const float* const* keys,
+                                                                      std::size_t count, std::ptrdiff_t ahead,
+                                                                      const QueryBlock& queries, float scale,
+                                                                      float* out, std::size_t out_stride) {
+  for (std::size_t q = 0; q < queries.count; q += abreast) {
+    const float* block = queries.data + q * queries.head_dim;
+    const std::size_t wanted = std::min(abreast, queries.count - q);
+    if (wanted <= 8) {
+      __m256 sums[keys_at_once];
+      avx2::multiply<8, 1>(keys, ahead, block, queries.head_dim, sums);
+      avx2::store(sums, scale, count, wanted, out + q * out_stride, out_stride);
+    } else {
+      __m512 sums[keys_at_once];
+      avx512::multiply(keys, ahead, block, queries.head_dim, sums);
+      avx512::store(sums, scale, count, wanted, out + q * out_stride, out_stride);
+    }
+  }
+}
+
+/// Elements 2e and 2e + 1 of a bfloat16 key.
+inline int pair(const Eigen::bfloat16* key, std::size_t e) {
+  int bits = 0;
+  std::memcpy(&bits, key + 2 * e, sizeof(bits));
+  return bits;
+}
+
+/// Adds to each lane both products of a query's pair with the key's.
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16"), gnu::always_inline]] inline void add_products(
+    __m256& sums, const float* queries, int key) {
+  sums = _mm256_dpbf16_ps(sums, reinterpret_cast<__m256bh>(_mm256_loadu_ps(queries)),
+                          reinterpret_cast<__m256bh>(_mm256_set1_epi32(key)));
+}
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16"), gnu::always_inline]] inline void add_products(
+    __m512& sums, const float* queries, int key) {
+  sums = _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(_mm512_loadu_ps(queries)),
+                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(key)));
+}
+
+/// As `multiply`, from pairs; `Sums` is a register of eight or sixteen queries.
+template <class Sums>
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16"), gnu::always_inline]] inline void
+multiply_pairs(const Eigen::bfloat16* const* keys, std::ptrdiff_t ahead, const float* queries,
+               std::size_t pairs, Sums* sums) {
+  Sums s[keys_at_once];
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    s[k] = Sums{};
+  }
+  for (std::size_t e = 0; e < pairs; ++e) {
+    detail::prefetch<keys_at_once>(keys, ahead, 2 * e);
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < keys_at_once; ++k) {
+      add_products(s[k], queries + e * abreast, pair(keys[k], e));
+    }
+  }
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    sums[k] = s[k];
+  }
+}
+
+/// Dot products of bfloat16 keys, where they stand, with queries in pairs. Products are exact and each of the
+/// `head_dim` additions rounds once, as in the float32 paths, but in an order of its own; subnormal sums
+/// become zero.
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16")]] inline void dot_pairs(
+    const Eigen::bfloat16* const* keys, std::size_t count, std::ptrdiff_t ahead, const QueryBlock& queries,
+    float scale, float* out, std::size_t out_stride) {
+  const std::size_t pairs = queries.head_dim / 2;
+  for (std::size_t q = 0; q < queries.count; q += abreast) {
+    const float* block = queries.data + q * pairs;
+    const std::size_t wanted = std::min(abreast, queries.count - q);
+    if (wanted <= 8) {
+      __m256 sums[keys_at_once];
+      multiply_pairs(keys, ahead, block, pairs, sums);
+      avx2::store(sums, scale, count, wanted, out + q * out_stride, out_stride);
+    } else {
+      __m512 sums[keys_at_once];
+      multiply_pairs(keys, ahead, block, pairs, sums);
+      avx512::store(sums, scale, count, wanted, out + q * out_stride, out_stride);
+    }
+  }
+}
+
+}  // namespace avx512
 #endif
 
-/// Attention logits of every query with `count` keys from row `first` of a run:
-/// `out[q * out_stride + i] = scale * (query q . key first + i)`.
-///
-/// `row_buffer` has `round_up_to_lanes(head_dim)` floats, for keys that must be decoded first: quantised
-/// ones, and layouts that do not hold a row side by side. Cost: each key is read once, 2 * head_dim flops a
-/// query and key.
-template <Stored T>
-void logits(const Run<const T>& keys, std::size_t first, std::size_t count, const QueryBlock& queries,
-            float scale, float* row_buffer, float* out, std::size_t out_stride) {
-  const std::size_t head_dim = queries.head_dim;
+namespace detail {
+
+/// As portable::dot by the path in use.
+inline void dot(const float* const* keys, std::size_t count, std::ptrdiff_t ahead, const QueryBlock& queries,
+                float scale, float* out, std::size_t out_stride) {
 #if defined(__x86_64__)
-  if (code_path() == CodePath::avx2) {
-    if constexpr (Element<T>) {
-      if (keys.chunk >= head_dim && head_dim % lane_count == 0) {
-        avx2::dot_rows(keys, first, count, queries, scale, out, out_stride);
-        return;
-      }
-    }
-    std::fill(row_buffer + head_dim, row_buffer + round_up_to_lanes(head_dim), 0.0F);
-    for (std::size_t i = 0; i < count; ++i) {
-      decode_row(keys, first + i, head_dim, row_buffer);
-      avx2::dot_row(row_buffer, queries, scale, out + i, out_stride);
-    }
+  if (uses(CodePath::avx512)) {
+    avx512::dot(keys, count, ahead, queries, scale, out, out_stride);
+    return;
+  }
+  if (uses(CodePath::avx2)) {
+    avx2::dot(keys, count, ahead, queries, scale, out, out_stride);
     return;
   }
 #endif
-  for (std::size_t i = 0; i < count; ++i) {
-    decode_row(keys, first + i, head_dim, row_buffer);
-    portable::dot_row(row_buffer, queries, scale, out + i, out_stride);
+  portable::dot(keys, count, queries, scale, out, out_stride);
+}
+
+/// A key decoded to `buffer`.
+template <Stored T>
+void decode(const Run<const T>& keys, std::size_t row, std::size_t head_dim, float* buffer) {
+#if defined(__x86_64__)
+  if constexpr (Element<T>) {
+    if (keys.chunk >= head_dim && uses(CodePath::avx2)) {
+      avx2::decode(keys.row(row), head_dim, buffer);
+      return;
+    }
   }
+#endif
+  decode_row(keys, row, head_dim, buffer);
+}
+
+/// Copies a bfloat16 key as it is.
+inline void copy_key(const Run<const Eigen::bfloat16>& keys, std::size_t row, std::size_t head_dim,
+                     Eigen::bfloat16* out) {
+  for (std::size_t e = 0; e < head_dim; ++e) {
+    out[e] = keys.row(row)[static_cast<std::ptrdiff_t>(e / keys.chunk) * keys.chunk_stride +
+                           static_cast<std::ptrdiff_t>(e % keys.chunk)];
+  }
+}
+
+/// Whether the path in use takes bfloat16 keys of even length as they are.
+inline bool takes_bfloat16(const QueryBlock& queries) {
+  return queries.pairs || (code_path() == CodePath::avx2 && queries.head_dim % 2 == 0);
+}
+
+#if defined(__x86_64__)
+inline void dot(const Eigen::bfloat16* const* keys, std::size_t count, std::ptrdiff_t ahead,
+                const QueryBlock& queries, float scale, float* out, std::size_t out_stride) {
+  if (queries.pairs) {
+    avx512::dot_pairs(keys, count, ahead, queries, scale, out, out_stride);
+  } else {
+    avx2::dot(keys, count, ahead, queries, scale, out, out_stride);
+  }
+}
+#endif
+
+/// `logits` for keys that come as `T`: where they stand, if they are such and side by side, else through
+/// `bring(row, place)` in `buffer`.
+template <class T, class Key, class Bring>
+void logits_of(const Run<const Key>& keys, std::size_t first, std::size_t count, const QueryBlock& queries,
+               float scale, T* buffer, float* out, std::size_t out_stride, Bring&& bring) {
+  const std::size_t head_dim = queries.head_dim;
+  const T* rows[keys_at_once];
+  for (std::size_t i = 0; i < count; i += keys_at_once) {
+    const std::size_t now = std::min(keys_at_once, count - i);
+    std::ptrdiff_t ahead = 0;
+    for (std::size_t k = 0; k < now; ++k) {
+      rows[k] = buffer + k * head_dim;
+      if constexpr (std::same_as<T, Key>) {
+        if (keys.chunk >= head_dim) {
+          rows[k] = keys.row(first + i + k);
+          ahead =
+              i + 2 * keys_at_once <= count ? static_cast<std::ptrdiff_t>(keys_at_once) * keys.row_stride : 0;
+          continue;
+        }
+      }
+      bring(first + i + k, buffer + k * head_dim);
+    }
+    std::fill(rows + now, rows + keys_at_once, rows[now - 1]);
+    dot(rows, now, ahead, queries, scale, out + i, out_stride);
+  }
+}
+
+}  // namespace detail
+
+/// Whether this path multiplies bfloat16 keys with bfloat16 queries as they stand (`QueryBlock::pairs`).
+template <class Key, class Query>
+bool in_pairs(std::size_t head_dim) {
+  return std::same_as<Key, Eigen::bfloat16> && std::same_as<Query, Eigen::bfloat16> && head_dim % 2 == 0 &&
+         uses(CodePath::avx512_bf16);
+}
+
+/// Attention logits of every query with `count` keys from row `first` of a run:
+/// `out[q * out_stride + i] = scale * (query q . key first + i)`. Each sum runs over the elements in order,
+/// one rounding each; that of pairs in another order, with as many roundings.
+///
+/// `buffer` has `keys_at_once * head_dim` floats, for keys that must be decoded first. Cost: each key is read
+/// once, 2 * head_dim flops a query and key.
+template <Stored T>
+void logits(const Run<const T>& keys, std::size_t first, std::size_t count, const QueryBlock& queries,
+            float scale, float* buffer, float* out, std::size_t out_stride) {
+  const std::size_t head_dim = queries.head_dim;
+#if defined(__x86_64__)
+  if constexpr (std::same_as<T, Eigen::bfloat16>) {
+    if (detail::takes_bfloat16(queries)) {
+      detail::logits_of(
+          keys, first, count, queries, scale, reinterpret_cast<Eigen::bfloat16*>(buffer), out, out_stride,
+          [&](std::size_t row, Eigen::bfloat16* place) { detail::copy_key(keys, row, head_dim, place); });
+      return;
+    }
+  }
+#endif
+  detail::logits_of(keys, first, count, queries, scale, buffer, out, out_stride,
+                    [&](std::size_t row, float* place) { detail::decode(keys, row, head_dim, place); });
 }
 
 }  // namespace compresskv::kernel

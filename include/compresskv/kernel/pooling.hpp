@@ -75,7 +75,7 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
   std::size_t done = 0;
 #if defined(__x86_64__)
   const std::size_t reach = width / 2;
-  if (code_path() == CodePath::avx2 && in.size() >= width + 8) {
+  if (uses(CodePath::avx2) && in.size() >= width + 8) {
     portable::add_pooled(in, pool, width, 0, reach, out);
     done = avx2::add_pooled(in.data(), pool, width, reach, in.size() - reach, out.data());
   }

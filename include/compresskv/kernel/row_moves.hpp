@@ -43,13 +43,37 @@ class RowCursor {
   std::size_t offset_ = 0;
 };
 
-/// Length of the stretch of consecutive rows that starts at place `i`.
-inline std::size_t stretch(std::span<const std::uint32_t> rows, std::size_t i) {
-  std::size_t count = 1;
-  while (i + count < rows.size() && rows[i + count] == rows[i] + count) {
-    ++count;
+/// Rows ahead whose lines are asked for while one is moved: single rows come from anywhere, and nothing but
+/// the list of rows predicts where.
+inline constexpr std::size_t rows_ahead = 8;
+
+/// Moves `width` units of each row of one stretch of memory to another, `target_stride` apart; `rows[0]`
+/// stands at `source`.
+template <class T>
+void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdiff_t source_stride, T* target,
+               std::ptrdiff_t target_stride, std::size_t width) {
+  const auto packed = static_cast<std::ptrdiff_t>(width);
+  const bool joined = source_stride == packed && target_stride == packed;
+  constexpr std::size_t line = std::max<std::size_t>(64 / sizeof(T), 1);
+  const auto at = [&](std::size_t i) {
+    return source + static_cast<std::ptrdiff_t>(rows[i] - rows[0]) * source_stride;
+  };
+  for (std::size_t i = 0; i < rows.size();) {
+    std::size_t count = 1;
+    while (joined && i + count < rows.size() && rows[i + count] == rows[i] + count) {
+      ++count;
+    }
+    for (std::size_t j = i + rows_ahead; j < std::min(i + rows_ahead + count, rows.size()); ++j) {
+      for (std::size_t u = 0; u < width; u += line) {
+        __builtin_prefetch(at(j) + u);
+      }
+    }
+    T* const to = target + static_cast<std::ptrdiff_t>(i) * target_stride;
+    if (to != at(i)) {
+      std::memmove(static_cast<void*>(to), at(i), count * width * sizeof(T));
+    }
+    i += count;
   }
-  return count;
 }
 
 template <class SourceRun, class TargetRun>
@@ -61,34 +85,21 @@ void copy_plane(std::span<const std::uint32_t> rows, std::size_t units, SourceRu
   for (std::size_t u = 0; u < units; u += chunk) {
     RowCursor source(source_run);
     RowCursor target(target_run);
-    const std::size_t width = std::min(chunk, units - u);
+    const auto offset = [&](const auto& run) {
+      return static_cast<std::ptrdiff_t>(u / run.chunk) * run.chunk_stride +
+             static_cast<std::ptrdiff_t>(u % run.chunk);
+    };
     for (std::size_t i = 0; i < rows.size();) {
-      const std::size_t consecutive = stretch(rows, i);
-      for (std::size_t done = 0; done < consecutive;) {
-        const auto* from = source.seek(rows[i + done]);
-        auto* to = target.seek(i + done);
-        const auto& from_run = source.run();
-        const auto& to_run = target.run();
-        from += static_cast<std::ptrdiff_t>(u / from_run.chunk) * from_run.chunk_stride +
-                static_cast<std::ptrdiff_t>(u % from_run.chunk);
-        to += static_cast<std::ptrdiff_t>(u / to_run.chunk) * to_run.chunk_stride +
-              static_cast<std::ptrdiff_t>(u % to_run.chunk);
-        const std::size_t count = std::min({consecutive - done, source.left(), target.left()});
-        if (from != to) {
-          const auto packed = static_cast<std::ptrdiff_t>(width);
-          if (from_run.row_stride == packed && to_run.row_stride == packed) {
-            std::memmove(static_cast<void*>(to), from, count * width * sizeof(*from));
-          } else {
-            for (std::size_t r = 0; r < count; ++r) {
-              std::memmove(static_cast<void*>(to + static_cast<std::ptrdiff_t>(r) * to_run.row_stride),
-                           from + static_cast<std::ptrdiff_t>(r) * from_run.row_stride,
-                           width * sizeof(*from));
-            }
-          }
-        }
-        done += count;
-      }
-      i += consecutive;
+      const auto* from = source.seek(rows[i]) + offset(source.run());
+      auto* to = target.seek(i) + offset(target.run());
+      const std::span<const std::uint32_t> rest = rows.subspan(i, std::min(rows.size() - i, target.left()));
+      const auto count = static_cast<std::size_t>(
+          std::partition_point(rest.begin(), rest.end(),
+                               [&](std::uint32_t row) { return row - rows[i] < source.left(); }) -
+          rest.begin());
+      move_rows(rest.first(count), from, source.run().row_stride, to, target.run().row_stride,
+                std::min(chunk, units - u));
+      i += count;
     }
   }
 }

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <span>
+#include <type_traits>
 
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
@@ -54,10 +57,11 @@ inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_
                       std::size_t sums, std::size_t held_bytes) {
   // A twentieth of the 1 % is for what does not grow with the rows.
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 2000 * 19;
-  // Scores and selection of each KV head, one head's pooled scores, and 1.1 bits of position for each row, KV
-  // head and layer.
-  const std::size_t others = (2 * shape.kv_heads + 1) * rows * sizeof(float) +
-                             (shape.layers + 1) * shape.kv_heads * rows * 11 / 80 + held_bytes;
+  // Scores and selection of each KV head, one head's pooled scores, 1.1 bits of position for each row, KV
+  // head and layer, and the decoded keys of each tile.
+  const std::size_t others =
+      (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80 +
+      (rows + tile - 1) / tile * keys_at_once * shape.head_dim * sizeof(float) + held_bytes;
   const std::size_t arrays = allowed <= others ? 0 : (allowed - others) / (rows * sizeof(float));
   const std::size_t heads = arrays / (window + sums);
   if (heads > 0) {
@@ -67,7 +71,8 @@ inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_
 }
 
 [[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::span<const float> values) {
-  const auto bad = std::find_if_not(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+  auto bad = std::find_if_not(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+  bad = bad == values.end() ? values.begin() : bad;  // no logit but -inf: all of them are to blame
   compresskv::detail::fail<ScoreError>(
       "score of layer ", layer, " query head ", head, " token ", bad - values.begin(),
       " is not finite: the keys or queries hold NaN or infinite values; the cache was left as it is");
@@ -76,7 +81,7 @@ inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_
 /// Logits of rows [first, first + count) of one KV head, across its runs.
 template <KvView V>
 void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
-                    const QueryBlock& queries, float scale, float* row_buffer, float* out,
+                    const QueryBlock& queries, float scale, float* buffer, float* out,
                     std::size_t out_stride) {
   std::size_t begin = 0;
   for (std::size_t i = 0; i < kv.run_count(kv_head) && begin < first + count; ++i) {
@@ -84,10 +89,30 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
     const std::size_t from = std::max(first, begin);
     const std::size_t to = std::min(first + count, begin + run.rows);
     if (from < to) {
-      logits(run, from - begin, to - from, queries, scale, row_buffer, out + from, out_stride);
+      logits(run, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
     }
     begin += run.rows;
   }
+}
+
+/// Makes of each tile's sum the factor that turns its values into attention. `sink` is the logit of an extra
+/// column that takes part in maximum and sum alone; -inf: none. Whether the sum is a finite number above
+/// zero.
+inline bool join_tiles(std::span<const float> maxima, std::span<float> sums, float sink) {
+  float max = sink;
+  for (const float tile_max : maxima) {
+    max = tile_max > max ? tile_max : max;
+  }
+  float total = portable::exp(sink - max);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const float share = portable::exp(maxima[i] - max);
+    total += share * sums[i];
+    sums[i] = share;
+  }
+  for (float& factor : sums) {
+    factor /= total;
+  }
+  return std::isfinite(total) && total > 0.0F;
 }
 
 /// First row that the query of row `own` sees: all before it, or a sliding window of positions.
@@ -101,28 +126,62 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
   return position < span ? 0 : in.retained.rows_before(position - span + 1, kv_head);
 }
 
+/// Queries `begin`, `begin + 1`, ... of the observed ones, in the order of `heads`, as the kernel wants them
+/// in `memory`, which is `QueryBlock::size` floats and one query.
+template <class Kv, QueryObservation O>
+QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
+                       std::size_t observers, std::size_t begin, std::size_t count, std::span<float> memory) {
+  using Run = decltype(in.observation.query_run(0));
+  using Query = std::remove_cvref_t<decltype(*Run{}.base)>;
+  const std::size_t head_dim = in.shape.head_dim;
+  const bool pairs = in_pairs<typename Kv::key_element, Query>(head_dim);
+  const std::size_t width = pairs ? head_dim / 2 : head_dim;
+  const std::size_t size = QueryBlock::size(count, width);
+  std::fill_n(memory.begin(), size, 0.0F);
+  float* const query = memory.data() + memory.size() - head_dim;
+  for (std::size_t q = 0; q < count; ++q) {
+    const auto run = in.observation.query_run(heads[(begin + q) / observers]);
+    decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, query);
+    if (pairs) {
+      // Halves of a register lane: exact, since the query was bfloat16.
+      for (std::size_t e = 0; e < width; ++e) {
+        query[e] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(query[2 * e]) >> 16U |
+                                        std::bit_cast<std::uint32_t>(query[2 * e + 1]));
+      }
+    }
+    QueryBlock::put(q, query, width, memory.data());
+  }
+  return {.data = memory.data(), .count = count, .head_dim = head_dim, .pairs = pairs};
+}
+
 /// For query heads of one KV head: softmax attention of the last `observers` queries over the evictable rows.
 ///
 /// Calls `add(h, i, first, tokens, weights, factor)` for query i of `heads[h]` and a stretch of evictable
 /// rows from `first` on: their attention is `factor * weights[t]`. Stretches do not overlap and may come at
 /// the same time; the queries of each come in ascending order. Rows in the future of all queries held may be
 /// left out. Logits of `queries_at_once` queries are held at a time.
+///
+/// A tile's logits become `e^(logit - maximum of the tile)` while they are in the nearest cache; what the
+/// whole row's maximum and sum make of that is one factor a query and tile. So the logits are written once
+/// and read once more.
 template <class Kv, class Observed, Executor X, class Add>
 void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_head,
                             std::span<const std::uint32_t> heads, std::size_t observers,
                             std::size_t queries_at_once, Workspace& workspace, X& executor, Add&& add) {
   const std::size_t head_dim = in.shape.head_dim;
-  const std::size_t padded = round_up_to_lanes(head_dim);
   const std::size_t rows = in.rows[kv_head];
   const std::size_t evictable = in.evictable(kv_head);
   const std::size_t count = heads.size() * observers;
   const std::size_t held = std::min(queries_at_once, count);
   const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
-  const std::span<float> queries = workspace.take(Workspace::Slot::queries, held * padded);
-  std::fill(queries.begin(), queries.end(), 0.0F);
-  const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles(rows) * padded);
+  const std::span<float> queries =
+      workspace.take(Workspace::Slot::queries, QueryBlock::size(held, head_dim) + head_dim);
+  const std::span<float> key_rows =
+      workspace.take(Workspace::Slot::key_rows, tiles(rows) * keys_at_once * head_dim);
   const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * rows);
-  const std::span<float> row_sums = workspace.take(Workspace::Slot::row_sums, held);
+  const std::span<float> tile_sums = workspace.take(Workspace::Slot::row_sums, 2 * held * tiles(rows));
+  const std::span<float> maxima = tile_sums.first(held * tiles(rows));  // [query][tile]
+  const std::span<float> factors = tile_sums.last(held * tiles(rows));  // the same; sums until all are known
   const float cap = compresskv::detail::soft_cap(in.observation);
 
   for (std::size_t begin = 0; begin < count; begin += held) {
@@ -132,33 +191,38 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     const bool one_head = begin / observers == (begin + now - 1) / observers;
     const std::size_t visible = one_head ? own_row(now - 1) + 1 : rows;
     const std::size_t looked_at = std::min(evictable, visible);
-    for (std::size_t q = 0; q < now; ++q) {
-      const auto run = in.observation.query_run(heads[(begin + q) / observers]);
-      decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, queries.data() + q * padded);
-    }
-    const QueryBlock block{.data = queries.data(), .count = now, .head_dim = head_dim};
+    const QueryBlock block = query_block(in, heads, observers, begin, now, queries);
     executor.parallel_for(tiles(visible), [&](std::size_t i) {
       const std::size_t first = i * tile;
-      const std::size_t tokens = std::min(tile, visible - first);
-      logits_of_rows(in.kv, kv_head, first, tokens, block, in.observation.scale(),
-                     key_rows.data() + i * padded, logits.data(), rows);
-      for (std::size_t q = 0; cap > 0.0F && q < now; ++q) {
-        soft_cap_row(logits.data() + q * rows + first, tokens, cap);
+      const std::size_t last = std::min(first + tile, visible);
+      logits_of_rows(in.kv, kv_head, first, last - first, block, in.observation.scale(),
+                     key_rows.data() + i * keys_at_once * head_dim, logits.data(), rows);
+      for (std::size_t q = 0; q < now; ++q) {
+        // A query sees the columns up to its own row: the rest is the future and has no weight.
+        const std::size_t own = own_row(q);
+        const std::size_t from = std::clamp(first_visible(in, kv_head, own), first, last);
+        const std::size_t to = std::clamp(own + 1, from, last);
+        float* row = logits.data() + q * rows;
+        std::fill(row + first, row + from, 0.0F);
+        std::fill(row + to, row + last, 0.0F);
+        if (cap > 0.0F) {
+          soft_cap_row(row + from, to - from, cap);
+        }
+        const ExpSum found = exp_row(row + from, to - from);
+        const bool nothing = found.max == -std::numeric_limits<float>::infinity();
+        if (nothing) {
+          std::fill(row + from, row + to, 0.0F);
+        }
+        maxima[q * tiles(rows) + i] = found.max;
+        factors[q * tiles(rows) + i] = nothing ? 0.0F : found.sum;
       }
     });
-    executor.parallel_for(now, [&](std::size_t q) {
-      // A query sees the columns up to its own row: the rest is the future and has no weight.
-      const std::size_t own = own_row(q);
-      const std::size_t first = first_visible(in, kv_head, own);
-      float* row = logits.data() + q * rows;
-      std::fill_n(row, first, 0.0F);
-      row_sums[q] = exp_row(row + first, own + 1 - first,
-                            compresskv::detail::sink_logit(in.observation, heads[(begin + q) / observers]));
-      std::fill(row + own + 1, row + std::max(own + 1, looked_at), 0.0F);
-    });
     for (std::size_t q = 0; q < now; ++q) {
-      if (!std::isfinite(row_sums[q])) {
-        fail_not_finite(in.layer, heads[(begin + q) / observers], logits.subspan(q * rows, own_row(q) + 1));
+      const std::size_t head = heads[(begin + q) / observers];
+      if (!join_tiles(maxima.subspan(q * tiles(rows), tiles(visible)),
+                      factors.subspan(q * tiles(rows), tiles(visible)),
+                      compresskv::detail::sink_logit(in.observation, head))) {
+        fail_not_finite(in.layer, head, logits.subspan(q * rows, own_row(q) + 1));
       }
     }
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
@@ -166,7 +230,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       const std::size_t tokens = std::min(tile, looked_at - first);
       for (std::size_t q = 0; q < now; ++q) {
         add((begin + q) / observers, (begin + q) % observers, first, tokens, logits.data() + q * rows + first,
-            1.0F / row_sums[q]);
+            factors[q * tiles(rows) + i]);
       }
     });
   }
