@@ -556,6 +556,7 @@ void evaluate(const EvaluateArguments& arguments) {
   RecordFile file{arguments.out, header_json(arguments, files, sha256)};
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
   const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
+  check_calibration(files.heads, files.errors, shape);
   for (const Variant& variant : variants) {
     try {
       variant.how.budget->validate(variant.how.window, shape);

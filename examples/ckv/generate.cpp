@@ -226,7 +226,9 @@ void generate(const GenerateArguments& arguments) {
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
   const std::vector<TokenId> prompt = encode_prompt(
       loaded, arguments.raw ? text : chat_prompt(loaded, message_text(text, arguments.question)));
-  check_budget(how, shape_of(loaded.model.config(), arguments.cache.type()), prompt.size());
+  const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
+  check_calibration(arguments.heads, arguments.errors, shape);
+  check_budget(how, shape, prompt.size());
 
   const std::size_t chunks = arguments.prefill_chunk == 0
                                  ? 1

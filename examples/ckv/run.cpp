@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <compresskv/io/calibration_files.hpp>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -129,6 +130,16 @@ compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvTyp
           .kv_heads = static_cast<std::size_t>(config.kv_heads),
           .head_dim = head_dim,
           .kv_row_bytes = 2 * head_dim * engine::kv_element_bytes(type)};
+}
+
+void check_calibration(const std::filesystem::path& heads, const std::filesystem::path& errors,
+                       const compresskv::ModelShape& shape) {
+  if (!heads.empty()) {
+    compresskv::io::load_head_ranking(heads, shape);
+  }
+  if (!errors.empty()) {
+    compresskv::io::load_layer_errors(errors, shape);
+  }
 }
 
 compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer) {

@@ -453,7 +453,9 @@ TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
   other.at("3").at(0) = 9;
   const Outcome refused = generate(folder_.write("other.json", other.dump()));
   EXPECT_EQ(refused.code, 1);
-  EXPECT_NE(refused.err.find("names head 9, the model has heads 0 to 8"), std::string::npos) << refused.err;
+  EXPECT_NE(refused.err.find("other.json: head ranking of layer 3 names head 9, the model has heads 0 to 8"),
+            std::string::npos)
+      << refused.err;
 }
 
 }  // namespace

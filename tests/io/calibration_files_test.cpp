@@ -66,9 +66,15 @@ class CalibrationFiles : public testing::Test {
     const std::string name = file.string() + ": ";
     return message.starts_with(name) ? message.substr(name.size()) : "(not named) " + message;
   }
-  std::string ranking_rejection(const std::string& text) const { return rejection(load_head_ranking, text); }
-  std::string scores_rejection(const std::string& text) const { return rejection(load_head_scores, text); }
-  std::string errors_rejection(const std::string& text) const { return rejection(load_layer_errors, text); }
+  std::string ranking_rejection(const std::string& text) const {
+    return rejection([](const fs::path& file) { load_head_ranking(file); }, text);
+  }
+  std::string scores_rejection(const std::string& text) const {
+    return rejection([](const fs::path& file) { load_head_scores(file); }, text);
+  }
+  std::string errors_rejection(const std::string& text) const {
+    return rejection([](const fs::path& file) { load_layer_errors(file); }, text);
+  }
 
   std::size_t files_in_folder() const {
     return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder_), fs::directory_iterator()));
@@ -92,6 +98,27 @@ TEST_F(CalibrationFiles, RejectsWhatIsNoFile) {
   const fs::path folder = absent.parent_path();
   EXPECT_EQ(message_of<FileError>([&] { load_head_ranking(folder); }),
             folder.string() + ": is a folder: give the path of the file in it");
+}
+
+TEST_F(CalibrationFiles, RejectsWhatIsOfAnotherModel) {
+  const ModelShape shape{.layers = 2, .query_heads = 4, .kv_heads = 2, .head_dim = 8};
+  const auto ranking = [&](const fs::path& file) { load_head_ranking(file, shape); };
+  const auto scores = [&](const fs::path& file) { load_head_scores(file, shape); };
+  const auto errors = [&](const fs::path& file) { load_layer_errors(file, shape); };
+  EXPECT_EQ(
+      rejection(ranking, R"({"0": [1, 0], "1": [3, 4]})"),
+      "head ranking of layer 1 names head 4, the model has heads 0 to 3: use the ranking calibrated for this "
+      "model");
+  EXPECT_EQ(rejection(ranking, R"({"0": [1, 0]})"),
+            "head ranking has 1 layers, the model has 2: use the ranking calibrated for this model");
+  EXPECT_EQ(rejection(scores, R"({"0-0": [1.0], "0-1": [2.0], "1-0": [1.0], "1-1": [2.0]})"),
+            "head scores are of 2 layers of 2 heads, the model has 2 layers of 4: use the scores calibrated "
+            "for this "
+            "model");
+  EXPECT_EQ(rejection(errors, R"({"avg_score": [0.5, 0.25, 0.25]})"),
+            "layer errors have 3 layers, the model has 2: use the errors calibrated for this model");
+  EXPECT_EQ(load_head_ranking(write(R"({"0": [1, 0], "1": [3, 2]})"), shape).heads(1)[0], 3U);
+  EXPECT_EQ(load_layer_errors(write(R"({"avg_score": [0.5, 0.5]})"), shape).layers(), 2U);
 }
 
 TEST_F(CalibrationFiles, RejectsWhatIsNoCalibration) {

@@ -66,6 +66,14 @@ class HeadScores {
     return HeadRanking(std::move(ranked));
   }
 
+  /// Throws ArgumentError when the scores are not those of a model with `layers` layers of `heads` query
+  /// heads.
+  void validate(std::size_t layers, std::size_t heads) const {
+    detail::require(this->layers() == layers && heads_ == heads, "head scores are of ", this->layers(),
+                    " layers of ", heads_, " heads, the model has ", layers, " layers of ", heads,
+                    ": use the scores calibrated for this model");
+  }
+
   friend bool operator==(const HeadScores&, const HeadScores&) = default;
 
  private:

@@ -59,6 +59,12 @@ class LayerErrors {
 
   std::span<const DataSet> data_sets() const { return data_sets_; }
 
+  /// Throws ArgumentError when the errors are of a model with another number of layers.
+  void validate(std::size_t layers) const {
+    detail::require(average_.size() == layers, "layer errors have ", average_.size(),
+                    " layers, the model has ", layers, ": use the errors calibrated for this model");
+  }
+
   friend bool operator==(const LayerErrors&, const LayerErrors&) = default;
 
  private:

@@ -24,6 +24,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/shape.hpp"
 
 /// Calibration files in the formats that were published with CompressKV (arXiv 2508.02401, 2606.24467), so
 /// that its files load here and ours load there. All are JSON text:
@@ -325,6 +326,14 @@ inline HeadRanking load_head_ranking(const std::filesystem::path& file) {
                                            : detail::ranking_of(file, parsed);
 }
 
+/// The same for the model that will use it. Throws FileError also when the file has another number of layers
+/// or names a head that the model does not have: it was calibrated for another model.
+inline HeadRanking load_head_ranking(const std::filesystem::path& file, const ModelShape& shape) {
+  HeadRanking ranking = load_head_ranking(file);
+  detail::checked(file, [&] { ranking.validate(shape.layers, shape.query_heads); });
+  return ranking;
+}
+
 /// Reads raw head scores, one number per counted calibration run.
 /// Throws FileError as `load_head_ranking`, and when heads have differing numbers of scores, a score is not a
 /// finite number, or the file is a ranking, which has no scores.
@@ -334,6 +343,13 @@ inline HeadScores load_head_scores(const std::filesystem::path& file) {
                   "is a head ranking, which has no scores: give the file of raw scores it was made from, or "
                   "calibrate the model again");
   return detail::scores_of(file, parsed);
+}
+
+/// The same for the model that will use them; throws FileError as `load_head_ranking` does.
+inline HeadScores load_head_scores(const std::filesystem::path& file, const ModelShape& shape) {
+  HeadScores scores = load_head_scores(file);
+  detail::checked(file, [&] { scores.validate(shape.layers, shape.query_heads); });
+  return scores;
 }
 
 /// Reads layer errors: one object with `avg_score`, or one object a data set a line without it, as a
@@ -366,6 +382,14 @@ inline LayerErrors load_layer_errors(const std::filesystem::path& file) {
     return average ? LayerErrors(std::move(*average), std::move(data_sets))
                    : LayerErrors(std::move(data_sets));
   });
+}
+
+/// The same for the model that will use them. Throws FileError also when the file has another number of
+/// layers.
+inline LayerErrors load_layer_errors(const std::filesystem::path& file, const ModelShape& shape) {
+  LayerErrors errors = load_layer_errors(file);
+  detail::checked(file, [&] { errors.validate(shape.layers); });
+  return errors;
 }
 
 /// Writes a ranking, one layer a line. `load_head_ranking` reads back an equal one.
