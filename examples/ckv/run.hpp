@@ -43,8 +43,8 @@ LoadedModel load_model(const std::filesystem::path& path, int threads);
 /// The model's shape as the library wants it, with the bytes of a row of this element type.
 compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvType type);
 
-/// Throws compresskv::FileError, naming file, layer and head, where calibration files are not of a model of this shape.
-/// `heads`: a ranking or raw scores; an empty path is no file.
+/// Throws compresskv::FileError, naming file, layer and head, where calibration files are not of a model of
+/// this shape. `heads`: a ranking or raw scores; an empty path is no file.
 void check_calibration(const std::filesystem::path& heads, const std::filesystem::path& errors,
                        const compresskv::ModelShape& shape);
 

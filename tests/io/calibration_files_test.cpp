@@ -30,6 +30,7 @@ using compresskv::FileError;
 using compresskv::HeadRanking;
 using compresskv::HeadScores;
 using compresskv::LayerErrors;
+using compresskv::ModelShape;
 using compresskv::test::message_of;
 using namespace compresskv::io;
 
