@@ -1,6 +1,5 @@
 #include <benchmark/benchmark.h>
 
-#include <algorithm>
 #include <exception>
 #include <iostream>
 #include <string_view>
@@ -19,14 +18,13 @@ int main(int argc, char** argv) {
       continue;
     }
     using namespace compresskv::kernel;
-    const auto wanted =
-        std::find(code_path_names.begin(), code_path_names.end(), argument.substr(option.size()));
-    if (wanted == code_path_names.end()) {
+    const auto wanted = code_path_named(argument.substr(option.size()));
+    if (!wanted) {
       std::cerr << argument << ": the code paths are portable, avx2, avx512 and avx512_bf16\n";
       return 2;
     }
     try {
-      force_code_path(all_code_paths[static_cast<std::size_t>(wanted - code_path_names.begin())]);
+      force_code_path(*wanted);
     } catch (const std::exception& error) {
       std::cerr << error.what() << '\n';
       return 1;

@@ -1,6 +1,7 @@
 // What bench/peers/peers.py calls: the library and its limits on this machine, on memory that Python owns.
 // One function an operation, so that Python times both sides of a ratio in turn and in one way.
 
+#include <immintrin.h>
 #include <omp.h>
 
 #include <array>
@@ -18,10 +19,6 @@
 #include <span>
 #include <string>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -71,14 +68,7 @@ class LayerOf : public Layer {
     float total = 0.0F;
     const auto kv = view(keys, values);
     const auto observed = observation(queries);
-    const kernel::LayerInput<StridedKv<T>, QueryWindow<T>> input{.shape = shape,
-                                                                 .layer = 0,
-                                                                 .rows = rows_,
-                                                                 .window = window,
-                                                                 .retained = retained_,
-                                                                 .kv = kv,
-                                                                 .observation = observed};
-    kernel::window_attention(input, heads_, workspace_, executor_,
+    kernel::window_attention(input(kv, observed), heads_, workspace_, executor_,
                              [&](std::uint32_t, std::span<const float> sums) { total += sums.back(); });
     return total;
   }
@@ -87,17 +77,10 @@ class LayerOf : public Layer {
   float logits(void* keys, void* values, const void* queries, bool through_view) override {
     const auto kv = view(keys, values);
     const auto observed = observation(queries);
-    const kernel::LayerInput<StridedKv<T>, QueryWindow<T>> input{.shape = shape,
-                                                                 .layer = 0,
-                                                                 .rows = rows_,
-                                                                 .window = window,
-                                                                 .retained = retained_,
-                                                                 .kv = kv,
-                                                                 .observation = observed};
     queries_.resize(kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
     buffer_.resize(kernel::keys_at_once * shape.head_dim);
     const kernel::QueryBlock block =
-        kernel::detail::query_block(input, std::array{0U}, window, 0, window, queries_);
+        kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, queries_);
     const float scale = observed.scale();
     constexpr std::size_t tile = kernel::detail::tile;
     for (std::size_t first = 0; first < tokens_; first += tile) {
@@ -157,26 +140,44 @@ class LayerOf : public Layer {
             QueryShape{.query_heads = shape.query_heads, .queries = window, .head_dim = shape.head_dim}};
   }
 
-  /// The same kernel over row pointers that are counted by hand.
+  kernel::LayerInput<StridedKv<T>, QueryWindow<T>> input(const StridedKv<T>& kv,
+                                                         const QueryWindow<T>& observed) const {
+    return {.shape = shape,
+            .layer = 0,
+            .rows = rows_,
+            .window = window,
+            .retained = retained_,
+            .kv = kv,
+            .observation = observed};
+  }
+
+  /// The same kernel over row pointers that are counted by hand: keys where they stand if the path takes them
+  /// so, else decoded.
   void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::QueryBlock& block,
                   float scale) {
-    const T* rows[kernel::keys_at_once];
-    for (std::size_t i = first; i < first + count; i += kernel::keys_at_once) {
-      for (std::size_t k = 0; k < kernel::keys_at_once; ++k) {
-        rows[k] = keys + (i + k) * shape.head_dim;
-      }
-      const std::ptrdiff_t ahead = i + 2 * kernel::keys_at_once <= first + count
-                                       ? static_cast<std::ptrdiff_t>(kernel::keys_at_once * shape.head_dim)
-                                       : 0;
-      if constexpr (std::is_same_v<T, half>) {
-        const float* decoded[kernel::keys_at_once];
-        for (std::size_t k = 0; k < kernel::keys_at_once; ++k) {
-          kernel::avx2::decode(rows[k], shape.head_dim, buffer_.data() + k * shape.head_dim);
-          decoded[k] = buffer_.data() + k * shape.head_dim;
+    constexpr std::size_t at_once = kernel::keys_at_once;
+    const auto row = [&](std::size_t i) { return keys + i * shape.head_dim; };
+    for (std::size_t i = first; i < first + count; i += at_once) {
+      float* out = logits_.data() + i;
+      if constexpr (!std::is_same_v<T, half>) {
+        if (std::is_same_v<T, float> || kernel::detail::takes_bfloat16(block)) {
+          const T* rows[at_once];
+          for (std::size_t k = 0; k < at_once; ++k) {
+            rows[k] = row(i + k);
+          }
+          const std::size_t ahead = i + 2 * at_once <= first + count ? at_once * shape.head_dim : 0;
+          kernel::detail::dot(rows, at_once, static_cast<std::ptrdiff_t>(ahead), block, scale, out, tokens_);
+          continue;
         }
-        kernel::detail::dot(decoded, kernel::keys_at_once, 0, block, scale, logits_.data() + i, tokens_);
-      } else {
-        kernel::detail::dot(rows, kernel::keys_at_once, ahead, block, scale, logits_.data() + i, tokens_);
+      }
+      if constexpr (!std::is_same_v<T, float>) {
+        const float* decoded[at_once];
+        for (std::size_t k = 0; k < at_once; ++k) {
+          float* const buffer = buffer_.data() + k * shape.head_dim;
+          kernel::avx2::decode(row(i + k), shape.head_dim, buffer);
+          decoded[k] = buffer;
+        }
+        kernel::detail::dot(decoded, at_once, 0, block, scale, out, tokens_);
       }
     }
   }
@@ -212,7 +213,6 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   return std::make_unique<LayerOf<T, decltype(plan)>>(plan, heads, tokens, threads);
 }
 
-#if defined(__x86_64__)
 [[gnu::target("avx2,fma")]] float sum_of(const float* data, std::size_t count) {
   __m256 sums[8] = {};
   for (std::size_t i = 0; i + 64 <= count; i += 64) {
@@ -249,9 +249,12 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   return _mm256_cvtss_f32(all);
 }
 
-[[gnu::target("avx512f")]] float multiply_adds_avx512(std::size_t rounds) {
+/// The same in wide registers, or of bfloat16 pairs where `pairs`: only there are instructions for them used.
+template <bool pairs>
+[[gnu::target("avx512f,avx512bf16")]] float multiply_adds_avx512(std::size_t rounds) {
   __m512 s[12];
   const __m512 x = _mm512_set1_ps(0.999F);
+  const auto x_pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F7F3F7F));
 #pragma GCC unroll 12
   for (auto& sum : s) {
     sum = x;
@@ -259,7 +262,11 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   for (std::size_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
     for (auto& sum : s) {
-      sum = _mm512_fmadd_ps(sum, x, x);
+      if constexpr (pairs) {
+        sum = _mm512_dpbf16_ps(sum, x_pairs, x_pairs);
+      } else {
+        sum = _mm512_fmadd_ps(sum, x, x);
+      }
     }
   }
   __m512 all = s[0];
@@ -268,27 +275,6 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   }
   return _mm512_cvtss_f32(all);
 }
-
-[[gnu::target("avx512f,avx512bf16")]] float pair_products(std::size_t rounds) {
-  __m512 s[12];
-  const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F7F3F7F));
-#pragma GCC unroll 12
-  for (auto& sum : s) {
-    sum = _mm512_set1_ps(0.999F);
-  }
-  for (std::size_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (auto& sum : s) {
-      sum = _mm512_dpbf16_ps(sum, x, x);
-    }
-  }
-  __m512 all = s[0];
-  for (const auto& sum : s) {
-    all = _mm512_add_ps(all, sum);
-  }
-  return _mm512_cvtss_f32(all);
-}
-#endif
 
 }  // namespace
 
@@ -326,13 +312,12 @@ const char* peers_code_path() { return kernel::name(kernel::code_path()).data();
 
 /// Whether that path is one; else nothing has changed.
 int peers_force(const char* path) {
-  for (const kernel::CodePath known : kernel::all_code_paths) {
-    if (kernel::name(known) == path && kernel::supported(known)) {
-      kernel::force_code_path(known);
-      return 1;
-    }
+  const auto wanted = kernel::code_path_named(path);
+  if (!wanted || !kernel::supported(*wanted)) {
+    return 0;
   }
-  return 0;
+  kernel::force_code_path(*wanted);
+  return 1;
 }
 
 /// Reads `count` pieces of memory once, `bytes` each.
@@ -353,7 +338,9 @@ float peers_flops(double flops, int pairs, int threads) {
   const auto rounds = static_cast<std::size_t>(flops / each / threads);
   std::vector<float> sums(static_cast<std::size_t>(threads));
   OpenMpExecutor{threads}.parallel_for(sums.size(), [&](std::size_t i) {
-    sums[i] = dots ? pair_products(rounds) : wide ? multiply_adds_avx512(rounds) : multiply_adds_avx2(rounds);
+    sums[i] = dots   ? multiply_adds_avx512<true>(rounds)
+              : wide ? multiply_adds_avx512<false>(rounds)
+                     : multiply_adds_avx2(rounds);
   });
   return sums[0];
 }

@@ -130,21 +130,17 @@ class Bench:
         return self.rings[type_name, tokens]
 
     def compare(self, what, threads, goal, theirs, ours, at_most=False):
-        """`theirs` and `ours` in turn, two warm rounds before; the ratio of their times."""
+        """`theirs` and `ours`, which say how long they took, in turn; two warm rounds before; the ratio of their times."""
         times = []
         for i in range(self.pairs + 2):
             pair = []
             # Who goes first takes turns as well; a pause lets the threads of the one before end their spinning.
             for call in (theirs, ours) if i % 2 else (ours, theirs):
                 time.sleep(0.003)
-                start = time.perf_counter()
-                extra = call()
-                spent = time.perf_counter() - start if extra is None else extra
-                pair.append(spent)
-            times.append(tuple(pair) if i % 2 else (pair[1], pair[0]))
+                pair.append(call())
+            times.append(pair if i % 2 else pair[::-1])
         times = times[2:]
-        ratios = sorted(a / b for a, b in times)
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles([a / b for a, b in times], n=4)
         their_ms, our_ms = (1e3 * statistics.median(t[side] for t in times) for side in (0, 1))
         good = middle <= goal if at_most else middle >= goal
         self.results.append({"what": what, "threads": threads, "goal": goal, "at_most": at_most, "ratio": middle,
@@ -152,30 +148,20 @@ class Bench:
         print(f"{what:72} {threads}  {middle:8.2f}  ({low:.2f}-{high:.2f})  {'<=' if at_most else '>='} {goal:<5} "
               f"{'pass' if good else 'short':5}  {their_ms:9.3f}  {our_ms:9.3f}", flush=True)
 
-    def timed(self, call):
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    def compress_call(self, ring, layer):
+        def work(keys, values):
+            rows = self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
+            assert rows == CAPACITY
+
+        return cold(ring, work)
 
     def compress(self, type_name, threads, goal):
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
         torch.set_num_threads(threads)
-
-        def ours():
-            keys, values = ring.next()
-            start = time.perf_counter()
-            rows = self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
-            assert rows == CAPACITY
-            return time.perf_counter() - start
-
-        def theirs():
-            keys, values = ring.next()
-            start = time.perf_counter()
-            plain_torch(keys, values, ring.queries)
-            return time.perf_counter() - start
-
         self.check_same(ring, layer, type_name)
-        self.compare(f"compress(), {type_name}, against plain PyTorch", threads, goal, theirs, ours)
+        self.compare(f"compress(), {type_name}, against plain PyTorch", threads, goal,
+                     cold(ring, lambda keys, values: plain_torch(keys, values, ring.queries)),
+                     self.compress_call(ring, layer))
         self.library.free(layer)
 
     def check_same(self, ring, layer, type_name):
@@ -190,21 +176,8 @@ class Bench:
     def snapkv(self, threads):
         ring, layer = self.ring("bfloat16"), self.library.layer("snapkv", "bfloat16", TOKENS, threads)
         torch.set_num_threads(threads)
-        press = Kvpress(TOKENS, ring.queries)
-
-        def ours():
-            keys, values = ring.next()
-            start = time.perf_counter()
-            self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
-            return time.perf_counter() - start
-
-        def theirs():
-            keys, values = ring.next()
-            start = time.perf_counter()
-            press(keys, values)
-            return time.perf_counter() - start
-
-        self.compare("SnapKV compress(), bfloat16, against kvpress SnapKVPress", threads, 10, theirs, ours)
+        self.compare("SnapKV compress(), bfloat16, against kvpress SnapKVPress", threads, 10,
+                     cold(ring, Kvpress(TOKENS, ring.queries)), self.compress_call(ring, layer))
         self.library.free(layer)
 
     def bound(self, type_name, threads):
@@ -214,21 +187,19 @@ class Bench:
         flops = 2.0 * len(HEADS) * WINDOW * TOKENS * HEAD_DIM
         read, spent = [], []
 
-        def ours():
-            keys, values = ring.next()
-            start = time.perf_counter()
+        def attention(keys, values):
             self.library.attention(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
-            return time.perf_counter() - start
 
-        def theirs():
+        def bound():
             keys, _ = ring.next()
             pieces = (ctypes.c_void_p * len(kv_heads))(*(keys[h].data_ptr() for h in kv_heads))
             size = keys[0].numel() * keys.element_size()
-            read.append(self.timed(lambda: self.library.read(pieces, len(kv_heads), size, threads)))
-            spent.append(self.timed(lambda: self.library.flops(flops, int(type_name == "bfloat16"), threads)))
+            read.append(timed(lambda: self.library.read(pieces, len(kv_heads), size, threads)))
+            spent.append(timed(lambda: self.library.flops(flops, int(type_name == "bfloat16"), threads)))
             return max(read[-1], spent[-1])
 
-        self.compare(f"window attention, {type_name}: its bound / its time", threads, 0.6, theirs, ours)
+        self.compare(f"window attention, {type_name}: its bound / its time", threads, 0.6, bound,
+                     cold(ring, attention))
         size = len(kv_heads) * TOKENS * HEAD_DIM * TYPES[type_name][1].itemsize
         self.results[-1]["read_bytes_per_s"] = size / statistics.median(read)
         self.results[-1]["flops_per_s"] = flops / statistics.median(spent)
@@ -238,13 +209,7 @@ class Bench:
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
 
         def side(raw):
-            def call():
-                keys, values = ring.next()
-                start = time.perf_counter()
-                self.library.moves(layer, keys.data_ptr(), values.data_ptr(), raw)
-                return time.perf_counter() - start
-
-            return call
+            return cold(ring, lambda keys, values: self.library.moves(layer, keys.data_ptr(), values.data_ptr(), raw))
 
         self.compare(f"row moves, {type_name}, against memcpy of each row", 1, 0.9, side(1), side(0))
         self.library.free(layer)
@@ -253,13 +218,8 @@ class Bench:
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
 
         def side(view):
-            def call():
-                keys, values = ring.next()
-                start = time.perf_counter()
-                self.library.logits(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr(), view)
-                return time.perf_counter() - start
-
-            return call
+            return cold(ring, lambda keys, values: self.library.logits(
+                layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr(), view))
 
         self.compare(f"logits through a view, {type_name}, against row pointers", 1, 0.95, side(0), side(1))
         self.library.free(layer)
@@ -269,13 +229,8 @@ class Bench:
         query = torch.ones(QUERY_HEADS, HEAD_DIM)
 
         def side(rows):
-            def call():
-                keys, values = ring.next()
-                start = time.perf_counter()
-                self.library.decode(layer, keys.data_ptr(), values.data_ptr(), query.data_ptr(), rows)
-                return time.perf_counter() - start
-
-            return call
+            return cold(ring, lambda keys, values: self.library.decode(
+                layer, keys.data_ptr(), values.data_ptr(), query.data_ptr(), rows))
 
         self.compare(f"decode attention, {type_name}: full cache / {SHARE:.0%} of it", threads, 20, side(TOKENS),
                      side(round(SHARE * TOKENS)))
@@ -283,19 +238,28 @@ class Bench:
 
     def growth(self, type_name, threads):
         """Both lengths live at once, so their rings are short: even one layer is larger than the caches."""
-        sides = []
-        for tokens in (LONG, TOKENS):
-            ring = Ring(type_name, tokens, 0)
-            layer = self.library.layer("compresskv", type_name, tokens, threads)
+        layers = [self.library.layer("compresskv", type_name, tokens, threads) for tokens in (LONG, TOKENS)]
+        rings = [Ring(type_name, tokens, 0) for tokens in (LONG, TOKENS)]
+        self.compare(f"compress(), {type_name}: {LONG} tokens / {TOKENS}", threads, 4.3,
+                     *map(self.compress_call, rings, layers), at_most=True)
+        for layer in layers:
+            self.library.free(layer)
 
-            def call(ring=ring, layer=layer):
-                keys, values = ring.next()
-                start = time.perf_counter()
-                self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
-                return time.perf_counter() - start
 
-            sides.append(call)
-        self.compare(f"compress(), {type_name}: {LONG} tokens / {TOKENS}", threads, 4.3, *sides, at_most=True)
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cold(ring, work):
+    """A call that says how long `work(keys, values)` takes on the layer that was used longest ago."""
+
+    def call():
+        keys, values = ring.next()
+        return timed(lambda: work(keys, values))
+
+    return call
 
 
 def last_level_cache():

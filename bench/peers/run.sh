@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs PyTorch and kvpress into build/peers-venv, builds what they are measured against, and prints the table of
-# docs/performance.md. Options go to peers.py: --threads 1,2 --pairs 31 --out results.json.
+# Installs PyTorch and kvpress into build/peers-venv, builds what they are measured against, and prints the
+# table. Options go to peers.py: --threads 1,2 --pairs 31 --out results.json.
 # With PYTHON set, that interpreter is used as it is: it must have torch and kvpress.
 set -euo pipefail
 

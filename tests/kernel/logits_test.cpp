@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <compresskv/kernel/lanes.hpp>
@@ -68,6 +69,29 @@ std::vector<float> packed(const std::vector<float>& queries, std::size_t count, 
   return data;
 }
 
+/// Results are the products of `queries` with the keys from row `first` on, in double, within an addition an
+/// element and the product with the scale, 0.125, one rounding each, and `below` for what is no normal
+/// number.
+template <class T>
+void expect_products(const std::vector<float>& result, const std::vector<float>& queries,
+                     const reference::Cache<T>& cache, std::size_t first, std::size_t used,
+                     std::size_t head_dim, double below) {
+  const double roundings = static_cast<double>(head_dim) + 1.0;
+  for (std::size_t q = 0; q < queries.size() / head_dim; ++q) {
+    for (std::size_t r = 0; r < used; ++r) {
+      double dot = 0.0;
+      double mass = 0.0;
+      for (std::size_t e = 0; e < head_dim; ++e) {
+        const double product = static_cast<double>(queries[q * head_dim + e]) *
+                               static_cast<double>(to_float(cache.keys[cache.at(0, first + r, e)]));
+        dot += product;
+        mass += std::abs(product);
+      }
+      ASSERT_NEAR(result[q * used + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + below);
+    }
+  }
+}
+
 /// Dot products in double, for any head_dim, number of queries, arrangement and path; every path's bits
 /// alike.
 TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
@@ -100,21 +124,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         for (const auto& result : results) {
           EXPECT_TRUE(reference::same_bytes(result, results.front())) << head_dim << " x " << count;
         }
-        for (std::size_t q = 0; q < count; ++q) {
-          for (std::size_t r = 0; r < used; ++r) {
-            double dot = 0.0;
-            double mass = 0.0;
-            for (std::size_t e = 0; e < head_dim; ++e) {
-              const double product = static_cast<double>(queries[q * head_dim + e]) *
-                                     static_cast<double>(to_float(cache.keys[cache.at(0, first + r, e)]));
-              dot += product;
-              mass += std::abs(product);
-            }
-            // A fused addition an element, one rounding of the product with the scale.
-            const double roundings = static_cast<double>(head_dim) + 1.0;
-            ASSERT_NEAR(results[0][q * used + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + 1e-45);
-          }
-        }
+        expect_products(results[0], queries, cache, first, used, head_dim, 1e-45);
       }
     }
   }
@@ -135,6 +145,9 @@ TEST(Logits, PairsStayWithinTheirBound) {
       for (auto& value : queries) {
         value = static_cast<Eigen::bfloat16>(random.gaussian());
       }
+      std::vector<float> floats(queries.size());
+      std::transform(queries.begin(), queries.end(), floats.begin(),
+                     [](auto value) { return to_float(value); });
       std::vector<float> data(QueryBlock::size(count, head_dim / 2), 0.0F);
       std::vector<float> query(head_dim / 2);
       for (std::size_t q = 0; q < count; ++q) {
@@ -150,20 +163,7 @@ TEST(Logits, PairsStayWithinTheirBound) {
         std::vector<float> result(count * rows);
         const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
         logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);
-        for (std::size_t q = 0; q < count; ++q) {
-          for (std::size_t r = 0; r < rows; ++r) {
-            double dot = 0.0;
-            double mass = 0.0;
-            for (std::size_t e = 0; e < head_dim; ++e) {
-              const double product = static_cast<double>(to_float(queries[q * head_dim + e])) *
-                                     static_cast<double>(to_float(cache.keys[cache.at(0, r, e)]));
-              dot += product;
-              mass += std::abs(product);
-            }
-            const double roundings = static_cast<double>(head_dim) + 1.0;
-            ASSERT_NEAR(result[q * rows + r], 0.125 * dot, 0x1p-24 * roundings * 0.125 * mass + 1e-37);
-          }
-        }
+        expect_products(result, floats, cache, 0, rows, head_dim, 1e-37);
       }
     }
   }

@@ -58,8 +58,7 @@ class ErrorAware {
 
   /// Throws ArgumentError when the errors are of a model with another number of layers.
   void validate(const ModelShape& shape) const {
-    detail::require(errors_.size() == shape.layers, "layer errors have ", errors_.size(),
-                    " layers, the model has ", shape.layers, ": use the errors calibrated for this model");
+    compresskv::detail::require_errors_of_model(errors_.size(), shape.layers);
   }
 
   /// Throws ArgumentError when the user's own bounds exclude the mean: `min_rows > p` or `max_rows < p`.

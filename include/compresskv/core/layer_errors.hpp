@@ -12,6 +12,16 @@
 
 namespace compresskv {
 
+namespace detail {
+
+/// Throws ArgumentError when errors of `count` layers are not those of a model with `layers`.
+inline void require_errors_of_model(std::size_t count, std::size_t layers) {
+  require(count == layers, "layer errors have ", count, " layers, the model has ", layers,
+          ": use the errors calibrated for this model");
+}
+
+}  // namespace detail
+
 /// What evicting from each layer costs, measured once per model (Eq. 8-12 of arXiv 2606.24467): for each data
 /// set one error a layer, normalised to sum 1, and their mean, normalised again, which `budget::ErrorAware`
 /// reads.
@@ -60,10 +70,7 @@ class LayerErrors {
   std::span<const DataSet> data_sets() const { return data_sets_; }
 
   /// Throws ArgumentError when the errors are of a model with another number of layers.
-  void validate(std::size_t layers) const {
-    detail::require(average_.size() == layers, "layer errors have ", average_.size(),
-                    " layers, the model has ", layers, ": use the errors calibrated for this model");
-  }
+  void validate(std::size_t layers) const { detail::require_errors_of_model(average_.size(), layers); }
 
   friend bool operator==(const LayerErrors&, const LayerErrors&) = default;
 

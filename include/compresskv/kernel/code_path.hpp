@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <optional>
 #include <string_view>
 
 #include "compresskv/core/error.hpp"
@@ -29,6 +30,15 @@ inline constexpr std::array all_code_paths{CodePath::portable, CodePath::avx2, C
                                            CodePath::avx512_bf16};
 inline constexpr std::array<std::string_view, all_code_paths.size()> code_path_names{"portable", "avx2",
                                                                                      "avx512", "avx512_bf16"};
+
+/// The path of that name, or nothing.
+constexpr std::optional<CodePath> code_path_named(std::string_view wanted) {
+  const auto found = std::find(code_path_names.begin(), code_path_names.end(), wanted);
+  if (found == code_path_names.end()) {
+    return std::nullopt;
+  }
+  return all_code_paths[static_cast<std::size_t>(found - code_path_names.begin())];
+}
 
 constexpr std::string_view name(CodePath path) { return code_path_names[static_cast<std::size_t>(path)]; }
 

@@ -344,7 +344,17 @@ inline int pair(const Eigen::bfloat16* key, std::size_t e) {
                           reinterpret_cast<__m512bh>(_mm512_set1_epi32(key)));
 }
 
-/// As `multiply`, from pairs; `Register` has eight or sixteen queries.
+/// Adds the products of pair `e` of eight keys; `Register` has eight or sixteen queries.
+template <class Register>
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16"), gnu::always_inline]] inline void add_pairs(
+    const Eigen::bfloat16* const* keys, const float* queries, std::size_t e, Register (&sums)[keys_at_once]) {
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < keys_at_once; ++k) {
+    add_pair(sums[k], queries + e * abreast, pair(keys[k], e));
+  }
+}
+
+/// As `multiply`, from pairs.
 template <class Register>
 [[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bf16"), gnu::always_inline]] inline void
 multiply_pairs(const Eigen::bfloat16* const* keys, std::ptrdiff_t ahead, const float* queries,
@@ -362,18 +372,12 @@ multiply_pairs(const Eigen::bfloat16* const* keys, std::ptrdiff_t ahead, const f
       next = detail::request<keys_at_once>(next, end);
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < between; ++i) {
-#pragma GCC unroll 8
-        for (std::size_t j = 0; j < keys_at_once; ++j) {
-          add_pair(sums[j], queries + (e + i) * abreast, pair(keys[j], e + i));
-        }
+        add_pairs(keys, queries, e + i, sums);
       }
     }
   }
   for (; e < pairs; ++e) {
-#pragma GCC unroll 8
-    for (std::size_t j = 0; j < keys_at_once; ++j) {
-      add_pair(sums[j], queries + e * abreast, pair(keys[j], e));
-    }
+    add_pairs(keys, queries, e, sums);
   }
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < keys_at_once; ++k) {
