@@ -78,7 +78,7 @@ class LayerOf : public Layer {
     const auto kv = view(keys, values);
     const auto observed = observation(queries);
     queries_.resize(kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
-    buffer_.resize(kernel::keys_at_once * shape.head_dim);
+    buffer_.resize(kernel::key_buffer_size(shape.head_dim));
     const kernel::QueryBlock block =
         kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, queries_);
     const float scale = observed.scale();
@@ -151,33 +151,31 @@ class LayerOf : public Layer {
             .observation = observed};
   }
 
-  /// The same kernel over row pointers that are counted by hand: keys where they stand if the path takes them
-  /// so, else decoded.
+  /// The same kernel over row pointers that are counted by hand: of half, over what was decoded. Paths from
+  /// AVX2 on take the others where they stand.
   void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::QueryBlock& block,
                   float scale) {
     constexpr std::size_t at_once = kernel::keys_at_once;
+    const std::size_t rows_ahead = kernel::detail::bytes_ahead / (shape.head_dim * sizeof(T));
     const auto row = [&](std::size_t i) { return keys + i * shape.head_dim; };
     for (std::size_t i = first; i < first + count; i += at_once) {
+      const kernel::detail::Ahead<T> ahead{
+          .first = row(i + rows_ahead + at_once <= tokens_ ? i + rows_ahead : i), .stride = shape.head_dim};
       float* out = logits_.data() + i;
-      if constexpr (!std::is_same_v<T, half>) {
-        if (std::is_same_v<T, float> || kernel::detail::takes_bfloat16(block)) {
-          const T* rows[at_once];
-          for (std::size_t k = 0; k < at_once; ++k) {
-            rows[k] = row(i + k);
-          }
-          const std::size_t ahead = i + 2 * at_once <= first + count ? at_once * shape.head_dim : 0;
-          kernel::detail::dot(rows, at_once, static_cast<std::ptrdiff_t>(ahead), block, scale, out, tokens_);
-          continue;
-        }
-      }
-      if constexpr (!std::is_same_v<T, float>) {
+      if constexpr (std::is_same_v<T, half>) {
         const float* decoded[at_once];
         for (std::size_t k = 0; k < at_once; ++k) {
           float* const buffer = buffer_.data() + k * shape.head_dim;
           kernel::avx2::decode(row(i + k), shape.head_dim, buffer);
           decoded[k] = buffer;
         }
-        kernel::detail::dot(decoded, at_once, 0, block, scale, out, tokens_);
+        kernel::detail::dot(decoded, at_once, ahead, block, scale, out, tokens_);
+      } else {
+        const T* rows[at_once];
+        for (std::size_t k = 0; k < at_once; ++k) {
+          rows[k] = row(i + k);
+        }
+        kernel::detail::dot(rows, at_once, ahead, block, scale, out, tokens_);
       }
     }
   }
@@ -228,13 +226,14 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   return _mm256_cvtss_f32(all);
 }
 
-/// Twelve chains of multiply-adds, which no operand comes from memory for.
+/// Twelve chains of multiply-adds, which no operand comes from memory for. They start apart: of chains that
+/// are alike the compiler makes one.
 [[gnu::target("avx2,fma")]] float multiply_adds_avx2(std::size_t rounds) {
   __m256 s[12];
   const __m256 x = _mm256_set1_ps(0.999F);
 #pragma GCC unroll 12
-  for (auto& sum : s) {
-    sum = x;
+  for (std::size_t i = 0; i < 12; ++i) {
+    s[i] = _mm256_set1_ps(static_cast<float>(i));
   }
   for (std::size_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
@@ -256,8 +255,8 @@ template <bool pairs>
   const __m512 x = _mm512_set1_ps(0.999F);
   const auto x_pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F7F3F7F));
 #pragma GCC unroll 12
-  for (auto& sum : s) {
-    sum = x;
+  for (std::size_t i = 0; i < 12; ++i) {
+    s[i] = _mm512_set1_ps(static_cast<float>(i));
   }
   for (std::size_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12

@@ -117,7 +117,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         const std::size_t used = rows - first;
         std::vector<std::vector<float>> results;
         reference::on_all_paths([&] {
-          std::vector<float> buffer(keys_at_once * head_dim, std::numeric_limits<float>::quiet_NaN());
+          std::vector<float> buffer(key_buffer_size(head_dim), std::numeric_limits<float>::quiet_NaN());
           results.emplace_back(count * used);
           logits(run, first, used, block, scale, buffer.data(), results.back().data(), used);
         });
@@ -159,7 +159,7 @@ TEST(Logits, PairsStayWithinTheirBound) {
         reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
                                                 arrangement);
         cache.fill(random);
-        std::vector<float> buffer(keys_at_once * head_dim);
+        std::vector<float> buffer(key_buffer_size(head_dim));
         std::vector<float> result(count * rows);
         const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
         logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);

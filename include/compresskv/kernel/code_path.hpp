@@ -21,7 +21,7 @@ namespace compresskv::kernel {
 enum class CodePath {
   portable,     ///< plain C++; correct everywhere, slow where the compiler may not assume fused multiply-add
   avx2,         ///< AVX2, FMA and F16C
-  avx512,       ///< AVX-512 F, VL and DQ
+  avx512,       ///< AVX-512 F, VL, DQ and BW
   avx512_bf16,  ///< dot products of bfloat16 pairs
 };
 
@@ -54,7 +54,8 @@ inline bool supported(CodePath path) {
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
-                      __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0;
+                      __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
+                      __builtin_cpu_supports("avx512bw") != 0;
   switch (path) {
     case CodePath::portable:
       return true;

@@ -52,6 +52,11 @@ struct AtOnce {
   std::size_t queries = 1;  ///< of all these heads
 };
 
+/// Floats from one query's logits to the next: whole cache lines, and an odd number of them, so that queries
+/// do not meet in the same few places of a cache. With 32,768 tokens and none in between, sixteen queries
+/// take 1.15 times as long.
+constexpr std::size_t logits_stride(std::size_t rows) { return ((rows + 15) / 16 | 1U) * 16; }
+
 /// `sums` arrays a head go along with its logits.
 inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_t rows, std::size_t window,
                       std::size_t sums, std::size_t held_bytes) {
@@ -61,8 +66,9 @@ inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_
   // head and layer, and the decoded keys of each tile.
   const std::size_t others =
       (2 * shape.kv_heads + 1) * rows * sizeof(float) + (shape.layers + 1) * shape.kv_heads * rows * 11 / 80 +
-      (rows + tile - 1) / tile * keys_at_once * shape.head_dim * sizeof(float) + held_bytes;
-  const std::size_t arrays = allowed <= others ? 0 : (allowed - others) / (rows * sizeof(float));
+      (rows + tile - 1) / tile * key_buffer_size(shape.head_dim) * sizeof(float) + held_bytes;
+  const std::size_t arrays =
+      allowed <= others ? 0 : (allowed - others) / (logits_stride(rows) * sizeof(float));
   const std::size_t heads = arrays / (window + sums);
   if (heads > 0) {
     return {.heads = heads, .queries = heads * window};
@@ -173,12 +179,13 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t evictable = in.evictable(kv_head);
   const std::size_t count = heads.size() * observers;
   const std::size_t held = std::min(queries_at_once, count);
+  const std::size_t stride = logits_stride(rows);
   const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
   const std::span<float> queries =
       workspace.take(Workspace::Slot::queries, QueryBlock::size(held, head_dim) + head_dim);
   const std::span<float> key_rows =
-      workspace.take(Workspace::Slot::key_rows, tiles(rows) * keys_at_once * head_dim);
-  const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * rows);
+      workspace.take(Workspace::Slot::key_rows, tiles(rows) * key_buffer_size(head_dim));
+  const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * stride);
   const std::span<float> tile_sums = workspace.take(Workspace::Slot::row_sums, 2 * held * tiles(rows));
   const std::span<float> maxima = tile_sums.first(held * tiles(rows));  // [query][tile]
   const std::span<float> factors = tile_sums.last(held * tiles(rows));  // the same; sums until all are known
@@ -196,13 +203,13 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       const std::size_t first = i * tile;
       const std::size_t last = std::min(first + tile, visible);
       logits_of_rows(in.kv, kv_head, first, last - first, block, in.observation.scale(),
-                     key_rows.data() + i * keys_at_once * head_dim, logits.data(), rows);
+                     key_rows.data() + i * key_buffer_size(head_dim), logits.data(), stride);
       for (std::size_t q = 0; q < now; ++q) {
         // A query sees the columns up to its own row: the rest is the future and has no weight.
         const std::size_t own = own_row(q);
         const std::size_t from = std::clamp(first_visible(in, kv_head, own), first, last);
         const std::size_t to = std::clamp(own + 1, from, last);
-        float* row = logits.data() + q * rows;
+        float* row = logits.data() + q * stride;
         std::fill(row + first, row + from, 0.0F);
         std::fill(row + to, row + last, 0.0F);
         if (cap > 0.0F) {
@@ -222,15 +229,15 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       if (!join_tiles(maxima.subspan(q * tiles(rows), tiles(visible)),
                       factors.subspan(q * tiles(rows), tiles(visible)),
                       compresskv::detail::sink_logit(in.observation, head))) {
-        fail_not_finite(in.layer, head, logits.subspan(q * rows, own_row(q) + 1));
+        fail_not_finite(in.layer, head, logits.subspan(q * stride, own_row(q) + 1));
       }
     }
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, looked_at - first);
       for (std::size_t q = 0; q < now; ++q) {
-        add((begin + q) / observers, (begin + q) % observers, first, tokens, logits.data() + q * rows + first,
-            factors[q * tiles(rows) + i]);
+        add((begin + q) / observers, (begin + q) % observers, first, tokens,
+            logits.data() + q * stride + first, factors[q * tiles(rows) + i]);
       }
     });
   }
