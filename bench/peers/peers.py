@@ -148,9 +148,9 @@ class Bench:
         times = []
         for i in range(self.pairs + 2):
             pair = []
-            # Who goes first takes turns as well; a pause lets the threads of the one before end their spinning.
+            # Who goes first takes turns as well. Idle threads of either side's OpenMP spin for some milliseconds more.
             for call in (theirs, ours) if i % 2 else (ours, theirs):
-                time.sleep(0.003)
+                time.sleep(0.02)
                 pair.append(call())
             times.append(pair if i % 2 else pair[::-1])
         times = times[2:]
@@ -172,20 +172,23 @@ class Bench:
     def compress(self, type_name, threads, goal, note=""):
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
         torch.set_num_threads(threads)
-        for name, torch_side, goal in (("plain", plain_torch, goal), ("tuned", tuned_torch, None)):
-            self.check_same(ring, layer, type_name, torch_side)
+        sides = (("plain", plain_torch, goal), ("tuned", tuned_torch, None))
+        if type_name == "float32" and threads == 1:  # later the ring's layers are no longer alike
+            for _, torch_side, _ in sides:
+                self.check_same(ring, layer, torch_side)
+        for name, torch_side, goal in sides:
             self.compare(f"compress(), {type_name}{note}, against {name} PyTorch", threads, goal,
                          cold(ring, lambda keys, values, side=torch_side: side(keys, values, ring.queries)),
                          self.compress_call(ring, layer))
         self.library.free(layer)
 
-    def check_same(self, ring, layer, type_name, torch_side):
+    def check_same(self, ring, layer, torch_side):
         """Both keep the same rows, but for ties in the last bits."""
         keys, values = (t.clone() for t in ring.layers[0])
         wanted, _ = torch_side(keys, values, ring.queries)
         self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
         same = (keys[:, :CAPACITY] == wanted).all(-1).float().mean().item()
-        if type_name == "float32" and same < 0.99:
+        if same < 0.99:
             sys.exit(f"peers: only {same:.0%} of the rows are those that PyTorch keeps")
 
     def snapkv(self, threads):
