@@ -14,10 +14,12 @@
 #include <new>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "compresskv/compresskv.hpp"
 #include "compresskv/kernel/code_path.hpp"
+#include "machine.hpp"
 
 /// What the benchmarks share: shapes, seeded inputs, memory larger than the caches, counters.
 namespace bench {
@@ -25,9 +27,17 @@ namespace bench {
 using Eigen::bfloat16;
 using Eigen::half;
 
-/// A layer of Llama-3.1-8B, and the method's settings in the paper.
-inline constexpr compresskv::ModelShape llama_8b{
-    .layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128};
+/// Models whose layers are measured. Those of Mistral-7B have the shape of Llama-3.1-8B's, those of Qwen3-8B
+/// as well: their numbers stand for all three.
+enum Model : std::int64_t { llama_3_1_8b, llama_3_1_70b, smollm2_135m };
+inline constexpr std::array<compresskv::ModelShape, 3> model_shapes{{
+    {.layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128},
+    {.layers = 80, .query_heads = 64, .kv_heads = 8, .head_dim = 128},
+    {.layers = 30, .query_heads = 9, .kv_heads = 3, .head_dim = 64},
+}};
+
+/// The layer that benchmarks of one kernel work on, and the method's settings in the paper.
+inline constexpr compresskv::ModelShape llama_8b = model_shapes[llama_3_1_8b];
 inline constexpr std::size_t window = 8;
 inline constexpr std::size_t heads_per_layer = 4;
 inline constexpr std::size_t capacity = 1024;
@@ -152,29 +162,31 @@ class LayerRing {
     Buffer<T> values;
   };
 
-  explicit LayerRing(std::size_t tokens) : tokens_(tokens) {
-    const std::size_t elements = llama_8b.kv_heads * tokens * llama_8b.head_dim;
+  LayerRing(const compresskv::ModelShape& shape, std::size_t tokens) : shape_(shape), tokens_(tokens) {
+    const std::size_t elements = shape.kv_heads * tokens * shape.head_dim;
     layers_.resize(std::clamp<std::size_t>(most_bytes / (2 * elements * sizeof(T)), 1, 8));
     layers_[0].keys = random_buffer<T>(elements, 1);
     layers_[0].values = layers_[0].keys;  // only moved, never computed with
     std::fill(layers_.begin() + 1, layers_.end(), layers_[0]);
-    const std::size_t row = llama_8b.head_dim;
-    for (std::size_t head = 0; head < llama_8b.kv_heads; ++head) {
+    const std::size_t row = shape.head_dim;
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
       const T* first = layers_[0].keys.data() + head * tokens * row;
       first_rows_.insert(first_rows_.end(), first, first + std::min(capacity, tokens) * row);
     }
   }
 
-  std::size_t tokens() const { return tokens_; }
+  bool holds(const compresskv::ModelShape& shape, std::size_t tokens) const {
+    return tokens_ == tokens && shape_.kv_heads == shape.kv_heads && shape_.head_dim == shape.head_dim;
+  }
 
   /// Puts back what was overwritten and makes the caches forget all of it.
   void restore() {
-    const std::size_t count = std::min(capacity, tokens_) * llama_8b.head_dim;
+    const std::size_t count = std::min(capacity, tokens_) * shape_.head_dim;
     for (Layer& layer : layers_) {
-      for (std::size_t head = 0; head < llama_8b.kv_heads; ++head) {
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
         const T* from = first_rows_.data() + head * count;
-        std::copy_n(from, count, layer.keys.data() + head * tokens_ * llama_8b.head_dim);
-        std::copy_n(from, count, layer.values.data() + head * tokens_ * llama_8b.head_dim);
+        std::copy_n(from, count, layer.keys.data() + head * tokens_ * shape_.head_dim);
+        std::copy_n(from, count, layer.values.data() + head * tokens_ * shape_.head_dim);
       }
     }
     sweep_caches();
@@ -189,15 +201,15 @@ class LayerRing {
   }
 
   compresskv::StridedKv<T> view(Layer& layer) const {
-    return {
-        layer.keys.data(), layer.values.data(),
-        compresskv::KvShape{.kv_heads = llama_8b.kv_heads, .rows = tokens_, .head_dim = llama_8b.head_dim},
-        compresskv::layout::head_token_dim};
+    return {layer.keys.data(), layer.values.data(),
+            compresskv::KvShape{.kv_heads = shape_.kv_heads, .rows = tokens_, .head_dim = shape_.head_dim},
+            compresskv::layout::head_token_dim};
   }
 
  private:
   static constexpr std::size_t most_bytes = 256U << 20U;
 
+  compresskv::ModelShape shape_;
   std::size_t tokens_;
   std::vector<Layer> layers_;
   std::size_t next_ = 0;
@@ -207,11 +219,11 @@ class LayerRing {
 /// The ring for layers of `tokens`, fresh and cold. It is kept for the next benchmark of the same shape:
 /// filling it takes far longer than what is measured.
 template <class T>
-LayerRing<T>& fresh_layers(std::size_t tokens) {
+LayerRing<T>& fresh_layers(std::size_t tokens, const compresskv::ModelShape& shape = llama_8b) {
   static std::unique_ptr<LayerRing<T>> ring;
-  if (!ring || ring->tokens() != tokens) {
+  if (!ring || !ring->holds(shape, tokens)) {
     ring.reset();  // before the next is there: two may not fit
-    ring = std::make_unique<LayerRing<T>>(tokens);
+    ring = std::make_unique<LayerRing<T>>(shape, tokens);
   }
   ring->restore();
   return *ring;
@@ -236,12 +248,13 @@ inline std::vector<std::uint32_t> ascending_rows(std::size_t tokens, std::size_t
   return rows;
 }
 
-/// Query heads that read `kv_heads` different KV heads, as evenly as possible: 1 to `heads_per_layer`.
-inline std::vector<std::uint32_t> heads_over(std::size_t kv_heads) {
+/// `count` query heads that read `kv_heads` different KV heads, as evenly as possible.
+inline std::vector<std::uint32_t> heads_over(std::size_t kv_heads, std::size_t count = heads_per_layer,
+                                             const compresskv::ModelShape& shape = llama_8b) {
   std::vector<std::uint32_t> heads;
-  for (std::size_t i = 0; i < heads_per_layer; ++i) {
-    const std::size_t kv_head = 2 * (i % kv_heads);
-    heads.push_back(static_cast<std::uint32_t>(kv_head * llama_8b.group() + i / kv_heads));
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t kv_head = i % kv_heads * (shape.kv_heads / kv_heads);
+    heads.push_back(static_cast<std::uint32_t>(kv_head * shape.group() + i / kv_heads));
   }
   std::sort(heads.begin(), heads.end());
   return heads;
@@ -249,8 +262,38 @@ inline std::vector<std::uint32_t> heads_over(std::size_t kv_heads) {
 
 /// Bytes of the keys of `kv_heads` KV heads.
 template <class T>
-constexpr std::size_t key_bytes(std::size_t tokens, std::size_t kv_heads = 1) {
-  return kv_heads * tokens * llama_8b.head_dim * sizeof(T);
+constexpr std::size_t key_bytes(std::size_t tokens, std::size_t kv_heads = 1,
+                                std::size_t head_dim = llama_8b.head_dim) {
+  return kv_heads * tokens * head_dim * sizeof(T);
+}
+
+/// Seconds that reading `bytes` of keys and `flops` operations on them take at the least on this machine, the
+/// longer of the two, as measured in this process: the roofline.
+template <class T>
+double bound_seconds(std::size_t bytes, double flops) {
+  constexpr bool pairs = std::is_same_v<T, bfloat16>;
+  const auto quickest = [](auto&& work) {
+    double best = 1.0;
+    for (int i = 0; i < 9; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      benchmark::DoNotOptimize(work());
+      best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return best;
+  };
+  static const double bytes_per_second = [&] {
+    constexpr std::size_t slice = 1U << 22U;
+    static SliceRing<float> memory(slice, 1);
+    return slice * sizeof(float) / quickest([] { return machine::read(memory.next().data(), slice); });
+  }();
+  static const double flops_per_second = 1e8 / quickest([] { return machine::multiply_add(1e8, pairs); });
+  return std::max(static_cast<double>(bytes) / bytes_per_second, flops / flops_per_second);
+}
+
+/// Seconds in `timed` since they were last asked for.
+inline double& timed_seconds() {
+  static double seconds = 0.0;
+  return seconds;
 }
 
 /// Times `work()` and hands the seconds to a benchmark that uses manual time. The counter `best_cpu_us` is
@@ -262,7 +305,9 @@ void timed(benchmark::State& state, Work&& work) {
   work();
   benchmark::ClobberMemory();
   const double cpu_us = 1e6 * static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC;
-  state.SetIterationTime(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  state.SetIterationTime(seconds);
+  timed_seconds() += seconds;
   benchmark::Counter& best = state.counters.try_emplace("best_cpu_us", cpu_us).first->second;
   best.value = std::min(best.value, cpu_us);
 }
@@ -271,6 +316,16 @@ void timed(benchmark::State& state, Work&& work) {
 inline void report(benchmark::State& state, std::size_t bytes) {
   state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes));
   state.SetLabel(std::string(compresskv::kernel::name(compresskv::kernel::code_path())));
+}
+
+/// The same with operations a second, and the share of the roofline that is reached in `timed`.
+template <class T>
+void report_roofline(benchmark::State& state, std::size_t bytes, double flops) {
+  report(state, bytes);
+  state.counters["flops"] = benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate);
+  const auto iterations = static_cast<double>(state.iterations());
+  state.counters["of_bound"] =
+      iterations * bound_seconds<T>(bytes, flops) / std::exchange(timed_seconds(), 0.0);
 }
 
 /// Fails the benchmark where a result is not what a plain loop gives.

@@ -1,47 +1,59 @@
 // The call that an engine makes for a layer at the end of its prefill, on one thread, and its three steps
 // alone. Every iteration gets a layer that is fresh and cold (see LayerRing); only the call is timed. Beside
-// it memcpy of the keys that it reads. `kv_heads` is how many KV heads the four scoring heads read: 3 is the
-// commonest in the published ranking of Llama-3.1-8B, 4 the most. The bytes are those of the distinct keys
-// read.
+// it memcpy of the keys that it reads. `model` is one of bench::Model; `k` heads score with a window of
+// `window` queries. `kv_heads` is how many KV heads the scoring heads read: 3 is the commonest in the
+// published ranking of Llama-3.1-8B, 4 the most. The bytes are those of the distinct keys read.
 
 #include "common.hpp"
 
 namespace bench {
 namespace {
 
-auto plan_for(std::size_t kv_heads) {
-  const std::vector<std::vector<std::uint32_t>> ranking(llama_8b.layers, heads_over(kv_heads));
+auto plan_for(const compresskv::ModelShape& shape, const std::vector<std::uint32_t>& heads,
+              std::size_t observers) {
+  const std::vector<std::vector<std::uint32_t>> ranking(shape.layers, heads);
   return compresskv::Plan{
-      llama_8b,
+      shape,
       compresskv::score::SemanticRetrieval{
           compresskv::HeadRanking(ranking),
-          {.heads_per_layer = heads_per_layer, .window = window, .pool_width = pool_width}},
+          {.heads_per_layer = heads.size(), .window = observers, .pool_width = pool_width}},
       compresskv::select::SharedTopK{},
       compresskv::budget::Uniform{compresskv::Budget::tokens_per_layer(capacity)}};
 }
 
-using PlanType = decltype(plan_for(1));
+using PlanType = decltype(plan_for(llama_8b, {}, 1));
 
 /// Everything that one benchmark of a layer needs.
 template <class T>
 struct Fixture {
   explicit Fixture(const benchmark::State& state)
-      : tokens(argument(state, 0)),
-        kv_heads(argument(state, 1)),
-        plan(plan_for(kv_heads)),
+      : shape(model_shapes[argument(state, 0)]),
+        tokens(argument(state, 1)),
+        kv_heads(argument(state, 2)),
+        heads(argument(state, 3)),
+        observers(argument(state, 4)),
+        plan(plan_for(shape, heads_over(kv_heads, heads, shape), observers)),
         compressor(plan),
-        ring(fresh_layers<T>(tokens)),
+        ring(fresh_layers<T>(tokens, shape)),
         // Logits some 3 apart: a few tokens get most of the attention, as in a model.
-        query_values(random_buffer<T>(llama_8b.query_heads * window * llama_8b.head_dim, 2, 8.0F)),
+        query_values(random_buffer<T>(shape.query_heads * observers * shape.head_dim, 2, 8.0F)),
         queries(query_values.data(),
-                {.query_heads = llama_8b.query_heads, .queries = window, .head_dim = llama_8b.head_dim}) {
+                {.query_heads = shape.query_heads, .queries = observers, .head_dim = shape.head_dim}) {
     // The first sequence allocates the scratch memory; what is measured are those after it.
     compressor.begin(tokens);
     compressor.compress(0, ring.view(ring.next()), queries);
   }
 
+  void report(benchmark::State& state) const {
+    report_roofline<T>(state, key_bytes<T>(tokens, kv_heads, shape.head_dim),
+                       static_cast<double>(2 * heads * observers * tokens * shape.head_dim));
+  }
+
+  const compresskv::ModelShape& shape;
   std::size_t tokens;
   std::size_t kv_heads;
+  std::size_t heads;
+  std::size_t observers;
   PlanType plan;
   compresskv::Compressor<PlanType> compressor;
   LayerRing<T>& ring;
@@ -61,7 +73,7 @@ void compress(benchmark::State& state) {
   if (rows != capacity) {
     state.SkipWithError("the layer does not keep what its capacity says");
   }
-  report(state, key_bytes<T>(fixture.tokens, fixture.kv_heads));
+  fixture.report(state);
 }
 
 template <class T>
@@ -72,7 +84,7 @@ void score(benchmark::State& state) {
     const auto kv = fixture.ring.view(fixture.ring.next());
     timed(state, [&] { benchmark::DoNotOptimize(fixture.compressor.score(0, kv, fixture.queries)); });
   }
-  report(state, key_bytes<T>(fixture.tokens, fixture.kv_heads));
+  fixture.report(state);
 }
 
 template <class T>
@@ -83,7 +95,7 @@ void select(benchmark::State& state) {
   for (auto _ : state) {
     timed(state, [&] { benchmark::DoNotOptimize(&fixture.compressor.select(0, scores)); });
   }
-  report(state, key_bytes<T>(fixture.tokens, fixture.kv_heads));
+  fixture.report(state);
 }
 
 template <class T>
@@ -97,48 +109,67 @@ void compact(benchmark::State& state) {
     fixture.compressor.begin(fixture.tokens);
     timed(state, [&] { benchmark::DoNotOptimize(&fixture.compressor.compact(0, kv, selection)); });
   }
-  report(state, key_bytes<T>(fixture.tokens, fixture.kv_heads));
+  fixture.report(state);
 }
 
 template <class T>
 void memcpy_keys(benchmark::State& state) {
-  const std::size_t tokens = argument(state, 0);
-  const std::size_t kv_heads = argument(state, 1);
-  LayerRing<T>& ring = fresh_layers<T>(tokens);
-  const std::size_t head = tokens * llama_8b.head_dim;
+  const compresskv::ModelShape& shape = model_shapes[argument(state, 0)];
+  const std::size_t tokens = argument(state, 1);
+  const std::size_t kv_heads = argument(state, 2);
+  LayerRing<T>& ring = fresh_layers<T>(tokens, shape);
+  const std::size_t head = tokens * shape.head_dim;
   Buffer<T> copy = zeros<T>(kv_heads * head);
   for (auto _ : state) {
     const auto& layer = ring.next();
     timed(state, [&] {
       for (std::size_t i = 0; i < kv_heads; ++i) {
-        std::memcpy(static_cast<void*>(copy.data() + i * head), layer.keys.data() + 2 * i * head,
-                    key_bytes<T>(tokens));
+        std::memcpy(static_cast<void*>(copy.data() + i * head), layer.keys.data() + i * head,
+                    head * sizeof(T));
       }
     });
   }
-  report(state, key_bytes<T>(tokens, kv_heads));
+  report(state, key_bytes<T>(tokens, kv_heads, shape.head_dim));
 }
 
-void shapes(benchmark::internal::Benchmark* registered) {
+constexpr std::int64_t k = heads_per_layer;
+constexpr std::int64_t w = window;
+
+void of_models(benchmark::internal::Benchmark* registered) {
   with_minimum(registered);
-  registered->ArgNames({"tokens", "kv_heads"})
-      ->ArgsProduct({{2048, 8192, 32768}, {1, 3, 4}})
-      ->UseManualTime();
+  registered->ArgNames({"model", "tokens", "kv_heads", "k", "window"})->UseManualTime();
+  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {1, 3, 4}, {k}, {w}});
+  registered->ArgsProduct({{llama_3_1_70b, smollm2_135m}, {2048, 8192, 32768}, {3}, {k}, {w}});
 }
 
-BENCHMARK_TEMPLATE(compress, float)->Apply(shapes);
-BENCHMARK_TEMPLATE(compress, half)->Apply(shapes);
-BENCHMARK_TEMPLATE(compress, bfloat16)->Apply(shapes);
-BENCHMARK_TEMPLATE(score, float)->Apply(shapes);
-BENCHMARK_TEMPLATE(score, half)->Apply(shapes);
-BENCHMARK_TEMPLATE(score, bfloat16)->Apply(shapes);
-BENCHMARK_TEMPLATE(select, float)->Apply(shapes);
-BENCHMARK_TEMPLATE(compact, float)->Apply(shapes);
-BENCHMARK_TEMPLATE(compact, half)->Apply(shapes);
-BENCHMARK_TEMPLATE(compact, bfloat16)->Apply(shapes);
-BENCHMARK_TEMPLATE(memcpy_keys, float)->Apply(shapes);
-BENCHMARK_TEMPLATE(memcpy_keys, half)->Apply(shapes);
-BENCHMARK_TEMPLATE(memcpy_keys, bfloat16)->Apply(shapes);
+/// What the time grows with: tokens, heads (and the KV heads that they read) and the window.
+void growth(benchmark::internal::Benchmark* registered) {
+  of_models(registered);
+  registered->ArgsProduct({{llama_3_1_8b, llama_3_1_70b}, {65536, 131072}, {3}, {k}, {w}});
+  registered->ArgsProduct({{llama_3_1_8b}, {32768}, {1}, {1, 2}, {w}});
+  registered->ArgsProduct({{llama_3_1_8b}, {32768}, {4}, {8, 16}, {w}});
+  registered->ArgsProduct({{llama_3_1_8b}, {32768}, {3}, {k}, {16, 32, 64}});
+}
+
+void of_llama(benchmark::internal::Benchmark* registered) {
+  with_minimum(registered);
+  registered->ArgNames({"model", "tokens", "kv_heads", "k", "window"})->UseManualTime();
+  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {3}, {k}, {w}});
+}
+
+BENCHMARK_TEMPLATE(compress, float)->Apply(of_models);
+BENCHMARK_TEMPLATE(compress, half)->Apply(of_models);
+BENCHMARK_TEMPLATE(compress, bfloat16)->Apply(growth);
+BENCHMARK_TEMPLATE(score, float)->Apply(of_llama);
+BENCHMARK_TEMPLATE(score, half)->Apply(of_llama);
+BENCHMARK_TEMPLATE(score, bfloat16)->Apply(of_llama);
+BENCHMARK_TEMPLATE(select, float)->Apply(of_llama);
+BENCHMARK_TEMPLATE(compact, float)->Apply(of_llama);
+BENCHMARK_TEMPLATE(compact, half)->Apply(of_llama);
+BENCHMARK_TEMPLATE(compact, bfloat16)->Apply(of_llama);
+BENCHMARK_TEMPLATE(memcpy_keys, float)->Apply(of_models);
+BENCHMARK_TEMPLATE(memcpy_keys, half)->Apply(of_models);
+BENCHMARK_TEMPLATE(memcpy_keys, bfloat16)->Apply(of_models);
 
 }  // namespace
 }  // namespace bench

@@ -1,5 +1,6 @@
 // Logits, softmax and sums over the window's rows for the layer's four scoring heads, which share one KV head
-// or read up to four. The bytes are those of the distinct keys read.
+// or read up to four. The bytes are those of the distinct keys read; `of_bound` is the share of what reading
+// them, or the arithmetic, allows on this machine.
 
 #include "common.hpp"
 #include "compresskv/kernel/window_attention.hpp"
@@ -45,12 +46,15 @@ void window_attention(benchmark::State& state) {
   if (!(total > 0.0F && total < static_cast<float>(heads_per_layer * window))) {
     state.SkipWithError("the attention of a token is out of bounds");
   }
-  report(state, key_bytes<T>(tokens, kv_heads));
+  report_roofline<T>(state, key_bytes<T>(tokens, kv_heads),
+                     static_cast<double>(2 * heads_per_layer * window * tokens * llama_8b.head_dim));
 }
 
 void shapes(benchmark::internal::Benchmark* registered) {
   with_minimum(registered);
-  registered->ArgNames({"tokens", "kv_heads"})->ArgsProduct({{2048, 8192, 32768}, {1, 4}})->UseManualTime();
+  registered->ArgNames({"tokens", "kv_heads"})
+      ->ArgsProduct({{2048, 8192, 32768}, {1, 3, 4}})
+      ->UseManualTime();
 }
 
 BENCHMARK_TEMPLATE(window_attention, float)->Apply(shapes);

@@ -39,7 +39,7 @@ def save(figure, out, name):
 def draw_length(path, out):
     times = {}
     for run in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
-        found = re.match(r"(compress|score|compact)<(\w+)>/tokens:(\d+)/kv_heads:3/", run["name"])
+        found = re.match(r"(compress|score|compact)<(\w+)>/model:0/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
         if found and run.get("aggregate_name", "median") == "median":
             step, element, tokens = found.groups()
             times.setdefault((step, element), {})[int(tokens)] = run["real_time"] / 1e3

@@ -1,7 +1,6 @@
 // What bench/peers/peers.py calls: the library and its limits on this machine, on memory that Python owns.
 // One function an operation, so that Python times both sides of a ratio in turn and in one way.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <array>
@@ -19,6 +18,8 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "../machine.hpp"
 
 namespace {
 
@@ -211,70 +212,6 @@ std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t
   return std::make_unique<LayerOf<T, decltype(plan)>>(plan, heads, tokens, threads);
 }
 
-[[gnu::target("avx2,fma")]] float sum_of(const float* data, std::size_t count) {
-  __m256 sums[8] = {};
-  for (std::size_t i = 0; i + 64 <= count; i += 64) {
-#pragma GCC unroll 8
-    for (std::size_t j = 0; j < 8; ++j) {
-      sums[j] = _mm256_xor_ps(sums[j], _mm256_loadu_ps(data + i + 8 * j));
-    }
-  }
-  __m256 all = sums[0];
-  for (std::size_t j = 1; j < 8; ++j) {
-    all = _mm256_xor_ps(all, sums[j]);
-  }
-  return _mm256_cvtss_f32(all);
-}
-
-/// Twelve chains of multiply-adds, which no operand comes from memory for. They start apart: of chains that
-/// are alike the compiler makes one.
-[[gnu::target("avx2,fma")]] float multiply_adds_avx2(std::size_t rounds) {
-  __m256 s[12];
-  const __m256 x = _mm256_set1_ps(0.999F);
-#pragma GCC unroll 12
-  for (std::size_t i = 0; i < 12; ++i) {
-    s[i] = _mm256_set1_ps(static_cast<float>(i));
-  }
-  for (std::size_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (auto& sum : s) {
-      sum = _mm256_fmadd_ps(sum, x, x);
-    }
-  }
-  __m256 all = s[0];
-  for (const auto& sum : s) {
-    all = _mm256_add_ps(all, sum);
-  }
-  return _mm256_cvtss_f32(all);
-}
-
-/// The same in wide registers, or of bfloat16 pairs where `pairs`: only there are instructions for them used.
-template <bool pairs>
-[[gnu::target("avx512f,avx512bf16")]] float multiply_adds_avx512(std::size_t rounds) {
-  __m512 s[12];
-  const __m512 x = _mm512_set1_ps(0.999F);
-  const auto x_pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F7F3F7F));
-#pragma GCC unroll 12
-  for (std::size_t i = 0; i < 12; ++i) {
-    s[i] = _mm512_set1_ps(static_cast<float>(i));
-  }
-  for (std::size_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (auto& sum : s) {
-      if constexpr (pairs) {
-        sum = _mm512_dpbf16_ps(sum, x_pairs, x_pairs);
-      } else {
-        sum = _mm512_fmadd_ps(sum, x, x);
-      }
-    }
-  }
-  __m512 all = s[0];
-  for (const auto& sum : s) {
-    all = _mm512_add_ps(all, sum);
-  }
-  return _mm512_cvtss_f32(all);
-}
-
 }  // namespace
 
 extern "C" {
@@ -324,23 +261,16 @@ float peers_read(const void* const* pieces, std::size_t count, std::size_t bytes
   std::vector<float> sums(count * 16);
   OpenMpExecutor{threads}.parallel_for(count * 16, [&](std::size_t i) {
     const std::size_t part = bytes / 16 / sizeof(float);
-    sums[i] = sum_of(static_cast<const float*>(pieces[i / 16]) + i % 16 * part, part);
+    sums[i] = machine::read(static_cast<const float*>(pieces[i / 16]) + i % 16 * part, part);
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0F);
 }
 
 /// About `flops` operations, as fast as they can be with the instructions that `logits` would use.
 float peers_flops(double flops, int pairs, int threads) {
-  const bool wide = kernel::uses(kernel::CodePath::avx512);
-  const bool dots = pairs != 0 && kernel::uses(kernel::CodePath::avx512_bf16);
-  const double each = 12.0 * (dots ? 64.0 : wide ? 32.0 : 16.0);
-  const auto rounds = static_cast<std::size_t>(flops / each / threads);
   std::vector<float> sums(static_cast<std::size_t>(threads));
-  OpenMpExecutor{threads}.parallel_for(sums.size(), [&](std::size_t i) {
-    sums[i] = dots   ? multiply_adds_avx512<true>(rounds)
-              : wide ? multiply_adds_avx512<false>(rounds)
-                     : multiply_adds_avx2(rounds);
-  });
+  OpenMpExecutor{threads}.parallel_for(
+      sums.size(), [&](std::size_t i) { sums[i] = machine::multiply_add(flops / threads, pairs != 0); });
   return sums[0];
 }
 }
