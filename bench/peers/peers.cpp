@@ -40,6 +40,7 @@ struct Layer {
   virtual float logits(void* keys, void* values, const void* queries, bool view) = 0;
   virtual void moves(void* keys, void* values, bool raw) = 0;
   virtual float decode(void* keys, void* values, const float* query, std::size_t rows) = 0;
+  virtual double extra_memory() const = 0;
 };
 
 template <class T, class P>
@@ -111,6 +112,12 @@ class LayerOf : public Layer {
         }
       }
     }
+  }
+
+  /// What the compressor holds, as a share of the model's cache.
+  double extra_memory() const override {
+    return static_cast<double>(compressor_.memory_bytes()) /
+           static_cast<double>(shape.layers * 2 * shape.kv_heads * tokens_ * shape.head_dim * sizeof(T));
   }
 
   /// One decoded token: all query heads over the first `rows` rows of their KV head.
@@ -243,6 +250,8 @@ void peers_moves(void* layer, void* keys, void* values, int raw) {
 float peers_decode(void* layer, void* keys, void* values, const float* query, std::size_t rows) {
   return static_cast<Layer*>(layer)->decode(keys, values, query, rows);
 }
+
+double peers_extra_memory(const void* layer) { return static_cast<const Layer*>(layer)->extra_memory(); }
 
 const char* peers_code_path() { return kernel::name(kernel::code_path()).data(); }
 

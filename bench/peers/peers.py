@@ -45,6 +45,7 @@ class Library:
             ("logits", number, [pointer] * 4 + [ctypes.c_int]),
             ("moves", None, [pointer] * 3 + [ctypes.c_int]),
             ("decode", number, [pointer] * 4 + [size]),
+            ("extra_memory", ctypes.c_double, [pointer]),
             ("code_path", ctypes.c_char_p, []),
             ("force", ctypes.c_int, [ctypes.c_char_p]),
             ("read", number, [pointer, size, size, ctypes.c_int]),
@@ -148,9 +149,10 @@ class Bench:
         times = []
         for i in range(self.pairs + 2):
             pair = []
-            # Who goes first takes turns as well. Idle threads of either side's OpenMP spin for some milliseconds more.
+            # Who goes first takes turns as well.
             for call in (theirs, ours) if i % 2 else (ours, theirs):
-                time.sleep(0.02)
+                if threads > 1:
+                    time.sleep(0.02)  # idle threads of either side's OpenMP spin for some milliseconds
                 pair.append(call())
             times.append(pair if i % 2 else pair[::-1])
         times = times[2:]
@@ -180,6 +182,12 @@ class Bench:
             self.compare(f"compress(), {type_name}{note}, against {name} PyTorch", threads, goal,
                          cold(ring, lambda keys, values, side=torch_side: side(keys, values, ring.queries)),
                          self.compress_call(ring, layer))
+        if threads == 1 and not note:
+            share = self.library.extra_memory(layer)
+            what = f"memory of the compressor, {type_name}, against the model's cache"
+            self.results.append({"what": what, "threads": threads, "goal": 0.01, "at_most": True, "ratio": share,
+                                 "pass": share <= 0.01})
+            print(f"{what:72} {threads}  {share:8.4f}  {'':13}  <= 0.01  {'pass' if share <= 0.01 else 'short'}")
         self.library.free(layer)
 
     def check_same(self, ring, layer, torch_side):
