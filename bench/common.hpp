@@ -290,7 +290,7 @@ double bound_seconds(std::size_t bytes, double flops) {
   return std::max(static_cast<double>(bytes) / bytes_per_second, flops / flops_per_second);
 }
 
-/// Seconds in `timed` since they were last asked for.
+/// Seconds in `timed` since the last `report`.
 inline double& timed_seconds() {
   static double seconds = 0.0;
   return seconds;
@@ -314,6 +314,7 @@ void timed(benchmark::State& state, Work&& work) {
 
 /// Bytes a second from `bytes` an iteration, and the instructions in use as the label.
 inline void report(benchmark::State& state, std::size_t bytes) {
+  timed_seconds() = 0.0;
   state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes));
   state.SetLabel(std::string(compresskv::kernel::name(compresskv::kernel::code_path())));
 }

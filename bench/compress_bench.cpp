@@ -44,8 +44,9 @@ struct Fixture {
     compressor.compress(0, ring.view(ring.next()), queries);
   }
 
+  std::size_t key_bytes() const { return bench::key_bytes<T>(tokens, kv_heads, shape.head_dim); }
   void report(benchmark::State& state) const {
-    report_roofline<T>(state, key_bytes<T>(tokens, kv_heads, shape.head_dim),
+    report_roofline<T>(state, key_bytes(),
                        static_cast<double>(2 * heads * observers * tokens * shape.head_dim));
   }
 
@@ -95,7 +96,7 @@ void select(benchmark::State& state) {
   for (auto _ : state) {
     timed(state, [&] { benchmark::DoNotOptimize(&fixture.compressor.select(0, scores)); });
   }
-  fixture.report(state);
+  report(state, fixture.key_bytes());
 }
 
 template <class T>
@@ -109,7 +110,7 @@ void compact(benchmark::State& state) {
     fixture.compressor.begin(fixture.tokens);
     timed(state, [&] { benchmark::DoNotOptimize(&fixture.compressor.compact(0, kv, selection)); });
   }
-  fixture.report(state);
+  report(state, fixture.key_bytes());
 }
 
 template <class T>

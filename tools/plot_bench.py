@@ -2,7 +2,8 @@
 """Draws what the benchmarks measured.
 
 Writes into OUT, as PNG and SVG: length (time of a step of compress() against the tokens, from compress_bench's JSON) and
-roofline (what a window's attention reaches between memory and arithmetic, from bench/peers/run.sh's JSON).
+roofline (what a window's attention reaches between memory and arithmetic, from bench/peers/run.sh's JSON). Prints what
+prompts of a million tokens would cost.
 Needs matplotlib; never needed to build or use the library.
 
     build/bench/compress_bench --benchmark_out=bench.json --benchmark_out_format=json
@@ -14,6 +15,7 @@ import argparse
 import json
 import pathlib
 import re
+import statistics
 
 import matplotlib
 
@@ -55,6 +57,28 @@ def draw_length(path, out):
     save(figure, out, "length")
 
 
+def project(path):
+    """Prints what compress() of a whole prompt costs beyond what was measured: a line through the shorter lengths, held
+    against the longest."""
+    times = {}
+    for run in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+        found = re.match(r"compress<bfloat16>/model:1/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
+        if found and run.get("aggregate_name", "median") == "median":
+            times[int(found.group(1))] = run["real_time"] / 1e3
+    *shorter, longest = sorted(times)
+    if len(shorter) < 3:
+        print("projection: skipped, compress<bfloat16>/model:1 has no four lengths")
+        return
+    slope, start = statistics.linear_regression(shorter, [times[t] for t in shorter])
+    predicted = start + slope * longest
+    print(f"Llama-3.1-70B, bfloat16, one thread: {start:.2f} ms + {1e3 * slope:.3f} ms a thousand tokens, a layer, from "
+          f"{shorter[0]} to {shorter[-1]} tokens")
+    print(f"{longest} tokens: {predicted:.1f} ms predicted, {times[longest]:.1f} ms measured, "
+          f"{times[longest] / predicted:.2f} times as long")
+    million = times[longest] / predicted * (start + slope * 2**20)
+    print(f"{2**20} tokens, 80 layers: {80 * million / 1e3:.1f} s")
+
+
 def draw_roofline(path, out):
     measured = json.loads(path.read_text(encoding="utf-8"))
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -86,6 +110,7 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.bench:
         draw_length(arguments.bench, arguments.out)
+        project(arguments.bench)
     if arguments.peers:
         draw_roofline(arguments.peers, arguments.out)
 
