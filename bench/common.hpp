@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <cstring>
 #include <ctime>
+#include <limits>
 #include <memory>
 #include <new>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "compresskv/compresskv.hpp"
@@ -267,27 +267,36 @@ constexpr std::size_t key_bytes(std::size_t tokens, std::size_t kv_heads = 1,
   return kv_heads * tokens * head_dim * sizeof(T);
 }
 
-/// Seconds that reading `bytes` of keys and `flops` operations on them take at the least on this machine, the
-/// longer of the two, as measured in this process: the roofline.
+/// The least time of nine runs.
+template <class Work>
+double quickest_seconds(Work&& work) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < 9; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    benchmark::DoNotOptimize(work());
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+/// What this machine reads from memory in a second, measured in this process.
+inline double read_bytes_per_second() {
+  static const double found = [] {
+    constexpr std::size_t slice = 1U << 22U;
+    SliceRing<float> memory(slice, 1);
+    return slice * sizeof(float) /
+           quickest_seconds([&] { return machine::read(memory.next().data(), slice); });
+  }();
+  return found;
+}
+
+/// Seconds that reading `bytes` of keys of type `T`, and `flops` operations on them, take at the least on
+/// this machine: the longer of the two, which is the roofline.
 template <class T>
 double bound_seconds(std::size_t bytes, double flops) {
-  constexpr bool pairs = std::is_same_v<T, bfloat16>;
-  const auto quickest = [](auto&& work) {
-    double best = 1.0;
-    for (int i = 0; i < 9; ++i) {
-      const auto start = std::chrono::steady_clock::now();
-      benchmark::DoNotOptimize(work());
-      best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return best;
-  };
-  static const double bytes_per_second = [&] {
-    constexpr std::size_t slice = 1U << 22U;
-    static SliceRing<float> memory(slice, 1);
-    return slice * sizeof(float) / quickest([] { return machine::read(memory.next().data(), slice); });
-  }();
-  static const double flops_per_second = 1e8 / quickest([] { return machine::multiply_add(1e8, pairs); });
-  return std::max(static_cast<double>(bytes) / bytes_per_second, flops / flops_per_second);
+  static const double flops_per_second =
+      1e8 / quickest_seconds([] { return machine::multiply_add(1e8, std::is_same_v<T, bfloat16>); });
+  return std::max(static_cast<double>(bytes) / read_bytes_per_second(), flops / flops_per_second);
 }
 
 /// Seconds in `timed` since the last `report`.

@@ -1,8 +1,9 @@
 // The call that an engine makes for a layer at the end of its prefill, on one thread, and its three steps
 // alone. Every iteration gets a layer that is fresh and cold (see LayerRing); only the call is timed. Beside
-// it memcpy of the keys that it reads. `model` is one of bench::Model; `k` heads score with a window of
-// `window` queries. `kv_heads` is how many KV heads the scoring heads read: 3 is the commonest in the
-// published ranking of Llama-3.1-8B, 4 the most. The bytes are those of the distinct keys read.
+// it, up to 32,768 tokens, memcpy of the keys that it reads. `model` is one of bench::Model; `k` heads score
+// with a window of `window` queries. `kv_heads` is how many KV heads the scoring heads read: 3 is the
+// commonest in the published ranking of Llama-3.1-8B, 4 the most. The bytes are those of the distinct keys
+// read.
 
 #include "common.hpp"
 

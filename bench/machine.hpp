@@ -12,9 +12,10 @@
 /// What this machine can do at most: the two sides of a roofline, on one thread.
 namespace machine {
 
-/// Reads `count` floats, a multiple of 64, once.
+namespace detail {
+
 #if defined(__x86_64__)
-[[gnu::target("avx2,fma")]] inline float read(const float* data, std::size_t count) {
+[[gnu::target("avx2,fma")]] inline float read_avx2(const float* data, std::size_t count) {
   __m256 sums[8] = {};
   for (std::size_t i = 0; i + 64 <= count; i += 64) {
 #pragma GCC unroll 8
@@ -28,8 +29,9 @@ namespace machine {
   }
   return _mm256_cvtss_f32(all);
 }
-#else
-inline float read(const float* data, std::size_t count) {
+#endif
+
+inline float read_portable(const float* data, std::size_t count) {
   float sums[64] = {};
   for (std::size_t i = 0; i + 64 <= count; i += 64) {
     for (std::size_t j = 0; j < 64; ++j) {
@@ -38,9 +40,6 @@ inline float read(const float* data, std::size_t count) {
   }
   return sums[0] + sums[63];
 }
-#endif
-
-namespace detail {
 
 /// Chains of multiply-adds side by side, which no operand comes from memory for. They start apart: of chains
 /// that are alike the compiler makes one.
@@ -114,8 +113,18 @@ inline float multiply_adds_portable(std::size_t rounds) {
 
 }  // namespace detail
 
-/// About `flops` operations as fast as they can be with the instructions that `kernel::logits` would use, for
-/// bfloat16 keys and queries where `bfloat16_pairs`.
+/// Reads `count` floats, a multiple of 64, once.
+inline float read(const float* data, std::size_t count) {
+#if defined(__x86_64__)
+  if (compresskv::kernel::uses(compresskv::kernel::CodePath::avx2)) {
+    return detail::read_avx2(data, count);
+  }
+#endif
+  return detail::read_portable(data, count);
+}
+
+/// About `flops` operations as fast as they can be with the instructions of the path in use, in its widest
+/// registers; with bfloat16 dot products where `bfloat16_pairs` and there are any.
 inline float multiply_add(double flops, bool bfloat16_pairs) {
   const auto rounds = [&](double lanes) {
     return static_cast<std::size_t>(flops / (2.0 * lanes * static_cast<double>(detail::chains)));

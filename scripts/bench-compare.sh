@@ -2,13 +2,13 @@
 # Compares a benchmark at two commits on this machine: both are built in worktrees under build/compare and run in turn,
 # so that what else the machine does hits both.
 #   scripts/bench-compare.sh OLD NEW [BENCHMARK] [FILTER] [ROUNDS]
-#   scripts/bench-compare.sh main~1 main compress_bench 'compress<.*tokens:8192/kv_heads:3' 9
+#   scripts/bench-compare.sh main~1 main compress_bench 'compress<.*model:0/tokens:8192' 9
 set -euo pipefail
 
 if (($# < 2)); then sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 benchmark="${3:-compress_bench}"
-filter="${4:-compress<.*kv_heads:3}"
+filter="${4:-compress<.*model:0/tokens:[0-9]*/kv_heads:3/k:4/window:8/}"
 rounds="${5:-9}"
 folder="$root/build/compare"
 "$root/scripts/deps.sh"
@@ -40,6 +40,8 @@ def times(side, n):
     runs = json.loads((folder / f"{side}.{n}.json").read_text())["benchmarks"]
     return {r["name"]: r["real_time"] for r in runs if "real_time" in r}
 pairs = [(times("old", n), times("new", n)) for n in range(rounds)]
+if not pairs[0][0].keys() & pairs[0][1].keys():
+    sys.exit("bench-compare: no benchmark has the same name at both commits")
 print(f"{'benchmark':64} old / new  (quartiles)     {rounds} pairs; above 1: the new commit is faster")
 for name in pairs[0][0]:
     ratios = [old[name] / new[name] for old, new in pairs if name in new]

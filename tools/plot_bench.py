@@ -65,10 +65,10 @@ def project(path):
         found = re.match(r"compress<bfloat16>/model:1/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
         if found and run.get("aggregate_name", "median") == "median":
             times[int(found.group(1))] = run["real_time"] / 1e3
-    *shorter, longest = sorted(times)
-    if len(shorter) < 3:
+    if len(times) < 4:
         print("projection: skipped, compress<bfloat16>/model:1 has no four lengths")
         return
+    *shorter, longest = sorted(times)
     slope, start = statistics.linear_regression(shorter, [times[t] for t in shorter])
     predicted = start + slope * longest
     print(f"Llama-3.1-70B, bfloat16, one thread: {start:.2f} ms + {1e3 * slope:.3f} ms a thousand tokens, a layer, from "

@@ -164,11 +164,14 @@ class LayerOf : public Layer {
   void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::QueryBlock& block,
                   float scale) {
     constexpr std::size_t at_once = kernel::keys_at_once;
-    const std::size_t rows_ahead = kernel::detail::bytes_ahead / (shape.head_dim * sizeof(T));
+    const Run<const T> run{.base = keys,
+                           .rows = tokens_,
+                           .row_stride = shape.head_dim,
+                           .chunk = shape.head_dim,
+                           .chunk_stride = shape.head_dim};
     const auto row = [&](std::size_t i) { return keys + i * shape.head_dim; };
     for (std::size_t i = first; i < first + count; i += at_once) {
-      const kernel::detail::Ahead<T> ahead{
-          .first = row(i + rows_ahead + at_once <= tokens_ ? i + rows_ahead : i), .stride = shape.head_dim};
+      const auto ahead = kernel::detail::keys_ahead(run, i, shape.head_dim);
       float* out = logits_.data() + i;
       if constexpr (std::is_same_v<T, half>) {
         const float* decoded[at_once];

@@ -118,8 +118,17 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         std::vector<std::vector<float>> results;
         reference::on_all_paths([&] {
           std::vector<float> buffer(key_buffer_size(head_dim), std::numeric_limits<float>::quiet_NaN());
-          results.emplace_back(count * used);
-          logits(run, first, used, block, scale, buffer.data(), results.back().data(), used);
+          // Rows of logits stand apart: what is written between them would be lost.
+          constexpr std::size_t gap = 5;
+          std::vector<float> apart(count * (used + gap), -7.0F);
+          logits(run, first, used, block, scale, buffer.data(), apart.data(), used + gap);
+          results.emplace_back();
+          for (std::size_t q = 0; q < count; ++q) {
+            const auto row = apart.begin() + static_cast<std::ptrdiff_t>(q * (used + gap));
+            const auto end = row + static_cast<std::ptrdiff_t>(used);
+            results.back().insert(results.back().end(), row, end);
+            EXPECT_EQ(std::count(end, end + gap, -7.0F), static_cast<std::ptrdiff_t>(gap));
+          }
         });
         for (const auto& result : results) {
           EXPECT_TRUE(reference::same_bytes(result, results.front())) << head_dim << " x " << count;
@@ -159,7 +168,7 @@ TEST(Logits, PairsStayWithinTheirBound) {
         reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
                                                 arrangement);
         cache.fill(random);
-        std::vector<float> buffer(key_buffer_size(head_dim));
+        std::vector<float> buffer(key_buffer_size(head_dim), std::numeric_limits<float>::quiet_NaN());
         std::vector<float> result(count * rows);
         const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
         logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);

@@ -69,28 +69,49 @@ inline constexpr std::size_t between = 4;
 /// the nearest, 4 KiB ahead, takes 1.5 times as long, no requests 3.8 times.
 inline constexpr std::size_t bytes_ahead = 24U << 10U;
 
-/// Keys whose memory is asked for while sums run.
+/// Keys whose memory is asked for while others are multiplied, line by line. Rows read side by side are no
+/// stream that a CPU predicts, and requests for all of a block's rows at once would stall.
 template <class T>
-struct Ahead {
-  const T* first;
-  std::ptrdiff_t stride;
+class Ahead {
+ public:
+  /// Keys of `width` elements, `stride` apart, from `first` on.
+  Ahead(const T* first, std::ptrdiff_t stride, std::size_t width)
+      : next_(first),
+        end_(first + width),
+        stride_(stride),
+        skip_(stride - static_cast<std::ptrdiff_t>((width + line - 1) / line * line)) {}
 
-  const T* row(std::size_t i) const { return first + static_cast<std::ptrdiff_t>(i) * stride; }
-};
-
-/// Asks for as many bytes as `count` keys have in `between` places, and says where to go on. Rows read side
-/// by side are no stream that a CPU predicts, and requests for all of a block's rows at once would stall.
-/// What is asked for beyond the end of a key does no harm.
-template <std::size_t count, std::size_t place, class T>
-[[gnu::always_inline]] inline const T* request(const T* next) {
-  constexpr std::size_t line = 64 / sizeof(T);
-  constexpr std::size_t lines = std::max<std::size_t>(between * count * place / line, 1);
-#pragma GCC unroll 4
-  for (std::size_t i = 0; i < lines; ++i) {
-    __builtin_prefetch(next + i * line, 0, 2);
+  /// Those from key `row` on.
+  Ahead from(std::size_t row) const {
+    Ahead later = *this;
+    later.next_ += static_cast<std::ptrdiff_t>(row) * stride_;
+    later.end_ += static_cast<std::ptrdiff_t>(row) * stride_;
+    return later;
   }
-  return next + lines * line;
-}
+
+  /// Asks for as many bytes as `count` keys have in `between` places, each of `place` elements.
+  template <std::size_t count, std::size_t place>
+  [[gnu::always_inline]] void request() {
+    constexpr std::size_t lines = std::max<std::size_t>(between * count * place / line, 1);
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < lines; ++i) {
+      __builtin_prefetch(next_, 0, 2);
+      next_ += line;
+      if (next_ >= end_) {
+        next_ += skip_;
+        end_ += stride_;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t line = 64 / sizeof(T);
+
+  const T* next_;
+  const T* end_;
+  std::ptrdiff_t stride_;
+  std::ptrdiff_t skip_;
+};
 
 }  // namespace detail
 
@@ -124,17 +145,17 @@ inline void dot(const float* const* keys, std::size_t count, const QueryBlock& q
 #if defined(__x86_64__)
 namespace detail {
 
-/// Copies what four keys, of which `keys` are wanted, have with up to `2 * half` queries. In `rows` even
+/// Copies what four keys, of which `keys` are wanted, have with up to `2 * pairs` queries. In `rows` even
 /// queries come first, then odd ones, four floats each.
-template <std::size_t half>
+template <std::size_t pairs>
 [[gnu::always_inline]] inline void copy_logits(const float* rows, std::size_t keys, std::size_t queries,
                                                float* out, std::size_t out_stride) {
 #pragma GCC unroll 8
-  for (std::size_t q = 0; q < 2 * half; ++q) {
+  for (std::size_t q = 0; q < 2 * pairs; ++q) {
     if (q >= queries) {
       return;
     }
-    const float* from = rows + (q % 2 * half + q / 2) * 4;
+    const float* from = rows + (q % 2 * pairs + q / 2) * 4;
     if (keys >= 4) {
       std::memcpy(out + q * out_stride, from, 4 * sizeof(float));
     } else {
@@ -227,20 +248,16 @@ template <std::size_t count, class T>
 /// On the way it asks for the memory of `count` keys `ahead` (`detail::request`).
 template <std::size_t count, class T, class S>
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline void multiply(
-    const T* const* keys, std::size_t wanted_keys, const detail::Ahead<S>& ahead, const float* queries,
+    const T* const* keys, std::size_t wanted_keys, detail::Ahead<S> ahead, const float* queries,
     std::size_t places, std::size_t wanted, float scale, float* out, std::size_t out_stride) {
   Sums<count> sums;
   clear<count>(sums);
   std::size_t p = 0;
-  for (std::size_t row = 0; row < count; ++row) {
-    const S* next = ahead.row(row);
-    for (const S* const end = next + 2 * places; next < end && p + detail::between <= places;
-         p += detail::between) {
-      next = detail::request<count, 2>(next);
+  for (; p + detail::between <= places; p += detail::between) {
+    ahead.template request<count, 2>();
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < detail::between; ++i) {
-        add_place<count>(keys, queries, p + i, sums);
-      }
+    for (std::size_t i = 0; i < detail::between; ++i) {
+      add_place<count>(keys, queries, p + i, sums);
     }
   }
   for (; p < places; ++p) {
@@ -259,8 +276,8 @@ template <class T, class S>
   for (std::size_t q = 0; q < queries.count; q += abreast) {
     const std::size_t wanted = std::min(abreast, queries.count - q);
     for (std::size_t k = 0; k < count; k += 4) {
-      multiply<4>(keys + k, count - k, detail::Ahead<S>{ahead.row(k), ahead.stride},
-                  queries.data + q * 2 * places, places, wanted, scale, out + q * out_stride + k, out_stride);
+      multiply<4>(keys + k, count - k, ahead.from(k), queries.data + q * 2 * places, places, wanted, scale,
+                  out + q * out_stride + k, out_stride);
     }
   }
 }
@@ -330,7 +347,7 @@ template <class T>
 /// As avx2::multiply for eight keys and sixteen queries, eight queries a register.
 template <class T, class S>
 [[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline void multiply(
-    const T* const* keys, std::size_t wanted_keys, const detail::Ahead<S>& ahead, const float* queries,
+    const T* const* keys, std::size_t wanted_keys, detail::Ahead<S> ahead, const float* queries,
     std::size_t places, std::size_t wanted, float scale, float* out, std::size_t out_stride) {
   __m512 sums[2][keys_at_once];
 #pragma GCC unroll 8
@@ -339,15 +356,11 @@ template <class T, class S>
     sums[1][k] = _mm512_setzero_ps();
   }
   std::size_t p = 0;
-  for (std::size_t row = 0; row < keys_at_once; ++row) {
-    const S* next = ahead.row(row);
-    for (const S* const end = next + 2 * places; next < end && p + detail::between <= places;
-         p += detail::between) {
-      next = detail::request<keys_at_once, 2>(next);
+  for (; p + detail::between <= places; p += detail::between) {
+    ahead.template request<keys_at_once, 2>();
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < detail::between; ++i) {
-        add_place(keys, queries, places, p + i, sums);
-      }
+    for (std::size_t i = 0; i < detail::between; ++i) {
+      add_place(keys, queries, places, p + i, sums);
     }
   }
   for (; p < places; ++p) {
@@ -415,15 +428,12 @@ add_pairs(const Eigen::bfloat16* const* keys, const float* queries, std::size_t 
     avx2::Sums<keys_at_once> sums;
     avx2::clear<keys_at_once>(sums);
     std::size_t p = 0;
-    for (std::size_t row = 0; row < keys_at_once; ++row) {
-      const Eigen::bfloat16* next = ahead.row(row);
-      for (const Eigen::bfloat16* const end = next + 4 * places; next < end && p + detail::between <= places;
-           p += detail::between) {
-        next = detail::request<keys_at_once, 4>(next);
+    auto asked = ahead;
+    for (; p + detail::between <= places; p += detail::between) {
+      asked.request<keys_at_once, 4>();
 #pragma GCC unroll 4
-        for (std::size_t i = 0; i < detail::between; ++i) {
-          add_pairs(keys, block, p + i, sums);
-        }
+      for (std::size_t i = 0; i < detail::between; ++i) {
+        add_pairs(keys, block, p + i, sums);
       }
     }
     for (; p < places; ++p) {
@@ -457,7 +467,7 @@ void dot(const float* const* keys, std::size_t count, [[maybe_unused]] const Ahe
 }
 
 #if defined(__x86_64__)
-/// The same for bfloat16 keys, which `takes_as_they_are`.
+/// The same for bfloat16 keys, from AVX2 on.
 inline void dot(const Eigen::bfloat16* const* keys, std::size_t count, const Ahead<Eigen::bfloat16>& ahead,
                 const QueryBlock& queries, float scale, float* out, std::size_t out_stride) {
   if (queries.pairs) {
@@ -470,20 +480,13 @@ inline void dot(const Eigen::bfloat16* const* keys, std::size_t count, const Ahe
 }
 #endif
 
-/// Whether the path in use has a `dot` of such keys.
-template <class T>
-bool takes_as_they_are() {
-  return std::same_as<T, float> || (std::same_as<T, Eigen::bfloat16> && uses(CodePath::avx2));
-}
-
-/// The keys whose memory is asked for while those from row `row` of a run on are multiplied: `bytes_ahead` on
-/// or, in short runs, half of the run; near the end these once more.
+/// What to ask for while the keys from row `row` of a run on are multiplied: those `bytes_ahead` on or, in
+/// short runs, half of the run; near the end these once more.
 template <class T>
 Ahead<T> keys_ahead(const Run<const T>& keys, std::size_t row, std::size_t head_dim) {
   const std::size_t rows =
       std::clamp(bytes_ahead / (head_dim * sizeof(T)), keys_at_once, std::max(keys_at_once, keys.rows / 2));
-  return {.first = keys.row(row + rows + keys_at_once <= keys.rows ? row + rows : row),
-          .stride = keys.row_stride};
+  return {keys.row(row + rows + keys_at_once <= keys.rows ? row + rows : row), keys.row_stride, head_dim};
 }
 
 /// A key decoded to float32.
@@ -521,7 +524,7 @@ void logits_of(const Run<const Key>& keys, std::size_t first, std::size_t count,
   if constexpr (std::same_as<T, Key>) {
     stand = keys.chunk >= head_dim && width == head_dim;
   }
-  if (!stand) {
+  if (width != head_dim) {
     std::fill_n(brought, keys_at_once * width, T(0));
   }
   const T* rows[keys_at_once];
@@ -539,10 +542,12 @@ void logits_of(const Run<const Key>& keys, std::size_t first, std::size_t count,
     }
     std::fill(rows + now, rows + keys_at_once, rows[now - 1]);
     if constexpr (Element<Key>) {
-      dot(rows, now, keys_ahead(keys, first + i, head_dim), queries, scale, out + i, out_stride);
-    } else {
-      dot(rows, now, Ahead<T>{.first = brought, .stride = 0}, queries, scale, out + i, out_stride);
+      if (keys.chunk >= head_dim) {
+        dot(rows, now, keys_ahead(keys, first + i, head_dim), queries, scale, out + i, out_stride);
+        continue;
+      }
     }
+    dot(rows, now, Ahead<T>{brought, 0, width}, queries, scale, out + i, out_stride);
   }
 }
 
@@ -566,7 +571,7 @@ void logits(const Run<const T>& keys, std::size_t first, std::size_t count, cons
             float scale, float* buffer, float* out, std::size_t out_stride) {
 #if defined(__x86_64__)
   if constexpr (std::same_as<T, Eigen::bfloat16>) {
-    if (detail::takes_as_they_are<T>()) {
+    if (uses(CodePath::avx2)) {
       detail::logits_of<T>(keys, first, count, queries, scale, buffer, out, out_stride);
       return;
     }
