@@ -331,11 +331,14 @@ inline void report(benchmark::State& state, std::size_t bytes) {
 /// The same with operations a second, and the share of the roofline that is reached in `timed`.
 template <class T>
 void report_roofline(benchmark::State& state, std::size_t bytes, double flops) {
-  report(state, bytes);
+  const double bound = static_cast<double>(state.iterations()) * bound_seconds<T>(bytes, flops);
+  const double share = bound / timed_seconds();
+  if (!(share > 0.0 && share < 1.5)) {
+    state.SkipWithError("the share of the roofline is out of bounds");
+  }
+  state.counters["of_bound"] = share;
   state.counters["flops"] = benchmark::Counter(flops, benchmark::Counter::kIsIterationInvariantRate);
-  const auto iterations = static_cast<double>(state.iterations());
-  state.counters["of_bound"] =
-      iterations * bound_seconds<T>(bytes, flops) / std::exchange(timed_seconds(), 0.0);
+  report(state, bytes);
 }
 
 /// Fails the benchmark where a result is not what a plain loop gives.
