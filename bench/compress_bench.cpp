@@ -137,10 +137,15 @@ void memcpy_keys(benchmark::State& state) {
 constexpr std::int64_t k = heads_per_layer;
 constexpr std::int64_t w = window;
 
-void of_models(benchmark::internal::Benchmark* registered) {
+void of_llama(benchmark::internal::Benchmark* registered) {
   with_minimum(registered);
   registered->ArgNames({"model", "tokens", "kv_heads", "k", "window"})->UseManualTime();
-  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {1, 3, 4}, {k}, {w}});
+  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {3}, {k}, {w}});
+}
+
+void of_models(benchmark::internal::Benchmark* registered) {
+  of_llama(registered);
+  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {1, 4}, {k}, {w}});
   registered->ArgsProduct({{llama_3_1_70b, smollm2_135m}, {2048, 8192, 32768}, {3}, {k}, {w}});
 }
 
@@ -151,12 +156,6 @@ void growth(benchmark::internal::Benchmark* registered) {
   registered->ArgsProduct({{llama_3_1_8b}, {32768}, {1}, {1, 2}, {w}});
   registered->ArgsProduct({{llama_3_1_8b}, {32768}, {4}, {8, 16}, {w}});
   registered->ArgsProduct({{llama_3_1_8b}, {32768}, {3}, {k}, {16, 32, 64}});
-}
-
-void of_llama(benchmark::internal::Benchmark* registered) {
-  with_minimum(registered);
-  registered->ArgNames({"model", "tokens", "kv_heads", "k", "window"})->UseManualTime();
-  registered->ArgsProduct({{llama_3_1_8b}, {2048, 8192, 32768}, {3}, {k}, {w}});
 }
 
 BENCHMARK_TEMPLATE(compress, float)->Apply(of_models);

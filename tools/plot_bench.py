@@ -38,13 +38,19 @@ def save(figure, out, name):
     print(f"{out / name}.png")
 
 
-def draw_length(path, out):
+def medians(path, model):
+    """{(step, element): {tokens: milliseconds}} of compress_bench's JSON: four heads on three KV heads, window 8."""
     times = {}
     for run in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
-        found = re.match(r"(compress|score|compact)<(\w+)>/model:0/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
+        found = re.match(rf"(compress|score|compact)<(\w+)>/model:{model}/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
         if found and run.get("aggregate_name", "median") == "median":
             step, element, tokens = found.groups()
             times.setdefault((step, element), {})[int(tokens)] = run["real_time"] / 1e3
+    return times
+
+
+def draw_length(path, out):
+    times = medians(path, model=0)
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     styles = {"compress": "-o", "score": "--s", "compact": ":^"}
     for (step, element), points in sorted(times.items()):
@@ -60,11 +66,7 @@ def draw_length(path, out):
 def project(path):
     """Prints what compress() of a whole prompt costs beyond what was measured: a line through the shorter lengths, held
     against the longest."""
-    times = {}
-    for run in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
-        found = re.match(r"compress<bfloat16>/model:1/tokens:(\d+)/kv_heads:3/k:4/window:8/", run["name"])
-        if found and run.get("aggregate_name", "median") == "median":
-            times[int(found.group(1))] = run["real_time"] / 1e3
+    times = medians(path, model=1).get(("compress", "bfloat16"), {})
     if len(times) < 4:
         print("projection: skipped, compress<bfloat16>/model:1 has no four lengths")
         return

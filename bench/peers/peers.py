@@ -158,11 +158,19 @@ class Bench:
         times = times[2:]
         low, middle, high = statistics.quantiles([a / b for a, b in times], n=4)
         their_ms, our_ms = (1e3 * statistics.median(t[side] for t in times) for side in (0, 1))
-        good = goal is None or (middle <= goal if at_most else middle >= goal)
-        self.results.append({"what": what, "threads": threads, "goal": goal, "at_most": at_most, "ratio": middle,
-                             "quartiles": [low, high], "theirs_ms": their_ms, "ours_ms": our_ms, "pass": good})
-        print(f"{what:72} {threads}  {middle:8.2f}  ({low:.2f}-{high:.2f})  {'  ' if goal is None else '<=' if at_most else '>='} {goal or '':<5} "
-              f"{'' if goal is None else 'pass' if good else 'short':5}  {their_ms:9.3f}  {our_ms:9.3f}", flush=True)
+        self.record(what, threads, goal, middle, f"({low:.2f}-{high:.2f})  ", f"  {their_ms:9.3f}  {our_ms:9.3f}", at_most,
+                    quartiles=[low, high], theirs_ms=their_ms, ours_ms=our_ms)
+
+    def record(self, what, threads, goal, ratio, quartiles_text, times_text, at_most, **more):
+        """A row of the table, and of the JSON."""
+        good = goal is None or (ratio <= goal if at_most else ratio >= goal)
+        self.results.append({"what": what, "threads": threads, "goal": goal, "at_most": at_most, "ratio": ratio, **more,
+                             "pass": good})
+        sign = "  " if goal is None else "<=" if at_most else ">="
+        verdict = "" if goal is None else "pass" if good else "short"
+        digits = 2 if ratio >= 0.01 else 4
+        print(f"{what:72} {threads}  {ratio:8.{digits}f}  {quartiles_text}{sign} {goal or '':<5} {verdict:5}{times_text}",
+              flush=True)
 
     def compress_call(self, ring, layer):
         def work(keys, values):
@@ -184,10 +192,7 @@ class Bench:
                          self.compress_call(ring, layer))
         what = f"memory of the compressor, {type_name}, against the model's cache"
         if not note and all(result["what"] != what for result in self.results):
-            share = self.library.extra_memory(layer)
-            self.results.append({"what": what, "threads": threads, "goal": 0.01, "at_most": True, "ratio": share,
-                                 "pass": share <= 0.01})
-            print(f"{what:72} {threads}  {share:8.4f}  {'':13}  <= 0.01  {'pass' if share <= 0.01 else 'short'}")
+            self.record(what, threads, 0.01, self.library.extra_memory(layer), f"{'':13}  ", "", at_most=True)
         self.library.free(layer)
 
     def check_same(self, ring, layer, torch_side):

@@ -245,7 +245,7 @@ template <std::size_t count, class T>
 /// `count` keys, of which `wanted_keys` are wanted, with `wanted` of the eight queries that stand at
 /// `queries`.
 ///
-/// On the way it asks for the memory of `count` keys `ahead` (`detail::request`).
+/// On the way it asks for the memory of `count` keys `ahead`.
 template <std::size_t count, class T, class S>
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline void multiply(
     const T* const* keys, std::size_t wanted_keys, detail::Ahead<S> ahead, const float* queries,
@@ -449,11 +449,17 @@ add_pairs(const Eigen::bfloat16* const* keys, const float* queries, std::size_t 
 
 namespace detail {
 
-/// As portable::dot by the path in use.
-template <class S>
-void dot(const float* const* keys, std::size_t count, [[maybe_unused]] const Ahead<S>& ahead,
+/// As portable::dot by the path in use. bfloat16 keys are taken as they are from AVX2 on.
+template <class T, class S>
+void dot(const T* const* keys, std::size_t count, [[maybe_unused]] const Ahead<S>& ahead,
          const QueryBlock& queries, float scale, float* out, std::size_t out_stride) {
 #if defined(__x86_64__)
+  if constexpr (std::same_as<T, Eigen::bfloat16>) {
+    if (queries.pairs) {
+      avx512::dot_pairs(keys, count, ahead, queries, scale, out, out_stride);
+      return;
+    }
+  }
   if (uses(CodePath::avx512)) {
     avx512::dot(keys, count, ahead, queries, scale, out, out_stride);
     return;
@@ -463,22 +469,10 @@ void dot(const float* const* keys, std::size_t count, [[maybe_unused]] const Ahe
     return;
   }
 #endif
-  portable::dot(keys, count, queries, scale, out, out_stride);
-}
-
-#if defined(__x86_64__)
-/// The same for bfloat16 keys, from AVX2 on.
-inline void dot(const Eigen::bfloat16* const* keys, std::size_t count, const Ahead<Eigen::bfloat16>& ahead,
-                const QueryBlock& queries, float scale, float* out, std::size_t out_stride) {
-  if (queries.pairs) {
-    avx512::dot_pairs(keys, count, ahead, queries, scale, out, out_stride);
-  } else if (uses(CodePath::avx512)) {
-    avx512::dot(keys, count, ahead, queries, scale, out, out_stride);
-  } else {
-    avx2::dot(keys, count, ahead, queries, scale, out, out_stride);
+  if constexpr (std::same_as<T, float>) {
+    portable::dot(keys, count, queries, scale, out, out_stride);
   }
 }
-#endif
 
 /// What to ask for while the keys from row `row` of a run on are multiplied: those `bytes_ahead` on or, in
 /// short runs, half of the run; near the end these once more.
