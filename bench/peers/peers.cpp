@@ -79,19 +79,20 @@ class LayerOf : public Layer {
   float logits(void* keys, void* values, const void* queries, bool through_view) override {
     const auto kv = view(keys, values);
     const auto observed = observation(queries);
-    queries_.resize(kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
-    buffer_.resize(kernel::key_buffer_size(shape.head_dim));
+    const auto memory = workspace_.take(Workspace::Slot::queries,
+                                        kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
+    float* const buffer =
+        workspace_.take(Workspace::Slot::key_rows, kernel::key_buffer_size(shape.head_dim)).data();
     const kernel::QueryBlock block =
-        kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, queries_);
+        kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, memory);
     const float scale = observed.scale();
     constexpr std::size_t tile = kernel::detail::tile;
     for (std::size_t first = 0; first < tokens_; first += tile) {
       const std::size_t count = std::min(tile, tokens_ - first);
       if (through_view) {
-        kernel::detail::logits_of_rows(kv, 0, first, count, block, scale, buffer_.data(), logits_.data(),
-                                       tokens_);
+        kernel::detail::logits_of_rows(kv, 0, first, count, block, scale, buffer, logits_.data(), tokens_);
       } else {
-        raw_logits(static_cast<const T*>(keys), first, count, block, scale);
+        raw_logits(static_cast<const T*>(keys), first, count, block, scale, buffer);
       }
     }
     return logits_[tokens_ / 2];
@@ -159,36 +160,15 @@ class LayerOf : public Layer {
             .observation = observed};
   }
 
-  /// The same kernel over row pointers that are counted by hand: of half, over what was decoded. Paths from
-  /// AVX2 on take the others where they stand.
+  /// The same kernel over a pointer and a stride that no view has given.
   void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::QueryBlock& block,
-                  float scale) {
-    constexpr std::size_t at_once = kernel::keys_at_once;
-    const Run<const T> run{.base = keys,
-                           .rows = tokens_,
-                           .row_stride = shape.head_dim,
-                           .chunk = shape.head_dim,
-                           .chunk_stride = shape.head_dim};
-    const auto row = [&](std::size_t i) { return keys + i * shape.head_dim; };
-    for (std::size_t i = first; i < first + count; i += at_once) {
-      const auto ahead = kernel::detail::keys_ahead(run, i, shape.head_dim);
-      float* out = logits_.data() + i;
-      if constexpr (std::is_same_v<T, half>) {
-        const float* decoded[at_once];
-        for (std::size_t k = 0; k < at_once; ++k) {
-          float* const buffer = buffer_.data() + k * shape.head_dim;
-          kernel::avx2::decode(row(i + k), shape.head_dim, buffer);
-          decoded[k] = buffer;
-        }
-        kernel::detail::dot(decoded, at_once, ahead, block, scale, out, tokens_);
-      } else {
-        const T* rows[at_once];
-        for (std::size_t k = 0; k < at_once; ++k) {
-          rows[k] = row(i + k);
-        }
-        kernel::detail::dot(rows, at_once, ahead, block, scale, out, tokens_);
-      }
-    }
+                  float scale, float* buffer) {
+    const kernel::detail::KeyRows<T> rows{.first = keys + first * shape.head_dim,
+                                          .stride = shape.head_dim,
+                                          .count = count,
+                                          .reach = tokens_ - first,
+                                          .lead = kernel::detail::bytes_ahead / (shape.head_dim * sizeof(T))};
+    kernel::detail::dot(rows, block, scale, buffer, logits_.data() + first, tokens_);
   }
 
   std::vector<std::uint32_t> heads_;
@@ -201,8 +181,6 @@ class LayerOf : public Layer {
   Workspace workspace_;
   std::vector<float> logits_;
   std::vector<float> attention_;
-  std::vector<float> queries_;
-  std::vector<float> buffer_;
   std::vector<std::uint32_t> moved_;
 };
 

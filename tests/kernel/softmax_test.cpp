@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <compresskv/kernel/softmax.hpp>
@@ -57,7 +58,13 @@ TEST(Softmax, PathsAgreeBitForBit) {
     const ExpSum expected = portable::exp_row(weights.data(), count);
     const std::vector<float> sums = random_row(random, count, 1.0F);
     std::vector<float> expected_sums = sums;
-    portable::add_scaled(weights.data(), 0.37F, 0, count, expected_sums.data());
+    // Two rows, the second the first once more, with factors that stand apart.
+    const std::array<float, 3> factors{0.37F, -1.0F, 0.21F};
+    for (const float factor : {factors[0], factors[2]}) {
+      for (std::size_t t = 0; t < count; ++t) {
+        expected_sums[t] = std::fma(weights[t], factor, expected_sums[t]);
+      }
+    }
     reference::on_all_paths([&] {
       std::vector<float> row = logits;
       const ExpSum found = exp_row(row.data(), count);
@@ -65,7 +72,10 @@ TEST(Softmax, PathsAgreeBitForBit) {
       EXPECT_EQ(std::bit_cast<std::uint32_t>(found.sum), std::bit_cast<std::uint32_t>(expected.sum)) << count;
       EXPECT_EQ(found.max, expected.max) << count;
       std::vector<float> own_sums = sums;
-      add_scaled(row.data(), 0.37F, count, own_sums.data());
+      row.insert(row.end(), weights.begin(), weights.end());
+      add_scaled(
+          {.first = row.data(), .stride = count, .count = 2, .factors = factors.data(), .factor_stride = 2},
+          count, own_sums.data());
       EXPECT_TRUE(reference::same_bytes(own_sums, expected_sums)) << count;
     });
   }

@@ -50,5 +50,26 @@ TEST(TopK, IsTheFullSorts) {
   }
 }
 
+/// Long rows, of which a small share is chosen, go by a sample: whether it tells the truth or not.
+TEST(TopK, IsTheFullSortsWhereASampleIsTaken) {
+  reference::Random random(42);
+  for (int round = 0; round < 60; ++round) {
+    std::vector<float> scores(random.between(4096, 9000));
+    const std::size_t values = random.pick(std::vector<std::size_t>{1, 2, 40, 1000000});
+    for (float& score : scores) {
+      score = static_cast<float>(random.below(values));
+    }
+    if (round % 3 == 0) {
+      // High where the sample looks, or everywhere else.
+      const std::size_t step = scores.size() / 512;
+      for (std::size_t t = 0; t < scores.size(); ++t) {
+        scores[t] += (t % step == 0) == (round % 2 == 0) ? 2e6F : 0.0F;
+      }
+    }
+    const std::size_t count = random.between(1, scores.size() / 3);
+    ASSERT_EQ(best(scores, count), reference::top_k(scores, count)) << count << " of " << scores.size();
+  }
+}
+
 }  // namespace
 }  // namespace compresskv::kernel

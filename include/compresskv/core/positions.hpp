@@ -137,13 +137,19 @@ class PositionSet {
 
   /// Adds positions `first` .. `last` - 1, all above the members.
   void append(std::size_t first, std::size_t last) {
-    while (first < last) {
-      grow_to(first / 64);
-      const std::size_t end = std::min(last, (first / 64 + 1) * 64);
-      words_.back() |= low_bits(end - first) << (first % 64);
-      size_ += end - first;
-      first = end;
+    if (first >= last) {
+      return;
     }
+    grow_to(first / 64);
+    words_.back() |= ~low_bits(first % 64);
+    // Whole words; the last one loses what is too much.
+    const std::size_t words = (last + 63) / 64;
+    for (std::size_t block = before_.size(); block * words_per_count < words; ++block) {
+      before_.push_back(static_cast<std::uint32_t>(size_ + block * words_per_count * 64 - first));
+    }
+    words_.resize(words, ~std::uint64_t{0});
+    words_.back() &= low_bits(last - (words - 1) * 64);
+    size_ += last - first;
   }
 
   /// Drops the positions from `limit` on.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -14,14 +15,18 @@ class Workspace {
  public:
   enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores };
 
-  /// `count` floats with unspecified contents; taking a slot again invalidates the span taken before.
+  /// `count` floats with unspecified contents, from the start of a cache line on, so that registers of whole
+  /// lines do not straddle two; taking a slot again invalidates the span taken before.
   std::span<float> take(Slot slot, std::size_t count) {
     std::vector<float>& buffer = buffers_[static_cast<std::size_t>(slot)];
-    if (buffer.size() < count) {
+    constexpr std::size_t line = 64;
+    if (buffer.size() < count + line / sizeof(float)) {
       buffer.clear();  // nothing to carry over into the larger buffer
-      buffer.resize(count);
+      buffer.resize(count + line / sizeof(float));
     }
-    return std::span(buffer).first(count);
+    void* start = buffer.data();
+    std::size_t room = buffer.size() * sizeof(float);
+    return {static_cast<float*>(std::align(line, count * sizeof(float), start, room)), count};
   }
 
   /// `count` numbers of rows, one a KV head or so, with unspecified contents.

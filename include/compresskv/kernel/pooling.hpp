@@ -1,5 +1,6 @@
 #pragma once
 
+#include <Eigen/Core>
 #include <algorithm>
 #include <cstddef>
 #include <span>
@@ -47,22 +48,42 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
 #if defined(__x86_64__)
 namespace avx2 {
 
-/// The same for tokens with all their neighbours inside; returns where it stopped.
-[[gnu::target("avx2,fma")]] inline std::size_t add_pooled(const float* in, Pool pool, std::size_t width,
-                                                          std::size_t first, std::size_t last, float* out) {
-  const std::size_t reach = width / 2;
-  const __m256 divisor = _mm256_set1_ps(static_cast<float>(width));
-  std::size_t t = first;
-  for (; t + 8 <= last; t += 8) {
-    const float* from = in + t - reach;
-    __m256 value = _mm256_loadu_ps(from);
-    for (std::size_t j = 1; j < width; ++j) {
-      const __m256 next = _mm256_loadu_ps(from + j);
+/// The same for `8 * registers` tokens from `t` on with all their neighbours inside.
+template <Pool pool, std::size_t registers>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void add_pooled_at(const float* in, std::size_t width,
+                                                                          std::size_t t, float* out) {
+  const float* from = in + t - width / 2;
+  __m256 values[registers];
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    values[i] = _mm256_loadu_ps(from + 8 * i);
+  }
+  for (std::size_t j = 1; j < width; ++j) {
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < registers; ++i) {
+      const __m256 next = _mm256_loadu_ps(from + j + 8 * i);
       // Of equal numbers the second operand, as std::max keeps the first.
-      value = pool == Pool::average ? _mm256_add_ps(value, next) : _mm256_max_ps(next, value);
+      values[i] = pool == Pool::average ? _mm256_add_ps(values[i], next) : _mm256_max_ps(next, values[i]);
     }
-    value = pool == Pool::average ? _mm256_div_ps(value, divisor) : value;
-    _mm256_storeu_ps(out + t, _mm256_add_ps(_mm256_loadu_ps(out + t), value));
+  }
+  const __m256 divisor = _mm256_set1_ps(static_cast<float>(width));
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    const __m256 value = pool == Pool::average ? _mm256_div_ps(values[i], divisor) : values[i];
+    _mm256_storeu_ps(out + t + 8 * i, _mm256_add_ps(_mm256_loadu_ps(out + t + 8 * i), value));
+  }
+}
+
+/// The same for all of them; returns where it stopped.
+template <Pool pool>
+[[gnu::target("avx2,fma")]] inline std::size_t add_pooled(const float* in, std::size_t width,
+                                                          std::size_t first, std::size_t last, float* out) {
+  std::size_t t = first;
+  for (; t + 32 <= last; t += 32) {
+    add_pooled_at<pool, 4>(in, width, t, out);
+  }
+  for (; t + 8 <= last; t += 8) {
+    add_pooled_at<pool, 1>(in, width, t, out);
   }
   return t;
 }
@@ -77,10 +98,17 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
   const std::size_t reach = width / 2;
   if (uses(CodePath::avx2) && in.size() >= width + 8) {
     portable::add_pooled(in, pool, width, 0, reach, out);
-    done = avx2::add_pooled(in.data(), pool, width, reach, in.size() - reach, out.data());
+    const auto inside = pool == Pool::average ? avx2::add_pooled<Pool::average> : avx2::add_pooled<Pool::max>;
+    done = inside(in.data(), width, reach, in.size() - reach, out.data());
   }
 #endif
   portable::add_pooled(in, pool, width, done, in.size(), out);
+}
+
+/// Sums to means: each divided by `count`, in wide registers whatever the compiler's flags.
+inline void divide(std::span<float> sums, std::size_t count) {
+  Eigen::Map<Eigen::ArrayXf>(sums.data(), static_cast<Eigen::Index>(sums.size())) /=
+      static_cast<float>(count);
 }
 
 }  // namespace compresskv::kernel

@@ -16,6 +16,18 @@ struct ExpSum {
   float sum;  ///< of `e^(logit - max)`
 };
 
+/// Rows of weights and a factor for each.
+struct ScaledRows {
+  const float* first;
+  std::size_t stride;  ///< floats from a row to the next
+  std::size_t count;
+  const float* factors;
+  std::size_t factor_stride;  ///< floats from a factor to the next
+
+  const float* row(std::size_t index) const { return first + index * stride; }
+  float factor(std::size_t index) const { return factors[index * factor_stride]; }
+};
+
 namespace portable {
 
 inline float row_max(const float* row, std::size_t count) {
@@ -49,9 +61,11 @@ inline void soft_cap(float* row, std::size_t first, std::size_t count, float cap
   }
 }
 
-inline void add_scaled(const float* row, float factor, std::size_t first, std::size_t count, float* sums) {
-  for (std::size_t t = first; t < count; ++t) {
-    sums[t] = std::fma(row[t], factor, sums[t]);
+inline void add_scaled(const ScaledRows& rows, std::size_t first, std::size_t tokens, float* sums) {
+  for (std::size_t i = 0; i < rows.count; ++i) {
+    for (std::size_t t = first; t < tokens; ++t) {
+      sums[t] = std::fma(rows.row(i)[t], rows.factor(i), sums[t]);
+    }
   }
 }
 
@@ -113,14 +127,37 @@ namespace avx2 {
   portable::soft_cap(row, t, count, cap);
 }
 
-[[gnu::target("avx2,fma")]] inline void add_scaled(const float* row, float factor, std::size_t count,
-                                                   float* sums) {
-  const __m256 factors = _mm256_set1_ps(factor);
-  std::size_t t = 0;
-  for (; t + 8 <= count; t += 8) {
-    _mm256_storeu_ps(sums + t, _mm256_fmadd_ps(_mm256_loadu_ps(row + t), factors, _mm256_loadu_ps(sums + t)));
+/// The sums of some tokens stay in registers while all rows are added.
+template <std::size_t registers>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void add_scaled_at(const ScaledRows& rows,
+                                                                          std::size_t t, float* sums) {
+  __m256 own[registers];
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    own[i] = _mm256_loadu_ps(sums + t + 8 * i);
   }
-  portable::add_scaled(row, factor, t, count, sums);
+  for (std::size_t row = 0; row < rows.count; ++row) {
+    const __m256 factor = _mm256_set1_ps(rows.factor(row));
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < registers; ++i) {
+      own[i] = _mm256_fmadd_ps(_mm256_loadu_ps(rows.row(row) + t + 8 * i), factor, own[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    _mm256_storeu_ps(sums + t + 8 * i, own[i]);
+  }
+}
+
+[[gnu::target("avx2,fma")]] inline void add_scaled(const ScaledRows& rows, std::size_t tokens, float* sums) {
+  std::size_t t = 0;
+  for (; t + 32 <= tokens; t += 32) {
+    add_scaled_at<4>(rows, t, sums);
+  }
+  for (; t + 8 <= tokens; t += 8) {
+    add_scaled_at<1>(rows, t, sums);
+  }
+  portable::add_scaled(rows, t, tokens, sums);
 }
 
 }  // namespace avx2
@@ -172,15 +209,20 @@ inline void soft_cap_row(float* row, std::size_t count, float cap) {
   portable::soft_cap(row, 0, count, cap);
 }
 
-/// `sums[t] += factor * row[t]`, one rounding each.
-inline void add_scaled(const float* row, float factor, std::size_t count, float* sums) {
+/// `sums[t] += factor * row[t]` for all rows, in order, one rounding each.
+inline void add_scaled(const ScaledRows& rows, std::size_t tokens, float* sums) {
 #if defined(__x86_64__)
   if (uses(CodePath::avx2)) {
-    avx2::add_scaled(row, factor, count, sums);
+    avx2::add_scaled(rows, tokens, sums);
     return;
   }
 #endif
-  portable::add_scaled(row, factor, 0, count, sums);
+  portable::add_scaled(rows, 0, tokens, sums);
+}
+
+/// The same for one row.
+inline void add_scaled(const float* row, float factor, std::size_t tokens, float* sums) {
+  add_scaled({.first = row, .stride = 0, .count = 1, .factors = &factor, .factor_stride = 0}, tokens, sums);
 }
 
 }  // namespace compresskv::kernel

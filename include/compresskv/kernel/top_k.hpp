@@ -9,16 +9,48 @@
 
 namespace compresskv::kernel {
 
+namespace detail {
+
+/// Copies to `values` the scores that may be among the `count` highest, and says how many they are: those not
+/// below a number that a sample shows to be a little too low, or where that was not low enough, all.
+inline std::size_t copy_candidates(std::span<const float> scores, std::size_t count,
+                                   std::span<float> values) {
+  constexpr std::size_t sampled = 512;
+  if (count < scores.size() / 4 && scores.size() >= 8 * sampled) {
+    const std::size_t step = scores.size() / sampled;
+    for (std::size_t i = 0; i < sampled; ++i) {
+      values[i] = scores[i * step];
+    }
+    // Half as many again as the sample should have, and some more: one that misleads is rare.
+    const std::size_t rank = count * 3 / (step * 2) + 16;
+    const auto pivot_at = values.begin() + static_cast<std::ptrdiff_t>(rank);
+    std::nth_element(values.begin(), pivot_at, values.begin() + sampled, std::greater<>());
+    const float pivot = *pivot_at;
+    std::size_t candidates = 0;
+    for (const float score : scores) {
+      values[candidates] = score;
+      candidates += score >= pivot ? 1 : 0;  // no branch: which scores are high is not foreseen
+    }
+    if (candidates >= count) {
+      return candidates;
+    }
+  }
+  std::copy(scores.begin(), scores.end(), values.begin());
+  return scores.size();
+}
+
+}  // namespace detail
+
 /// Indices of the `out.size()` highest scores, ascending; equal scores: the lower index wins.
 ///
-/// Scores must not be NaN. `scratch` has room for all scores. Cost: linear on average, no full sort.
+/// Scores must not be NaN. `scratch` has room for all scores. Cost: linear on average, no full sort; where a
+/// small share is chosen, two passes over all scores and some over what a sample leaves.
 inline void top_k(std::span<const float> scores, std::span<float> scratch, std::span<std::uint32_t> out) {
   assert(out.size() <= scores.size() && scratch.size() >= scores.size());
   if (out.empty()) {
     return;
   }
-  const std::span<float> values = scratch.first(scores.size());
-  std::copy(scores.begin(), scores.end(), values.begin());
+  const std::span<float> values = scratch.first(detail::copy_candidates(scores, out.size(), scratch));
   const auto last_kept = values.begin() + static_cast<std::ptrdiff_t>(out.size()) - 1;
   std::nth_element(values.begin(), last_kept, values.end(), std::greater<>());
   const float threshold = *last_kept;

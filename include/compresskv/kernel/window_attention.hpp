@@ -101,22 +101,20 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
   }
 }
 
-/// Makes of each tile's sum the factor that turns its values into attention. `sink` is the logit of an extra
-/// column that takes part in maximum and sum alone; -inf: none. Whether the sum is a finite number above
-/// zero.
-inline bool join_tiles(std::span<const float> maxima, std::span<float> sums, float sink) {
-  float max = sink;
-  for (const float tile_max : maxima) {
-    max = tile_max > max ? tile_max : max;
-  }
-  float total = portable::exp(sink - max);
+/// Makes of each tile's sum the factor that turns its values into attention; overwrites the maxima. `sink` is
+/// the logit of an extra column that takes part in maximum and sum alone; -inf: none. Whether the sum is a
+/// finite number above zero.
+inline bool join_tiles(std::span<float> maxima, std::span<float> sums, float sink) {
+  const float max = exp_row(maxima.data(), maxima.size()).max;  // the maxima are now shares of that one
+  const float highest = max < sink ? sink : max;
+  const float share = portable::exp(max - highest);
+  float total = 0.0F;
   for (std::size_t i = 0; i < sums.size(); ++i) {
-    const float share = portable::exp(maxima[i] - max);
-    total += share * sums[i];
-    sums[i] = share;
+    total += maxima[i] * sums[i];
   }
-  for (float& factor : sums) {
-    factor /= total;
+  total = share * total + portable::exp(sink - highest);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    sums[i] = share * maxima[i] / total;
   }
   return std::isfinite(total) && total > 0.0F;
 }
@@ -162,10 +160,10 @@ QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_
 
 /// For query heads of one KV head: softmax attention of the last `observers` queries over the evictable rows.
 ///
-/// Calls `add(h, i, first, tokens, weights, factor)` for query i of `heads[h]` and a stretch of evictable
-/// rows from `first` on: their attention is `factor * weights[t]`. Stretches do not overlap and may come at
-/// the same time; the queries of each come in ascending order. Rows in the future of all queries held may be
-/// left out. Logits of `queries_at_once` queries are held at a time.
+/// Calls `add(h, i, first, tokens, rows)` for queries i, i + 1, ... of `heads[h]`, a row of `rows` each, and
+/// a stretch of evictable rows from `first` on: their attention is `factor * row[t]`. Stretches do not
+/// overlap and may come at the same time; the queries of each come in ascending order. Rows in the future of
+/// all queries held may be left out. Logits of `queries_at_once` queries are held at a time.
 ///
 /// A tile's logits become `e^(logit - maximum of the tile)` while they are in the nearest cache; what the
 /// whole row's maximum and sum make of that is one factor a query and tile. So the logits are written once
@@ -235,9 +233,16 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, looked_at - first);
-      for (std::size_t q = 0; q < now; ++q) {
-        add((begin + q) / observers, (begin + q) % observers, first, tokens,
-            logits.data() + q * stride + first, factors[q * tiles(rows) + i]);
+      for (std::size_t q = 0; q < now;) {
+        const std::size_t query = (begin + q) % observers;
+        const std::size_t same_head = std::min(observers - query, now - q);
+        add((begin + q) / observers, query, first, tokens,
+            ScaledRows{.first = logits.data() + q * stride + first,
+                       .stride = stride,
+                       .count = same_head,
+                       .factors = factors.data() + q * tiles(rows) + i,
+                       .factor_stride = tiles(rows)});
+        q += same_head;
       }
     });
   }
@@ -255,7 +260,9 @@ void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std:
     for (std::size_t t = 0; t < evictable; ++t) {
       weights[t] = to_float(row[t]);
     }
-    add(0, i, 0, evictable, weights.data(), 1.0F);
+    const float one = 1.0F;
+    add(0, i, 0, evictable,
+        ScaledRows{.first = weights.data(), .stride = 0, .count = 1, .factors = &one, .factor_stride = 0});
   }
 }
 
@@ -318,8 +325,8 @@ void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
     const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
     std::fill(sums.begin(), sums.end(), 0.0F);
     const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
-                         const float* weights, float factor) {
-      add_scaled(weights, factor, tokens, sums.data() + h * evictable + first);
+                         const ScaledRows& rows) {
+      add_scaled(rows, tokens, sums.data() + h * evictable + first);
     };
     if constexpr (SumsObservation<O>) {
       std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
@@ -364,18 +371,20 @@ void window_moments(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
     const std::size_t evictable = in.evictable(group[0] / in.shape.group());
     const std::span<float> moments = workspace.take(Workspace::Slot::sums, group.size() * arrays * evictable);
     std::fill(moments.begin(), moments.end(), 0.0F);
-    const auto add = [&](std::size_t h, std::size_t i, std::size_t first, std::size_t tokens,
-                         const float* weights, float factor) {
+    const auto add = [&](std::size_t h, std::size_t query, std::size_t first, std::size_t tokens,
+                         const ScaledRows& rows) {
       float* means = moments.data() + h * arrays * evictable + first;
       float* deviations = means + evictable;
-      const float step = 1.0F / static_cast<float>(i + 1);
-      for (std::size_t t = 0; t < tokens; ++t) {
-        const float weight = factor * weights[t];
-        const float distance = weight - means[t];
-        means[t] += distance * step;
-        deviations[t] += distance * (weight - means[t]);
-        if constexpr (entropies == Entropies::yes) {
-          deviations[evictable + t] -= weight * std::log(weight + 1e-10F);
+      for (std::size_t i = 0; i < rows.count; ++i) {
+        const float step = 1.0F / static_cast<float>(query + i + 1);
+        for (std::size_t t = 0; t < tokens; ++t) {
+          const float weight = rows.factor(i) * rows.row(i)[t];
+          const float distance = weight - means[t];
+          means[t] += distance * step;
+          deviations[t] += distance * (weight - means[t]);
+          if constexpr (entropies == Entropies::yes) {
+            deviations[evictable + t] -= weight * std::log(weight + 1e-10F);
+          }
         }
       }
     };

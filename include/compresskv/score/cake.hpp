@@ -65,9 +65,7 @@ class Cake {
                                scores.row(head / in.shape.group()));
           });
     });
-    for (float& score : scores.values()) {
-      score /= static_cast<float>(in.shape.group());
-    }
+    kernel::divide(scores.values(), in.shape.group());
   }
 
  private:

@@ -89,9 +89,7 @@ class GroupedRetrieval {
         std::copy_n(scores.row(fallback).begin(), row.size(), row.begin());
         continue;
       }
-      for (float& score : row) {
-        score /= static_cast<float>(own == 0 ? heads.size() : own);
-      }
+      kernel::divide(row, own == 0 ? heads.size() : own);
     }
   }
 

@@ -107,9 +107,7 @@ class SemanticRetrieval {
                              [&](std::uint32_t, std::span<const float> sums) {
                                kernel::add_pooled(sums, options_.pool, options_.pool_width, mean);
                              });
-    for (float& score : mean) {
-      score /= static_cast<float>(options_.heads_per_layer);
-    }
+    kernel::divide(mean, options_.heads_per_layer);
   }
 
  private:

@@ -53,9 +53,7 @@ class SnapKv {
         in, in.window, workspace, executor, [&](std::uint32_t head, std::span<const float> sums) {
           kernel::add_pooled(sums, options_.pool, options_.pool_width, scores.row(head / in.shape.group()));
         });
-    for (float& score : scores.values()) {
-      score /= static_cast<float>(in.shape.group());
-    }
+    kernel::divide(scores.values(), in.shape.group());
   }
 
  private:
