@@ -137,6 +137,7 @@ class Bench:
         self.results = []
         self.cache_bytes = last_level_cache()
         self.rings = {}
+        self.threads = 1
 
     def ring(self, type_name, tokens=TOKENS):
         if (type_name, tokens) not in self.rings:
@@ -152,7 +153,7 @@ class Bench:
             # Who goes first takes turns as well.
             for call in (theirs, ours) if i % 2 else (ours, theirs):
                 if threads > 1:
-                    time.sleep(0.02)  # idle threads of either side's OpenMP spin for some milliseconds
+                    time.sleep(0.02)  # idle threads of the other side's OpenMP spin for some milliseconds
                 pair.append(call())
             times.append(pair if i % 2 else pair[::-1])
         times = times[2:]
@@ -177,18 +178,21 @@ class Bench:
             rows = self.library.compress(layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr())
             assert rows == CAPACITY
 
-        return cold(ring, work)
+        return self.ours(ring, work)
+
+    def ours(self, ring, work):
+        """Like `cold`, with the library's threads awake, as those of an engine are at the end of a prefill."""
+        return cold(ring, work, lambda: self.library.flops(2e8, 0, self.threads))
 
     def compress(self, type_name, threads, goal, note=""):
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
-        torch.set_num_threads(threads)
         sides = (("plain", plain_torch, goal), ("tuned", tuned_torch, None))
         if not self.results:  # later the ring's layers are no longer alike
             for _, torch_side, _ in sides:
                 self.check_same(ring, layer, torch_side)
         for name, torch_side, wanted in sides:
             self.compare(f"compress(), {type_name}{note}, against {name} PyTorch", threads, wanted,
-                         cold(ring, lambda keys, values, side=torch_side: side(keys, values, ring.queries)),
+                         theirs(ring, lambda keys, values, side=torch_side: side(keys, values, ring.queries)),
                          self.compress_call(ring, layer))
         what = f"memory of the compressor, {type_name}, against the model's cache"
         if not note and all(result["what"] != what for result in self.results):
@@ -206,9 +210,8 @@ class Bench:
 
     def snapkv(self, threads):
         ring, layer = self.ring("bfloat16"), self.library.layer("snapkv", "bfloat16", TOKENS, threads)
-        torch.set_num_threads(threads)
         self.compare("SnapKV compress(), bfloat16, against kvpress SnapKVPress", threads, 10,
-                     cold(ring, Kvpress(TOKENS, ring.queries)), self.compress_call(ring, layer))
+                     theirs(ring, Kvpress(TOKENS, ring.queries)), self.compress_call(ring, layer))
         self.library.free(layer)
 
     def bound(self, type_name, threads):
@@ -223,6 +226,7 @@ class Bench:
 
         def bound():
             keys, _ = ring.next()
+            self.library.flops(2e8, 0, threads)
             pieces = (ctypes.c_void_p * len(kv_heads))(*(keys[h].data_ptr() for h in kv_heads))
             size = keys[0].numel() * keys.element_size()
             read.append(timed(lambda: self.library.read(pieces, len(kv_heads), size, threads)))
@@ -230,7 +234,7 @@ class Bench:
             return max(read[-1], spent[-1])
 
         self.compare(f"window attention, {type_name}: its bound / its time", threads, 0.6, bound,
-                     cold(ring, attention))
+                     self.ours(ring, attention))
         size = len(kv_heads) * TOKENS * HEAD_DIM * TYPES[type_name][1].itemsize
         self.results[-1]["read_bytes_per_s"] = size / statistics.median(read)
         self.results[-1]["flops_per_s"] = flops / statistics.median(spent)
@@ -240,7 +244,8 @@ class Bench:
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
 
         def side(raw):
-            return cold(ring, lambda keys, values: self.library.moves(layer, keys.data_ptr(), values.data_ptr(), raw))
+            return self.ours(ring, lambda keys, values: self.library.moves(
+                layer, keys.data_ptr(), values.data_ptr(), raw))
 
         self.compare(f"row moves, {type_name}, against memcpy of each row", 1, 0.9, side(1), side(0))
         self.library.free(layer)
@@ -249,7 +254,7 @@ class Bench:
         ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
 
         def side(view):
-            return cold(ring, lambda keys, values: self.library.logits(
+            return self.ours(ring, lambda keys, values: self.library.logits(
                 layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr(), view))
 
         self.compare(f"logits through a view, {type_name}, against row pointers", 1, 0.95, side(0), side(1))
@@ -260,7 +265,7 @@ class Bench:
         query = torch.ones(QUERY_HEADS, HEAD_DIM)
 
         def side(rows):
-            return cold(ring, lambda keys, values: self.library.decode(
+            return self.ours(ring, lambda keys, values: self.library.decode(
                 layer, keys.data_ptr(), values.data_ptr(), query.data_ptr(), rows))
 
         self.compare(f"decode attention, {type_name}: full cache / {SHARE:.0%} of it", threads, 20, side(TOKENS),
@@ -283,14 +288,21 @@ def timed(work):
     return time.perf_counter() - start
 
 
-def cold(ring, work):
-    """A call that says how long `work(keys, values)` takes on the layer that was used longest ago."""
+def cold(ring, work, wake):
+    """A call that says how long `work(keys, values)` takes on the layer that was used longest ago, after `wake()`."""
 
     def call():
         keys, values = ring.next()
+        wake()
         return timed(lambda: work(keys, values))
 
     return call
+
+
+def theirs(ring, work):
+    """Like `cold`, with PyTorch's threads awake."""
+    ones = torch.ones(1 << 20)
+    return cold(ring, work, lambda: [ones.sum() for _ in range(10)])
 
 
 def last_level_cache():
@@ -323,6 +335,8 @@ def main():
           f"capacity {CAPACITY}; medians of {bench.pairs} pairs, quartiles\n")
     print(f"{'what':72} threads  ratio  (quartiles)   goal          theirs ms    ours ms")
     for threads in map(int, arguments.threads.split(",")):
+        bench.threads = threads
+        torch.set_num_threads(threads)
         for type_name in TYPES:
             dots = type_name == "bfloat16" and fastest == "avx512_bf16"
             bench.compress(type_name, threads, 15 if dots else 7)
