@@ -6,6 +6,7 @@
 #include <compresskv/kernel/softmax.hpp>
 #include <cstdint>
 #include <limits>
+#include <numbers>
 #include <vector>
 
 #include "reference/cache.hpp"
@@ -31,11 +32,15 @@ TEST(Softmax, IsTheReferencesWithinRounding) {
   for (const float deviation : {0.1F, 2.0F, 20.0F}) {
     for (const std::size_t count : {1U, 2U, 7U, 8U, 15U, 16U, 17U, 33U, 1000U, 4099U}) {
       const std::vector<float> logits = random_row(random, count, deviation);
-      const auto expected = reference::softmax({logits.begin(), logits.end()});
+      std::vector<double> natural(logits.begin(), logits.end());
+      for (double& logit : natural) {
+        logit *= std::numbers::ln2;
+      }
+      const auto expected = reference::softmax(natural);
       reference::on_all_paths([&] {
         std::vector<float> row = logits;
-        const float sum = exp_row(row.data(), count).sum;
-        // The subtraction of the maximum rounds once, exp is within 2e-7, the sum adds count / 16 + 4 times.
+        const float sum = exp2_row(row.data(), count).sum;
+        // The subtraction of the maximum rounds once, exp2 is within 2e-7, the sum adds count / 16 + 4 times.
         const double spread = 10.0 * static_cast<double>(deviation);
         const double tolerance = 0x1p-24 * (2.0 * spread + static_cast<double>(count) / 16.0 + 8.0) + 4e-7;
         for (std::size_t t = 0; t < count; ++t) {
@@ -55,7 +60,7 @@ TEST(Softmax, PathsAgreeBitForBit) {
       logits[random.below(count)] = -infinity;
     }
     std::vector<float> weights = logits;
-    const ExpSum expected = portable::exp_row(weights.data(), count);
+    const Exp2Sum expected = portable::exp2_row(weights.data(), count);
     const std::vector<float> sums = random_row(random, count, 1.0F);
     std::vector<float> expected_sums = sums;
     // Two rows, the second the first once more, with factors that stand apart.
@@ -67,7 +72,7 @@ TEST(Softmax, PathsAgreeBitForBit) {
     }
     reference::on_all_paths([&] {
       std::vector<float> row = logits;
-      const ExpSum found = exp_row(row.data(), count);
+      const Exp2Sum found = exp2_row(row.data(), count);
       EXPECT_TRUE(reference::same_bytes(row, weights)) << count;
       EXPECT_EQ(std::bit_cast<std::uint32_t>(found.sum), std::bit_cast<std::uint32_t>(expected.sum)) << count;
       EXPECT_EQ(found.max, expected.max) << count;
@@ -86,7 +91,7 @@ TEST(Softmax, MaskedLogitsHaveNoWeight) {
     for (const std::size_t count : {3U, 40U}) {
       std::vector<float> row(count, -infinity);
       row[1] = 3.0F;
-      EXPECT_EQ(exp_row(row.data(), count).sum, 1.0F);
+      EXPECT_EQ(exp2_row(row.data(), count).sum, 1.0F);
       for (std::size_t t = 0; t < count; ++t) {
         EXPECT_EQ(row[t], t == 1 ? 1.0F : 0.0F);
       }
@@ -103,13 +108,13 @@ TEST(Softmax, WhatHasNoWeightsHasNoFiniteSum) {
         for (std::size_t at = 0; at < count; ++at) {
           std::vector<float> row(count, 0.5F);
           row[at] = poison;
-          EXPECT_FALSE(std::isfinite(exp_row(row.data(), count).sum))
+          EXPECT_FALSE(std::isfinite(exp2_row(row.data(), count).sum))
               << poison << " at " << at << " of " << count;
           EXPECT_FALSE(std::isfinite(row[at])) << "the culprit must be found";
         }
       }
       std::vector<float> masked(count, -infinity);
-      EXPECT_FALSE(std::isfinite(exp_row(masked.data(), count).sum)) << "all masked";
+      EXPECT_FALSE(std::isfinite(exp2_row(masked.data(), count).sum)) << "all masked";
     }
   });
 }

@@ -122,10 +122,10 @@ void decode_attention(const V& kv, std::size_t kv_head, const float* query, floa
   for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
     const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
     for (std::size_t r = 0; r < run.rows; ++r, ++row) {
-      attention[row] = scale * detail::dot_row(run, r, padded_query, head_dim, row_buffer);
+      attention[row] = log2_e * scale * detail::dot_row(run, r, padded_query, head_dim, row_buffer);
     }
   }
-  const float inverse = 1.0F / exp_row(attention.data(), rows).sum;
+  const float inverse = 1.0F / exp2_row(attention.data(), rows).sum;
 
   std::fill_n(out, head_dim, 0.0F);
   std::size_t t = 0;

@@ -57,12 +57,18 @@ struct QueryBlock {
 /// Keys that meet all queries before the next ones come: eight sums hide the latency of the multiply-adds.
 inline constexpr std::size_t keys_at_once = 8;
 
-/// Floats of memory that `logits` needs for keys that must be decoded or copied first: twice eight rows, each
-/// a cache line longer than the key, so that no two of them are a page apart (a load must wait for a store
-/// whose address is alike in the last twelve bits).
-constexpr std::size_t key_buffer_size(std::size_t head_dim) {
-  return 2 * keys_at_once * ((head_dim + 3) / 4 * 4 + 16);
+namespace detail {
+
+/// Floats from eight decoded keys to the eight after them: whole pages and a half. A load waits for a store
+/// before it that is alike in the last twelve bits of its address.
+constexpr std::size_t decoded_size(std::size_t head_dim) {
+  return (keys_at_once * head_dim + 1023) / 1024 * 1024 + 512;
 }
+
+}  // namespace detail
+
+/// Floats of memory that `logits` needs for keys that must be decoded or copied first.
+constexpr std::size_t key_buffer_size(std::size_t head_dim) { return 2 * detail::decoded_size(head_dim); }
 
 namespace detail {
 
@@ -123,7 +129,12 @@ class KeyBlocks {
   [[gnu::always_inline]] std::size_t at() const { return at_; }
   [[gnu::always_inline]] std::size_t wanted() const { return std::min(keys_at_once, keys_.count - at_); }
 
-  [[gnu::always_inline]] const T* row(std::size_t k) const { return rows_[k]; }
+  /// Element `e` of key `k`.
+  [[gnu::always_inline]] const T* element(std::size_t k, std::size_t e) const { return rows_[k] + e; }
+  /// Place `p + i` of key `k`, `p` being a multiple of `between`.
+  [[gnu::always_inline]] const T* place(std::size_t k, std::size_t p, std::size_t i) const {
+    return rows_[k] + 2 * (p + i);
+  }
 
   /// What is done beside the products of places `p` to `p + between` of keys `k` to `k + count`, `place`
   /// elements a place: asks for memory.
@@ -175,13 +186,14 @@ inline void dot(const detail::KeyRows<float>& keys, const QueryBlock& queries, f
 #if defined(__x86_64__)
 namespace detail {
 
-/// Of half: eight keys are decoded while the eight before them are multiplied. `buffer` has room for both.
+/// Of half: eight keys are decoded while the eight before them are multiplied. `buffer` has room for both;
+/// `between` places of the first key come first, then those of the second: so one register points at all.
 template <>
 class KeyBlocks<Eigen::half> {
  public:
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] KeyBlocks(const KeyRows<Eigen::half>& keys,
                                                                  std::size_t head_dim, float* buffer)
-      : keys_(keys), row_(head_dim + 16), now_(buffer), later_(buffer + keys_at_once * row_) {
+      : keys_(keys), now_(buffer), later_(buffer + decoded_size(head_dim)) {
     keys_.eight(0, halves_);
     for (std::size_t e = 0; e < head_dim; e += 2 * between) {
 #pragma GCC unroll 8
@@ -202,7 +214,9 @@ class KeyBlocks<Eigen::half> {
   }
   [[gnu::always_inline]] std::size_t at() const { return at_; }
   [[gnu::always_inline]] std::size_t wanted() const { return std::min(keys_at_once, keys_.count - at_); }
-  [[gnu::always_inline]] const float* row(std::size_t k) const { return now_ + k * row_; }
+  [[gnu::always_inline]] const float* place(std::size_t k, std::size_t p, std::size_t i) const {
+    return now_ + 2 * (p * keys_at_once + k * between + i);
+  }
 
   template <std::size_t count, std::size_t place>
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void beside(std::size_t k, std::size_t p) const {
@@ -214,11 +228,12 @@ class KeyBlocks<Eigen::half> {
   }
 
  private:
-  /// `2 * between` elements of a key from element `e` on.
+  /// `between` places of a key from element `e` on.
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void decode(std::size_t k, std::size_t e,
                                                                    float* keys) const {
-    _mm256_storeu_ps(keys + k * row_ + e, avx2::load8(halves_[k] + e));
-    _mm256_storeu_ps(keys + k * row_ + e + 8, avx2::load8(halves_[k] + e + 8));
+    float* const to = keys + e * keys_at_once + k * 2 * between;
+    _mm256_storeu_ps(to, avx2::load8(halves_[k] + e));
+    _mm256_storeu_ps(to + 8, avx2::load8(halves_[k] + e + 8));
   }
 
   /// At the keys to decode; after the last ones come the same once more.
@@ -229,7 +244,6 @@ class KeyBlocks<Eigen::half> {
   }
 
   KeyRows<Eigen::half> keys_;
-  std::size_t row_;
   float* now_;
   float* later_;
   std::size_t at_ = 0;
@@ -258,17 +272,15 @@ namespace avx2 {
   _mm_storeu_ps(out + 3 * out_stride, _mm256_extractf128_ps(odd, 1));
 }
 
-/// Place `p` of a key, for all queries.
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const float* key,
-                                                                             std::size_t p) {
+/// Both elements of a place, for all queries.
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const float* place) {
   double both = 0.0;
-  std::memcpy(&both, key + 2 * p, sizeof(both));
+  std::memcpy(&both, place, sizeof(both));
   return _mm256_castpd_ps(_mm256_set1_pd(both));
 }
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const Eigen::bfloat16* key,
-                                                                             std::size_t p) {
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const Eigen::bfloat16* place) {
   int both = 0;
-  std::memcpy(&both, key + 2 * p, sizeof(both));
+  std::memcpy(&both, place, sizeof(both));
   const __m256i to_upper_halves = _mm256_set1_epi64x(0x0302808001008080);
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(both), to_upper_halves));
 }
@@ -315,16 +327,18 @@ template <std::size_t count>
   }
 }
 
-/// Adds the products of place `p` of keys `k` to `k + count` with the eight queries at `queries`.
+/// Adds the products of place `p + i` of keys `k` to `k + count` with the eight queries at `queries`.
 template <std::size_t count, class Block>
 [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline void add_place(const Block& block, std::size_t k,
                                                                            const float* queries,
-                                                                           std::size_t p, Sums<count>& sums) {
+                                                                           std::size_t p, std::size_t i,
+                                                                           Sums<count>& sums) {
+  const float* own = queries + (p + i) * 2 * abreast;
 #pragma GCC unroll 8
-  for (std::size_t i = 0; i < count; ++i) {
-    const __m256 key = broadcast(block.row(k + i), p);
-    sums[0][i] = _mm256_fmadd_ps(_mm256_loadu_ps(queries + p * 2 * abreast), key, sums[0][i]);
-    sums[1][i] = _mm256_fmadd_ps(_mm256_loadu_ps(queries + p * 2 * abreast + 8), key, sums[1][i]);
+  for (std::size_t j = 0; j < count; ++j) {
+    const __m256 key = broadcast(block.place(k + j, p, i));
+    sums[0][j] = _mm256_fmadd_ps(_mm256_loadu_ps(own), key, sums[0][j]);
+    sums[1][j] = _mm256_fmadd_ps(_mm256_loadu_ps(own + 8), key, sums[1][j]);
   }
 }
 
@@ -341,11 +355,11 @@ template <std::size_t count, class Block>
     block.template beside<count, 2>(k, p);
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < detail::between; ++i) {
-      add_place<count>(block, k, queries, p + i, sums);
+      add_place<count>(block, k, queries, p, i, sums);
     }
   }
   for (; p < places; ++p) {
-    add_place<count>(block, k, queries, p, sums);
+    add_place<count>(block, k, queries, p, 0, sums);
   }
   store_wanted<count>(sums, scale, block.wanted() - k, wanted, out + k, out_stride);
 }
@@ -393,17 +407,17 @@ namespace avx512 {
   }
 }
 
-/// Place `p` of a key, for all queries.
+/// Both elements of a place, for all queries.
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline __m512
-broadcast(const float* key, std::size_t p) {
+broadcast(const float* place) {
   double both = 0.0;
-  std::memcpy(&both, key + 2 * p, sizeof(both));
+  std::memcpy(&both, place, sizeof(both));
   return _mm512_castpd_ps(_mm512_set1_pd(both));
 }
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline __m512
-broadcast(const Eigen::bfloat16* key, std::size_t p) {
+broadcast(const Eigen::bfloat16* place) {
   int both = 0;
-  std::memcpy(&both, key + 2 * p, sizeof(both));
+  std::memcpy(&both, place, sizeof(both));
   const __m512i to_upper_halves = _mm512_set1_epi64(0x0302808001008080);
   return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi32(both), to_upper_halves));
 }
@@ -411,13 +425,14 @@ broadcast(const Eigen::bfloat16* key, std::size_t p) {
 /// As avx2::add_place for eight keys and sixteen queries, eight queries a register.
 template <class Block>
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline void add_place(
-    const Block& block, const float* queries, std::size_t places, std::size_t p,
+    const Block& block, const float* queries, std::size_t places, std::size_t p, std::size_t i,
     __m512 (&sums)[2][keys_at_once]) {
+  const float* own = queries + (p + i) * 2 * abreast;
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < keys_at_once; ++k) {
-    const __m512 key = broadcast(block.row(k), p);
-    sums[0][k] = _mm512_fmadd_ps(_mm512_loadu_ps(queries + p * 2 * abreast), key, sums[0][k]);
-    sums[1][k] = _mm512_fmadd_ps(_mm512_loadu_ps(queries + (places + p) * 2 * abreast), key, sums[1][k]);
+    const __m512 key = broadcast(block.place(k, p, i));
+    sums[0][k] = _mm512_fmadd_ps(_mm512_loadu_ps(own), key, sums[0][k]);
+    sums[1][k] = _mm512_fmadd_ps(_mm512_loadu_ps(own + places * 2 * abreast), key, sums[1][k]);
   }
 }
 
@@ -437,11 +452,11 @@ template <class Block>
     block.template beside<keys_at_once, 2>(0, p);
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < detail::between; ++i) {
-      add_place(block, queries, places, p + i, sums);
+      add_place(block, queries, places, p, i, sums);
     }
   }
   for (; p < places; ++p) {
-    add_place(block, queries, places, p, sums);
+    add_place(block, queries, places, p, 0, sums);
   }
 #pragma GCC unroll 2
   for (std::size_t u = 0; u < 2; ++u) {
@@ -481,7 +496,7 @@ add_pairs(const detail::KeyBlocks<Eigen::bfloat16>& block, const float* queries,
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < keys_at_once; ++k) {
     long long pairs = 0;
-    std::memcpy(&pairs, block.row(k) + 4 * p, sizeof(pairs));
+    std::memcpy(&pairs, block.element(k, 4 * p), sizeof(pairs));
     const auto key = reinterpret_cast<__m256bh>(_mm256_set1_epi64x(pairs));
 #pragma GCC unroll 2
     for (std::size_t r = 0; r < 2; ++r) {

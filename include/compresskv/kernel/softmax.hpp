@@ -3,17 +3,21 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <numbers>
 
 #include "compresskv/kernel/code_path.hpp"
-#include "compresskv/kernel/exp.hpp"
+#include "compresskv/kernel/exp2.hpp"
 #include "compresskv/kernel/lanes.hpp"
 
 namespace compresskv::kernel {
 
-/// What `exp_row` knows of a row beside its values.
-struct ExpSum {
+/// The factor that makes of powers of e powers of two: it goes into the scale of the logits.
+inline constexpr float log2_e = std::numbers::log2e_v<float>;
+
+/// What `exp2_row` knows of a row beside its values.
+struct Exp2Sum {
   float max;  ///< highest logit; NaN ones are not looked at
-  float sum;  ///< of `e^(logit - max)`
+  float sum;  ///< of `2^(logit - max)`
 };
 
 /// Rows of weights and a factor for each.
@@ -38,25 +42,25 @@ inline float row_max(const float* row, std::size_t count) {
   return max;
 }
 
-inline void exp_tail(float* row, std::size_t first, std::size_t count, float max, Lanes& lanes) {
+inline void exp2_tail(float* row, std::size_t first, std::size_t count, float max, Lanes& lanes) {
   for (std::size_t t = first; t < count; ++t) {
-    row[t] = exp(row[t] - max);
+    row[t] = exp2(row[t] - max);
     lanes[t % lane_count] += row[t];
   }
 }
 
-inline ExpSum exp_row(float* row, std::size_t count) {
+inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = row_max(row, count);
   Lanes lanes{};
-  exp_tail(row, 0, count, max, lanes);
+  exp2_tail(row, 0, count, max, lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
 inline void soft_cap(float* row, std::size_t first, std::size_t count, float cap) {
   const float inverse = 1.0F / cap;
   for (std::size_t t = first; t < count; ++t) {
-    // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), so that one exp serves all code paths.
-    const float decay = exp(-2.0F * std::fabs(row[t] * inverse));
+    // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), so that one exp2 serves all code paths.
+    const float decay = exp2(-2.0F * log2_e * std::fabs(row[t] * inverse));
     row[t] = std::copysign(cap * ((1.0F - decay) / (1.0F + decay)), row[t]);
   }
 }
@@ -90,15 +94,15 @@ namespace avx2 {
   return tail > head ? tail : head;
 }
 
-[[gnu::target("avx2,fma")]] inline ExpSum exp_row(float* row, std::size_t count) {
+[[gnu::target("avx2,fma")]] inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = avx2::row_max(row, count);
   const __m256 shift = _mm256_set1_ps(max);
   __m256 low = _mm256_setzero_ps();
   __m256 high = low;
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m256 e0 = avx2::exp(_mm256_sub_ps(_mm256_loadu_ps(row + t), shift));
-    const __m256 e1 = avx2::exp(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shift));
+    const __m256 e0 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t), shift));
+    const __m256 e1 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shift));
     _mm256_storeu_ps(row + t, e0);
     _mm256_storeu_ps(row + t + 8, e1);
     low = _mm256_add_ps(low, e0);
@@ -107,7 +111,7 @@ namespace avx2 {
   Lanes lanes;
   _mm256_storeu_ps(lanes.data(), low);
   _mm256_storeu_ps(lanes.data() + 8, high);
-  portable::exp_tail(row, t, count, max, lanes);
+  portable::exp2_tail(row, t, count, max, lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
@@ -119,7 +123,7 @@ namespace avx2 {
   for (; t + 8 <= count; t += 8) {
     const __m256 logit = _mm256_loadu_ps(row + t);
     const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_mul_ps(logit, inverse));
-    const __m256 decay = avx2::exp(_mm256_mul_ps(_mm256_set1_ps(-2.0F), magnitude));
+    const __m256 decay = avx2::exp2(_mm256_mul_ps(_mm256_set1_ps(-2.0F * log2_e), magnitude));
     const __m256 capped = _mm256_mul_ps(_mm256_set1_ps(cap),
                                         _mm256_div_ps(_mm256_sub_ps(one, decay), _mm256_add_ps(one, decay)));
     _mm256_storeu_ps(row + t, _mm256_or_ps(capped, _mm256_and_ps(sign, logit)));
@@ -165,37 +169,37 @@ template <std::size_t registers>
 namespace avx512 {
 
 /// Sixteen lanes in one register; the same bits.
-[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq")]] inline ExpSum exp_row(float* row, std::size_t count) {
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq")]] inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = avx2::row_max(row, count);
   const __m512 shift = _mm512_set1_ps(max);
   __m512 sums = _mm512_setzero_ps();
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m512 e = avx512::exp(_mm512_sub_ps(_mm512_loadu_ps(row + t), shift));
+    const __m512 e = avx512::exp2(_mm512_sub_ps(_mm512_loadu_ps(row + t), shift));
     _mm512_storeu_ps(row + t, e);
     sums = _mm512_add_ps(sums, e);
   }
   Lanes lanes;
   _mm512_storeu_ps(lanes.data(), sums);
-  portable::exp_tail(row, t, count, max, lanes);
+  portable::exp2_tail(row, t, count, max, lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
 }  // namespace avx512
 #endif
 
-/// Replaces `count` logits by `e^(logit - max)`: softmax but for the division by the sum. -inf gives 0; a
-/// NaN, a +inf or a row of -inf alone gives a sum that is not finite.
-inline ExpSum exp_row(float* row, std::size_t count) {
+/// Replaces `count` logits by `2^(logit - max)`: of logits times `log2_e`, softmax but for the division by
+/// the sum. -inf gives 0; a NaN, a +inf or a row of -inf alone gives a sum that is not finite.
+inline Exp2Sum exp2_row(float* row, std::size_t count) {
 #if defined(__x86_64__)
   if (uses(CodePath::avx512)) {
-    return avx512::exp_row(row, count);
+    return avx512::exp2_row(row, count);
   }
   if (uses(CodePath::avx2)) {
-    return avx2::exp_row(row, count);
+    return avx2::exp2_row(row, count);
   }
 #endif
-  return portable::exp_row(row, count);
+  return portable::exp2_row(row, count);
 }
 
 /// `row[t] = cap * tanh(row[t] / cap)`, absolute error below 2e-7 cap. NaN stays NaN.

@@ -105,14 +105,14 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
 /// the logit of an extra column that takes part in maximum and sum alone; -inf: none. Whether the sum is a
 /// finite number above zero.
 inline bool join_tiles(std::span<float> maxima, std::span<float> sums, float sink) {
-  const float max = exp_row(maxima.data(), maxima.size()).max;  // the maxima are now shares of that one
+  const float max = exp2_row(maxima.data(), maxima.size()).max;  // the maxima are now shares of that one
   const float highest = max < sink ? sink : max;
-  const float share = portable::exp(max - highest);
+  const float share = portable::exp2(max - highest);
   float total = 0.0F;
   for (std::size_t i = 0; i < sums.size(); ++i) {
     total += maxima[i] * sums[i];
   }
-  total = share * total + portable::exp(sink - highest);
+  total = share * total + portable::exp2(sink - highest);
   for (std::size_t i = 0; i < sums.size(); ++i) {
     sums[i] = share * maxima[i] / total;
   }
@@ -165,7 +165,7 @@ QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_
 /// overlap and may come at the same time; the queries of each come in ascending order. Rows in the future of
 /// all queries held may be left out. Logits of `queries_at_once` queries are held at a time.
 ///
-/// A tile's logits become `e^(logit - maximum of the tile)` while they are in the nearest cache; what the
+/// A tile's logits become `2^(logit - maximum of the tile)` while they are in the nearest cache; what the
 /// whole row's maximum and sum make of that is one factor a query and tile. So the logits are written once
 /// and read once more.
 template <class Kv, class Observed, Executor X, class Add>
@@ -187,7 +187,8 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::span<float> tile_sums = workspace.take(Workspace::Slot::row_sums, 2 * held * tiles(rows));
   const std::span<float> maxima = tile_sums.first(held * tiles(rows));  // [query][tile]
   const std::span<float> factors = tile_sums.last(held * tiles(rows));  // the same; sums until all are known
-  const float cap = compresskv::detail::soft_cap(in.observation);
+  const float scale = log2_e * in.observation.scale();
+  const float cap = log2_e * compresskv::detail::soft_cap(in.observation);
 
   for (std::size_t begin = 0; begin < count; begin += held) {
     const std::size_t now = std::min(held, count - begin);
@@ -200,7 +201,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     executor.parallel_for(tiles(visible), [&](std::size_t i) {
       const std::size_t first = i * tile;
       const std::size_t last = std::min(first + tile, visible);
-      logits_of_rows(in.kv, kv_head, first, last - first, block, in.observation.scale(),
+      logits_of_rows(in.kv, kv_head, first, last - first, block, scale,
                      key_rows.data() + i * key_buffer_size(head_dim), logits.data(), stride);
       for (std::size_t q = 0; q < now; ++q) {
         // A query sees the columns up to its own row: the rest is the future and has no weight.
@@ -213,7 +214,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
         if (cap > 0.0F) {
           soft_cap_row(row + from, to - from, cap);
         }
-        const ExpSum found = exp_row(row + from, to - from);
+        const Exp2Sum found = exp2_row(row + from, to - from);
         const bool nothing = found.max == -std::numeric_limits<float>::infinity();
         if (nothing) {
           std::fill(row + from, row + to, 0.0F);
@@ -226,7 +227,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       const std::size_t head = heads[(begin + q) / observers];
       if (!join_tiles(maxima.subspan(q * tiles(rows), tiles(visible)),
                       factors.subspan(q * tiles(rows), tiles(visible)),
-                      compresskv::detail::sink_logit(in.observation, head))) {
+                      log2_e * compresskv::detail::sink_logit(in.observation, head))) {
         fail_not_finite(in.layer, head, logits.subspan(q * stride, own_row(q) + 1));
       }
     }

@@ -10,34 +10,33 @@
 
 namespace compresskv::kernel {
 
-/// One exp for all code paths: `2^n (1 + r (c1 + r (c2 + ...)))`, n the nearest integer to x / ln 2 and r
-/// what is left, |r| <= ln 2 / 2; c1 to c5 make the largest relative error of the polynomial least (9.5e-8).
-/// For arguments x <= 0, relative error below 2e-7 + 3e-9 |x|, the latter since it is n times the float
-/// nearest to ln 2 that is taken off; below -87 the result is 0, NaN stays NaN. Products are fused
-/// explicitly, so that no compiler flag changes a bit.
-namespace exp_constants {
-inline constexpr float lowest = -87.0F;  // e^-87 is the last that stays a normal number
-inline constexpr float log2_e = 1.44269504F;
+/// One exp2 for all code paths: `2^n (1 + r (c1 + r (c2 + ...)))`, n the nearest integer to x and r = x - n,
+/// |r| <= 1/2; c1 to c5 make the largest relative error of the polynomial least (1.1e-7). For arguments <= 0,
+/// relative error below 2e-7; below -126 the result is 0, NaN stays NaN. Products are fused explicitly, so
+/// that no compiler flag changes a bit.
+///
+/// Softmax by powers of two, with the factor log2(e) in the logits' scale, takes two steps less than by
+/// powers of e.
+namespace exp2_constants {
+inline constexpr float lowest = -126.0F;  // 2^-126 is the last normal number
 /// 1.5 * 2^23 + 127: adding it leaves n + 127 in the low bits, which 23 places up are the number 2^n.
 inline constexpr float round_shift = 12583039.0F;
-inline constexpr float ln2 = 0.693147182F;
-inline constexpr float c1 = 0.999999702F;
-inline constexpr float c2 = 0.499991506F;
-inline constexpr float c3 = 0.166676372F;
-inline constexpr float c4 = 0.0418979749F;
-inline constexpr float c5 = 0.00829030667F;
-}  // namespace exp_constants
+inline constexpr float c1 = 0.693147004F;
+inline constexpr float c2 = 0.240222424F;
+inline constexpr float c3 = 0.0555073395F;
+inline constexpr float c4 = 0.00967151765F;
+inline constexpr float c5 = 0.00132647203F;
+}  // namespace exp2_constants
 
 namespace portable {
 
-inline float exp(float argument) {
-  using namespace exp_constants;
+inline float exp2(float argument) {
+  using namespace exp2_constants;
   if (argument < lowest) {
     return 0.0F;
   }
-  const float shifted = std::fma(argument, log2_e, round_shift);
-  const float n = shifted - round_shift;
-  const float r = std::fma(n, -ln2, argument);
+  const float shifted = argument + round_shift;
+  const float r = argument - (shifted - round_shift);
   float p = std::fma(c5, r, c4);
   p = std::fma(p, r, c3);
   p = std::fma(p, r, c2);
@@ -51,11 +50,10 @@ inline float exp(float argument) {
 #if defined(__x86_64__)
 namespace avx2 {
 
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline __m256 exp(__m256 argument) {
-  using namespace exp_constants;
-  const __m256 shifted = _mm256_fmadd_ps(argument, _mm256_set1_ps(log2_e), _mm256_set1_ps(round_shift));
-  const __m256 n = _mm256_sub_ps(shifted, _mm256_set1_ps(round_shift));
-  const __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-ln2), argument);
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline __m256 exp2(__m256 argument) {
+  using namespace exp2_constants;
+  const __m256 shifted = _mm256_add_ps(argument, _mm256_set1_ps(round_shift));
+  const __m256 r = _mm256_sub_ps(argument, _mm256_sub_ps(shifted, _mm256_set1_ps(round_shift)));
   __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(c5), r, _mm256_set1_ps(c4));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c3));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c2));
@@ -70,11 +68,11 @@ namespace avx2 {
 
 namespace avx512 {
 
-[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq"), gnu::always_inline]] inline __m512 exp(__m512 argument) {
-  using namespace exp_constants;
-  const __m512 shifted = _mm512_fmadd_ps(argument, _mm512_set1_ps(log2_e), _mm512_set1_ps(round_shift));
-  const __m512 n = _mm512_sub_ps(shifted, _mm512_set1_ps(round_shift));
-  const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-ln2), argument);
+[[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq"), gnu::always_inline]] inline __m512 exp2(
+    __m512 argument) {
+  using namespace exp2_constants;
+  const __m512 shifted = _mm512_add_ps(argument, _mm512_set1_ps(round_shift));
+  const __m512 r = _mm512_sub_ps(argument, _mm512_sub_ps(shifted, _mm512_set1_ps(round_shift)));
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(c5), r, _mm512_set1_ps(c4));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c3));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c2));
