@@ -65,7 +65,7 @@ const auto library_kernel = [](const auto& run, const Buffer<float>& queries, st
                                Buffer<float>& out) {
   using namespace compresskv::kernel;
   // Putting the queries in order is part of the work.
-  Buffer<float> buffer(compresskv::kernel::key_buffer_size(head_dim));
+  Buffer<float> buffer(key_buffer_size<std::remove_cvref_t<decltype(*run.base)>>(head_dim));
   Buffer<float> block = zeros<float>(QueryBlock::size(count, head_dim));
   for (std::size_t q = 0; q < count; ++q) {
     QueryBlock::put(q, queries.data() + q * head_dim, head_dim, block.data());

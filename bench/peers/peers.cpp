@@ -82,7 +82,7 @@ class LayerOf : public Layer {
     const auto memory = workspace_.take(Workspace::Slot::queries,
                                         kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
     float* const buffer =
-        workspace_.take(Workspace::Slot::key_rows, kernel::key_buffer_size(shape.head_dim)).data();
+        workspace_.take(Workspace::Slot::key_rows, kernel::key_buffer_size<T>(shape.head_dim)).data();
     const kernel::QueryBlock block =
         kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, memory);
     const float scale = observed.scale();

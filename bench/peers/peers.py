@@ -257,7 +257,7 @@ class Bench:
             return self.ours(ring, lambda keys, values: self.library.logits(
                 layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr(), view))
 
-        self.compare(f"logits through a view, {type_name}, against row pointers", 1, 0.95, side(0), side(1))
+        self.compare(f"logits through a view, {type_name}, against a pointer and a stride", 1, 0.95, side(0), side(1))
         self.library.free(layer)
 
     def decode(self, type_name, threads):

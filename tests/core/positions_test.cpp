@@ -64,10 +64,15 @@ TEST(PositionSet, GrowsByRangesAndIsCutAnywhere) {
     std::size_t next = 0;
     for (int step = 0; step < 6; ++step) {
       const std::size_t first = next + random.pick(std::vector<std::size_t>{0, 0, 1, 63, 64, 600});
-      next = first + random.pick(std::vector<std::size_t>{0, 1, 63, 64, 65, 1000});
+      next = first + random.pick(std::vector<std::size_t>{0, 1, 63, 64, 65, 1000, 3000});
       set.append(first, next);
       for (std::size_t p = first; p < next; ++p) {
         expected.push_back(static_cast<std::uint32_t>(p));
+      }
+      if (random.coin()) {
+        set.push_back(next);
+        expected.push_back(static_cast<std::uint32_t>(next));
+        ++next;
       }
       if (random.coin()) {
         const std::size_t limit = random.between(1, next + 70);

@@ -96,9 +96,9 @@ void expect_products(const std::vector<float>& result, const std::vector<float>&
 /// alike.
 TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
   reference::Random random(51);
-  for (const std::size_t head_dim : {1U, 8U, 15U, 16U, 17U, 20U, 64U, 80U, 128U}) {
+  for (const std::size_t head_dim : {1U, 8U, 15U, 16U, 17U, 20U, 24U, 40U, 48U, 64U, 80U, 128U}) {
     for (const std::size_t count : {1U, 3U, 8U, 9U, 16U, 17U, 31U, 32U}) {
-      constexpr std::size_t rows = 19;
+      constexpr std::size_t rows = 43;
       std::vector<float> queries(count * head_dim);
       for (float& value : queries) {
         value = random.gaussian();
@@ -117,7 +117,8 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         const std::size_t used = rows - first;
         std::vector<std::vector<float>> results;
         reference::on_all_paths([&] {
-          std::vector<float> buffer(key_buffer_size(head_dim), std::numeric_limits<float>::quiet_NaN());
+          std::vector<float> buffer(key_buffer_size<TypeParam>(head_dim),
+                                    std::numeric_limits<float>::quiet_NaN());
           // Rows of logits stand apart: what is written between them would be lost.
           constexpr std::size_t gap = 5;
           std::vector<float> apart(count * (used + gap), -7.0F);
@@ -139,6 +140,35 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
   }
 }
 
+/// Rows enough that memory is asked for ahead, and not beyond the run.
+TYPED_TEST(Logits, OfLongRunsAreThoseOfTheirParts) {
+  reference::Random random(53);
+  constexpr std::size_t head_dim = 128;
+  constexpr std::size_t rows = 301;
+  reference::Cache<TypeParam> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
+                                    reference::Arrangement::head_token_dim);
+  cache.fill(random);
+  const Run<const TypeParam> run = cache.view().key_run(0, 0);
+  std::vector<float> queries(9 * head_dim);
+  for (float& value : queries) {
+    value = random.gaussian();
+  }
+  const std::vector<float> data = packed(queries, 9, head_dim);
+  const QueryBlock block{.data = data.data(), .count = 9, .head_dim = head_dim};
+  std::vector<float> buffer(key_buffer_size<TypeParam>(head_dim));
+  reference::on_all_paths([&] {
+    std::vector<float> whole(9 * rows);
+    logits(run, 0, rows, block, 0.125F, buffer.data(), whole.data(), rows);
+    std::vector<float> parts(9 * rows);
+    for (std::size_t first = 0; first < rows;) {
+      const std::size_t part = std::min(random.between(1, 60), rows - first);
+      logits(run, first, part, block, 0.125F, buffer.data(), parts.data() + first, rows);
+      first += part;
+    }
+    EXPECT_TRUE(reference::same_bytes(whole, parts));
+  });
+}
+
 /// bfloat16 times bfloat16 is exact: what is left are `head_dim` roundings, and sums below the normal
 /// numbers.
 TEST(Logits, PairsStayWithinTheirBound) {
@@ -147,7 +177,7 @@ TEST(Logits, PairsStayWithinTheirBound) {
   }
   const reference::ForcedPath forced(CodePath::avx512_bf16);
   reference::Random random(52);
-  for (const std::size_t head_dim : {2U, 8U, 30U, 64U, 128U}) {
+  for (const std::size_t head_dim : {2U, 8U, 30U, 64U, 80U, 128U}) {
     for (const std::size_t count : {1U, 8U, 9U, 16U, 33U}) {
       constexpr std::size_t rows = 19;
       std::vector<Eigen::bfloat16> queries(count * head_dim);
@@ -168,7 +198,8 @@ TEST(Logits, PairsStayWithinTheirBound) {
         reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
                                                 arrangement);
         cache.fill(random);
-        std::vector<float> buffer(key_buffer_size(head_dim), std::numeric_limits<float>::quiet_NaN());
+        std::vector<float> buffer(key_buffer_size<Eigen::bfloat16>(head_dim),
+                                  std::numeric_limits<float>::quiet_NaN());
         std::vector<float> result(count * rows);
         const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
         logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);

@@ -86,6 +86,26 @@ TEST(Softmax, PathsAgreeBitForBit) {
   }
 }
 
+TEST(Softmax, SoftCapIsCapTimesTanhAndPathsAgreeBitForBit) {
+  reference::Random random(23);
+  for (const float cap : {0.5F, 2.0F, 30.0F, 72.0F}) {
+    for (const float deviation : {0.01F, 3.0F, 100.0F}) {
+      const std::vector<float> logits = random_row(random, 1003, deviation);
+      std::vector<float> expected = logits;
+      portable::soft_cap(expected.data(), 0, expected.size(), cap);
+      for (std::size_t t = 0; t < logits.size(); ++t) {
+        const auto wide = static_cast<double>(cap);
+        ASSERT_NEAR(expected[t], wide * std::tanh(static_cast<double>(logits[t]) / wide), 2e-7 * wide);
+      }
+      reference::on_all_paths([&] {
+        std::vector<float> row = logits;
+        soft_cap_row(row.data(), row.size(), cap);
+        EXPECT_TRUE(reference::same_bytes(row, expected)) << cap;
+      });
+    }
+  }
+}
+
 TEST(Softmax, MaskedLogitsHaveNoWeight) {
   reference::on_all_paths([] {
     for (const std::size_t count : {3U, 40U}) {
@@ -114,7 +134,11 @@ TEST(Softmax, WhatHasNoWeightsHasNoFiniteSum) {
         }
       }
       std::vector<float> masked(count, -infinity);
-      EXPECT_FALSE(std::isfinite(exp2_row(masked.data(), count).sum)) << "all masked";
+      EXPECT_EQ(exp2_row(masked.data(), count).sum, 0.0F) << "all masked";
+      EXPECT_EQ(masked, std::vector<float>(count, 0.0F));
+      std::vector<float> poisoned(count, -infinity);
+      poisoned.back() = std::numeric_limits<float>::quiet_NaN();
+      EXPECT_TRUE(std::isnan(exp2_row(poisoned.data(), count).sum)) << "no number but NaN";
     }
   });
 }

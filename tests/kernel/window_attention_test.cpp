@@ -42,11 +42,14 @@ struct Inputs {
     }
   }
 
-  /// The sums of each of `heads`.
-  std::vector<std::vector<float>> sums(const std::vector<std::uint32_t>& heads, Workspace& workspace) {
+  /// The sums of each of `heads`; `observed` says what queries look like beside their numbers.
+  std::vector<std::vector<float>> sums(const std::vector<std::uint32_t>& heads, Workspace& workspace,
+                                       QueryShape observed = {}) {
     const auto kv = cache.view();
-    const QueryWindow<float> observation(
-        queries.data(), {.query_heads = shape.query_heads, .queries = window, .head_dim = head_dim});
+    observed.query_heads = shape.query_heads;
+    observed.queries = window;
+    observed.head_dim = head_dim;
+    const QueryWindow<float> observation(queries.data(), observed);
     const std::vector<std::size_t> rows(2, cache.shape.rows);
     const Retained retained;  // of a sequence that nothing was evicted from
     const LayerInput<StridedKv<float>, QueryWindow<float>> input{.shape = shape,
@@ -138,6 +141,60 @@ TEST(WindowAttention, NamesLayerHeadAndTokenOfWhatIsNotFinite) {
   expect_error<ScoreError>([&] { inputs.sums({1, 2, 3}, workspace); }, {"layer 3 query head 2 token 0 "});
 }
 
+TEST(WindowAttention, NaNsThatAreAllOfATileAreNamedToo) {
+  for (const std::size_t rows : {1025U, 2100U}) {
+    Inputs inputs(1, 2, rows, 4);
+    for (std::size_t row = 1024; row < std::min(rows, std::size_t{2048}); ++row) {
+      inputs.cache.keys[inputs.cache.at(1, row, 2)] = std::numeric_limits<float>::quiet_NaN();
+    }
+    Workspace workspace;
+    EXPECT_NO_THROW(inputs.sums({0, 1}, workspace));
+    expect_error<ScoreError>([&] { inputs.sums({2}, workspace); },
+                             {"layer 3 query head 2 token 1024 ", "is not finite"});
+  }
+}
+
+/// Against plain code in double, over more tokens than are worked on at a time.
+TEST(WindowAttention, OfManyTilesIsOneSoftmax) {
+  constexpr std::size_t rows = 2100;
+  Inputs inputs(1, 1, rows, 4);
+  const std::vector<float> sinks(2, 2.5F);
+  for (const bool sink : {false, true}) {
+    for (const std::size_t sliding : {0U, 300U, 1500U}) {
+      QueryShape observed{.sliding_window = sliding};
+      if (sink) {
+        observed.sinks = sinks;
+      }
+      Workspace workspace;
+      const auto sums = inputs.sums({1}, workspace, observed);
+      std::vector<double> expected(rows - 4);
+      for (std::size_t i = 0; i < 4; ++i) {
+        const std::size_t own = rows - 4 + i;
+        const std::size_t first = sliding == 0 ? 0 : own + 1 - sliding;
+        std::vector<double> logits;
+        for (std::size_t t = first; t <= own; ++t) {
+          double dot = 0.0;
+          for (std::size_t e = 0; e < head_dim; ++e) {
+            dot += static_cast<double>(inputs.queries[(4 + i) * head_dim + e]) *
+                   static_cast<double>(inputs.cache.keys[inputs.cache.at(1, t, e)]);
+          }
+          logits.push_back(dot / 8.0);
+        }
+        if (sink) {
+          logits.push_back(2.5);
+        }
+        const auto weights = reference::softmax(logits);
+        for (std::size_t t = first; t < expected.size(); ++t) {
+          expected[t] += weights[t - first];
+        }
+      }
+      for (std::size_t t = 0; t < expected.size(); ++t) {
+        ASSERT_NEAR(sums[0][t], expected[t], 3e-6 * expected[t]) << t << " sliding " << sliding;
+      }
+    }
+  }
+}
+
 TEST(WindowAttention, MinusInfinityIsAMaskAndLegal) {
   Inputs inputs(1, 1, 20, 4);
   for (float& x : inputs.queries) {
@@ -148,6 +205,14 @@ TEST(WindowAttention, MinusInfinityIsAMaskAndLegal) {
   const auto sums = inputs.sums({0}, workspace);
   EXPECT_EQ(sums[0][5], 0.0F);
   EXPECT_GT(sums[0][6], 0.0F);
+
+  // Where nothing is left to look at, a sink takes all; without one there is no attention.
+  for (std::size_t row = 0; row < 20; ++row) {
+    inputs.cache.keys[inputs.cache.at(0, row, 0)] = -std::numeric_limits<float>::infinity();
+  }
+  const std::vector<float> sinks(2, 1.0F);
+  EXPECT_EQ(inputs.sums({0}, workspace, {.sinks = sinks})[0], std::vector<float>(16, 0.0F));
+  EXPECT_THROW(inputs.sums({0}, workspace), ScoreError);
 }
 
 TEST(WindowAttention, AttentionThatIsNotFiniteIsNamedToo) {

@@ -128,18 +128,20 @@ class PositionSet {
     size_ = 0;
   }
 
-  /// Adds a position above all members.
+  /// Adds a position above all members, and not below where the set was last cut off.
   void push_back(std::size_t position) {
+    assert(words_.size() <= position / 64 + 1);
     grow_to(position / 64);
     words_.back() |= std::uint64_t{1} << (position % 64);
     ++size_;
   }
 
-  /// Adds positions `first` .. `last` - 1, all above the members.
+  /// Adds positions `first` .. `last` - 1, as `push_back` has it.
   void append(std::size_t first, std::size_t last) {
     if (first >= last) {
       return;
     }
+    assert(words_.size() <= first / 64 + 1);
     grow_to(first / 64);
     words_.back() |= ~low_bits(first % 64);
     // Whole words; the last one loses what is too much.

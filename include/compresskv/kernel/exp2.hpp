@@ -13,7 +13,7 @@ namespace compresskv::kernel {
 /// One exp2 for all code paths: `2^n (1 + r (c1 + r (c2 + ...)))`, n the nearest integer to x and r = x - n,
 /// |r| <= 1/2; c1 to c5 make the largest relative error of the polynomial least (1.1e-7). For arguments <= 0,
 /// relative error below 2e-7; below -126 the result is 0, NaN stays NaN. Products are fused explicitly, so
-/// that no compiler flag changes a bit.
+/// that no compiler flag changes a bit; so must be one that makes the argument.
 ///
 /// Softmax by powers of two, with the factor log2(e) in the logits' scale, takes two steps less than by
 /// powers of e.

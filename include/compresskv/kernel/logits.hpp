@@ -59,6 +59,9 @@ inline constexpr std::size_t keys_at_once = 8;
 
 namespace detail {
 
+/// Elements of a copied key: whole places, of whatever type.
+constexpr std::size_t copied_width(std::size_t head_dim) { return (head_dim + 3) / 4 * 4; }
+
 /// Floats from eight decoded keys to the eight after them: whole pages and a half. A load waits for a store
 /// before it that is alike in the last twelve bits of its address.
 constexpr std::size_t decoded_size(std::size_t head_dim) {
@@ -67,23 +70,26 @@ constexpr std::size_t decoded_size(std::size_t head_dim) {
 
 }  // namespace detail
 
-/// Floats of memory that `logits` needs for keys that must be decoded or copied first.
-constexpr std::size_t key_buffer_size(std::size_t head_dim) { return 2 * detail::decoded_size(head_dim); }
+/// Floats of memory that `logits` needs for keys of type `T` that must be copied or decoded first.
+template <Stored T>
+constexpr std::size_t key_buffer_size(std::size_t head_dim) {
+  return std::same_as<T, Eigen::half> ? 2 * detail::decoded_size(head_dim)
+                                      : keys_at_once * detail::copied_width(head_dim);
+}
 
 namespace detail {
 
-/// Places that the products take from one request of memory to the next: a cache line of float32 and of
-/// bfloat16 pairs.
-inline constexpr std::size_t between = 8;
+/// Places that the products take between two looks ahead: a cache line of float32 and of bfloat16 pairs.
+inline constexpr std::size_t places_at_once = 8;
 
 /// Bytes of keys between the products and the requests of memory. The requests go to the second-level cache,
 /// which has room for more of them at a time than the nearest. Rows read side by side are no stream that a
 /// CPU predicts. Measured (float32, eight queries, Zen 4): to the nearest cache, 4 KiB ahead, takes 1.5 times
-/// as long, no requests 3.8 times.
+/// as long, no requests 3.9 times.
 inline constexpr std::size_t bytes_ahead = 24U << 10U;
 
-/// Keys whose elements stand side by side and fill whole places (of half: whole `between`), row after row.
-/// Rows are there up to a multiple of eight; what follows the `count` wanted ones has no meaning.
+/// Keys whose elements stand side by side and fill whole places (of half: `places_at_once` of them), row
+/// after row. Rows are there up to a multiple of eight; what follows the `count` wanted ones has no meaning.
 template <class T>
 struct KeyRows {
   const T* first = nullptr;
@@ -93,69 +99,72 @@ struct KeyRows {
   std::size_t lead = 0;   ///< rows from those that are multiplied to those that are asked for
 
   const T* row(std::size_t index) const { return first + static_cast<std::ptrdiff_t>(index) * stride; }
-
-  [[gnu::always_inline]] void eight(std::size_t at, const T* (&rows)[keys_at_once]) const {
-    rows[0] = row(at);
-#pragma GCC unroll 8
-    for (std::size_t k = 1; k < keys_at_once; ++k) {
-      rows[k] = rows[k - 1] + stride;
-    }
-  }
-
-  /// Elements from the rows at `at` to those that are asked for; none near the end of what there is. One line
-  /// is asked for three times as far ahead, so that its page is known when the others come: 0.9 of the time
-  /// of float32.
-  [[gnu::always_inline]] std::ptrdiff_t ahead(std::size_t at) const {
-    __builtin_prefetch(row(at + 3 * lead < reach ? at + 3 * lead : at), 0, 2);
-    return at + lead + keys_at_once <= reach ? static_cast<std::ptrdiff_t>(lead) * stride : 0;
-  }
 };
 
 /// Eight keys after eight keys, as the products want them. The loops of the products run over all keys of a
 /// tile, since a call for each eight took a fifth longer; what these loops share is here.
 template <class T>
-class KeyBlocks {
+class BlocksOfEight {
  public:
-  KeyBlocks(const KeyRows<T>& keys, std::size_t, float*) : keys_(keys) { point(); }
+  explicit BlocksOfEight(const KeyRows<T>& keys) : keys_(keys) {}
 
   [[gnu::always_inline]] bool more() const { return at_ < keys_.count; }
-  [[gnu::always_inline]] void next() {
-    at_ += keys_at_once;
-    if (more()) {
-      point();
-    }
-  }
   /// The first of them, and how many are wanted.
   [[gnu::always_inline]] std::size_t at() const { return at_; }
   [[gnu::always_inline]] std::size_t wanted() const { return std::min(keys_at_once, keys_.count - at_); }
 
-  /// Element `e` of key `k`.
-  [[gnu::always_inline]] const T* element(std::size_t k, std::size_t e) const { return rows_[k] + e; }
-  /// Place `p + i` of key `k`, `p` being a multiple of `between`.
-  [[gnu::always_inline]] const T* place(std::size_t k, std::size_t p, std::size_t i) const {
-    return rows_[k] + 2 * (p + i);
-  }
-
-  /// What is done beside the products of places `p` to `p + between` of keys `k` to `k + count`, `place`
-  /// elements a place: asks for memory.
-  template <std::size_t count, std::size_t place>
-  [[gnu::always_inline]] void beside(std::size_t k, std::size_t p) const {
+ protected:
+  /// Points at eight rows, and says how far on memory is to be asked for: not at all near the end of what
+  /// there is. One line is asked for three times as far ahead, so that its page is known when the others
+  /// come: 0.9 of the time of float32.
+  [[gnu::always_inline]] void point(std::size_t at) {
+    rows_[0] = keys_.row(at);
 #pragma GCC unroll 8
-    for (std::size_t i = 0; i < count; ++i) {
-      __builtin_prefetch(rows_[k + i] + ahead_ + p * place, 0, 2);
+    for (std::size_t k = 1; k < keys_at_once; ++k) {
+      rows_[k] = rows_[k - 1] + keys_.stride;
     }
-  }
-
- private:
-  [[gnu::always_inline]] void point() {
-    keys_.eight(at_, rows_);
-    ahead_ = keys_.ahead(at_);
+    const std::size_t lead = keys_.lead;
+    ahead_ = at + lead + keys_at_once <= keys_.reach ? static_cast<std::ptrdiff_t>(lead) * keys_.stride : 0;
+    __builtin_prefetch(keys_.row(at + 3 * lead < keys_.reach ? at + 3 * lead : at), 0, 2);
   }
 
   KeyRows<T> keys_;
   std::size_t at_ = 0;
   std::ptrdiff_t ahead_ = 0;
   const T* rows_[keys_at_once];
+};
+
+template <class T>
+class KeyBlocks : public BlocksOfEight<T> {
+ public:
+  KeyBlocks(const KeyRows<T>& keys, std::size_t, float*) : BlocksOfEight<T>(keys) { this->point(0); }
+
+  [[gnu::always_inline]] void next() {
+    this->at_ += keys_at_once;
+    if (this->more()) {
+      this->point(this->at_);
+    }
+  }
+
+  /// Element `e` of key `k`.
+  [[gnu::always_inline]] const T* element(std::size_t k, std::size_t e) const { return this->rows_[k] + e; }
+  /// Place `p + i` of key `k`, `p` being a multiple of `places_at_once`.
+  [[gnu::always_inline]] const T* place(std::size_t k, std::size_t p, std::size_t i) const {
+    return element(k, 2 * (p + i));
+  }
+
+  /// Whether it is for query `q` and its neighbours to look ahead: once for all queries.
+  [[gnu::always_inline]] static bool looks_ahead(std::size_t q) { return q == 0; }
+
+  /// What is done beside the products of `places_at_once` places from `p` on, of `width` elements each, of
+  /// keys `k` to `k + count`: asks for the memory of later keys.
+  template <std::size_t count, std::size_t width>
+  [[gnu::always_inline]] void look_ahead(std::size_t k, std::size_t p) const {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < count; ++i) {
+      __builtin_prefetch(element(k + i, p * width) + this->ahead_, 0, 2);
+    }
+  }
 };
 
 }  // namespace detail
@@ -187,68 +196,62 @@ inline void dot(const detail::KeyRows<float>& keys, const QueryBlock& queries, f
 namespace detail {
 
 /// Of half: eight keys are decoded while the eight before them are multiplied. `buffer` has room for both;
-/// `between` places of the first key come first, then those of the second: so one register points at all.
+/// `places_at_once` of the first key come first, then those of the second: so one register points at all.
 template <>
-class KeyBlocks<Eigen::half> {
+class KeyBlocks<Eigen::half> : public BlocksOfEight<Eigen::half> {
  public:
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] KeyBlocks(const KeyRows<Eigen::half>& keys,
                                                                  std::size_t head_dim, float* buffer)
-      : keys_(keys), now_(buffer), later_(buffer + decoded_size(head_dim)) {
-    keys_.eight(0, halves_);
-    for (std::size_t e = 0; e < head_dim; e += 2 * between) {
+      : BlocksOfEight(keys), now_(buffer), later_(buffer + decoded_size(head_dim)) {
+    point(0);
+    for (std::size_t e = 0; e < head_dim; e += 2 * places_at_once) {
 #pragma GCC unroll 8
       for (std::size_t k = 0; k < keys_at_once; ++k) {
         decode(k, e, now_);
       }
     }
-    point();
+    point_later();
   }
 
-  [[gnu::always_inline]] bool more() const { return at_ < keys_.count; }
   [[gnu::always_inline]] void next() {
     at_ += keys_at_once;
     std::swap(now_, later_);
-    if (more()) {
-      point();
-    }
-  }
-  [[gnu::always_inline]] std::size_t at() const { return at_; }
-  [[gnu::always_inline]] std::size_t wanted() const { return std::min(keys_at_once, keys_.count - at_); }
-  [[gnu::always_inline]] const float* place(std::size_t k, std::size_t p, std::size_t i) const {
-    return now_ + 2 * (p * keys_at_once + k * between + i);
+    point_later();
   }
 
-  template <std::size_t count, std::size_t place>
-  [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void beside(std::size_t k, std::size_t p) const {
+  [[gnu::always_inline]] const float* place(std::size_t k, std::size_t p, std::size_t i) const {
+    return now_ + 2 * (p * keys_at_once + k * places_at_once + i);
+  }
+
+  /// Decoding once more for other queries costs nothing where the products wait for each other; a branch that
+  /// spares it took a twentieth longer with eight queries.
+  [[gnu::always_inline]] static bool looks_ahead(std::size_t) { return true; }
+
+  template <std::size_t count, std::size_t width>
+  [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void look_ahead(std::size_t k, std::size_t p) const {
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < count; ++i) {
-      __builtin_prefetch(halves_[k + i] + ahead_ + p * place, 0, 2);
-      decode(k + i, p * place, later_);
+      __builtin_prefetch(rows_[k + i] + ahead_ + p * width, 0, 2);
+      decode(k + i, p * width, later_);
     }
   }
 
  private:
-  /// `between` places of a key from element `e` on.
+  /// `places_at_once` of a key from element `e` on.
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void decode(std::size_t k, std::size_t e,
                                                                    float* keys) const {
-    float* const to = keys + e * keys_at_once + k * 2 * between;
-    _mm256_storeu_ps(to, avx2::load8(halves_[k] + e));
-    _mm256_storeu_ps(to + 8, avx2::load8(halves_[k] + e + 8));
+    float* const to = keys + e * keys_at_once + k * 2 * places_at_once;
+    _mm256_storeu_ps(to, avx2::load8(rows_[k] + e));
+    _mm256_storeu_ps(to + 8, avx2::load8(rows_[k] + e + 8));
   }
 
-  /// At the keys to decode; after the last ones come the same once more.
-  [[gnu::always_inline]] void point() {
-    const std::size_t later = at_ + keys_at_once < keys_.count ? at_ + keys_at_once : at_;
-    keys_.eight(later, halves_);
-    ahead_ = keys_.ahead(later);
+  /// At the keys to decode next; after the last ones come the same once more.
+  [[gnu::always_inline]] void point_later() {
+    point(at_ + keys_at_once < keys_.count ? at_ + keys_at_once : keys_.count - keys_at_once);
   }
 
-  KeyRows<Eigen::half> keys_;
   float* now_;
   float* later_;
-  std::size_t at_ = 0;
-  std::ptrdiff_t ahead_ = 0;
-  const Eigen::half* halves_[keys_at_once];
 };
 
 }  // namespace detail
@@ -343,18 +346,20 @@ template <std::size_t count, class Block>
 }
 
 /// Keys `k` to `k + count` with `wanted` of the eight queries at `queries`; `out` is where those of the block
-/// go.
+/// go. With `ahead` it looks ahead.
 template <std::size_t count, class Block>
 [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline void multiply(
-    const Block& block, std::size_t k, const float* queries, std::size_t places, std::size_t wanted,
-    float scale, float* out, std::size_t out_stride) {
+    const Block& block, std::size_t k, bool ahead, const float* queries, std::size_t places,
+    std::size_t wanted, float scale, float* out, std::size_t out_stride) {
   Sums<count> sums;
   clear<count>(sums);
   std::size_t p = 0;
-  for (; p + detail::between <= places; p += detail::between) {
-    block.template beside<count, 2>(k, p);
+  for (; p + detail::places_at_once <= places; p += detail::places_at_once) {
+    if (ahead) {
+      block.template look_ahead<count, 2>(k, p);
+    }
 #pragma GCC unroll 8
-    for (std::size_t i = 0; i < detail::between; ++i) {
+    for (std::size_t i = 0; i < detail::places_at_once; ++i) {
       add_place<count>(block, k, queries, p, i, sums);
     }
   }
@@ -373,8 +378,8 @@ template <class T>
   for (detail::KeyBlocks<T> block(keys, queries.head_dim, buffer); block.more(); block.next()) {
     for (std::size_t q = 0; q < queries.count; q += abreast) {
       for (std::size_t k = 0; k < block.wanted(); k += 4) {
-        multiply<4>(block, k, queries.data + q * 2 * places, places, queries.count - q, scale,
-                    out + q * out_stride + block.at(), out_stride);
+        multiply<4>(block, k, block.looks_ahead(q), queries.data + q * 2 * places, places, queries.count - q,
+                    scale, out + q * out_stride + block.at(), out_stride);
       }
     }
   }
@@ -439,7 +444,7 @@ template <class Block>
 /// As avx2::multiply for eight keys and sixteen queries, all of which are wanted.
 template <class Block>
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline void multiply(
-    const Block& block, const float* queries, std::size_t places, float scale, float* out,
+    const Block& block, bool ahead, const float* queries, std::size_t places, float scale, float* out,
     std::size_t out_stride) {
   __m512 sums[2][keys_at_once];
 #pragma GCC unroll 8
@@ -448,10 +453,12 @@ template <class Block>
     sums[1][k] = _mm512_setzero_ps();
   }
   std::size_t p = 0;
-  for (; p + detail::between <= places; p += detail::between) {
-    block.template beside<keys_at_once, 2>(0, p);
+  for (; p + detail::places_at_once <= places; p += detail::places_at_once) {
+    if (ahead) {
+      block.template look_ahead<keys_at_once, 2>(0, p);
+    }
 #pragma GCC unroll 8
-    for (std::size_t i = 0; i < detail::between; ++i) {
+    for (std::size_t i = 0; i < detail::places_at_once; ++i) {
       add_place(block, queries, places, p, i, sums);
     }
   }
@@ -468,8 +475,8 @@ template <class Block>
 }
 
 /// As avx2::dot; the same bits. Measured on Zen 4, whose wide registers compute no faster: eight queries take
-/// a third longer in wide registers than in narrow ones, of which there are now enough for eight keys;
-/// sixteen queries as long.
+/// 1.4 times as long in wide registers as in narrow ones, of which there are now enough for eight keys.
+/// Sixteen queries take as long: wide registers for CPUs where they compute twice as much.
 template <class T>
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]] inline void dot(
     const detail::KeyRows<T>& keys, const QueryBlock& queries, float scale, float* buffer, float* out,
@@ -479,11 +486,12 @@ template <class T>
     float* const own = out + block.at();
     std::size_t q = 0;
     for (; q + 2 * abreast <= queries.count && block.wanted() == keys_at_once; q += 2 * abreast) {
-      avx512::multiply(block, queries.data + q * 2 * places, places, scale, own + q * out_stride, out_stride);
+      avx512::multiply(block, block.looks_ahead(q), queries.data + q * 2 * places, places, scale,
+                       own + q * out_stride, out_stride);
     }
     for (; q < queries.count; q += abreast) {
-      avx2::multiply<keys_at_once>(block, 0, queries.data + q * 2 * places, places, queries.count - q, scale,
-                                   own + q * out_stride, out_stride);
+      avx2::multiply<keys_at_once>(block, 0, block.looks_ahead(q), queries.data + q * 2 * places, places,
+                                   queries.count - q, scale, own + q * out_stride, out_stride);
     }
   }
 }
@@ -519,10 +527,12 @@ add_pairs(const detail::KeyBlocks<Eigen::bfloat16>& block, const float* queries,
       avx2::Sums<keys_at_once> sums;
       avx2::clear<keys_at_once>(sums);
       std::size_t p = 0;
-      for (; p + detail::between <= places; p += detail::between) {
-        block.beside<keys_at_once, 4>(0, p);
+      for (; p + detail::places_at_once <= places; p += detail::places_at_once) {
+        if (block.looks_ahead(q)) {
+          block.look_ahead<keys_at_once, 4>(0, p);
+        }
 #pragma GCC unroll 8
-        for (std::size_t i = 0; i < detail::between; ++i) {
+        for (std::size_t i = 0; i < detail::places_at_once; ++i) {
           add_pairs(block, own_queries, p + i, sums);
         }
       }
@@ -581,7 +591,7 @@ KeyRows<T> key_rows(const Run<const T>& keys, std::size_t first, std::size_t cou
 template <Stored T>
 std::size_t ready(const Run<const T>& keys, std::size_t count, std::size_t head_dim) {
   if constexpr (Element<T>) {
-    const std::size_t whole = std::same_as<T, Eigen::half> ? 2 * between : 4;
+    const std::size_t whole = std::same_as<T, Eigen::half> ? 2 * places_at_once : 4;
     if (keys.chunk >= head_dim && head_dim % whole == 0 && (std::same_as<T, float> || uses(CodePath::avx2))) {
       return count / keys_at_once * keys_at_once;
     }
@@ -591,33 +601,35 @@ std::size_t ready(const Run<const T>& keys, std::size_t count, std::size_t head_
 
 /// A key decoded to float32.
 template <Stored T>
-void bring(const Run<const T>& keys, std::size_t row, std::size_t head_dim, float* out) {
+void copy_key(const Run<const T>& keys, std::size_t row, std::size_t head_dim, float* out) {
   decode_row(keys, row, head_dim, out);
 }
 
 /// A bfloat16 key as it is.
-inline void bring(const Run<const Eigen::bfloat16>& keys, std::size_t row, std::size_t head_dim,
-                  Eigen::bfloat16* out) {
+inline void copy_key(const Run<const Eigen::bfloat16>& keys, std::size_t row, std::size_t head_dim,
+                     Eigen::bfloat16* out) {
   for (std::size_t e = 0; e < head_dim; ++e) {
     out[e] = keys.row(row)[static_cast<std::ptrdiff_t>(e / keys.chunk) * keys.chunk_stride +
                            static_cast<std::ptrdiff_t>(e % keys.chunk)];
   }
 }
 
-/// `logits` for keys that are brought to `buffer` as `T` first, eight at a time.
+/// `logits` for keys that are copied to `buffer` as `T` first, eight at a time.
 template <class T, class Key>
-void logits_of_brought(const Run<const Key>& keys, std::size_t first, std::size_t count,
-                       const QueryBlock& queries, float scale, float* buffer, float* out,
-                       std::size_t out_stride) {
-  const std::size_t row = (queries.head_dim + 3) / 4 * 4;
-  T* const brought = reinterpret_cast<T*>(buffer);
-  std::fill_n(brought, keys_at_once * row, T(0));
+void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t count,
+                      const QueryBlock& queries, float scale, float* buffer, float* out,
+                      std::size_t out_stride) {
+  const std::size_t width = copied_width(queries.head_dim);
+  T* const copied = reinterpret_cast<T*>(buffer);
+  if (width != queries.head_dim) {
+    std::fill_n(copied, keys_at_once * width, T(0));
+  }
   for (std::size_t i = 0; i < count; i += keys_at_once) {
     const std::size_t now = std::min(keys_at_once, count - i);
     for (std::size_t k = 0; k < now; ++k) {
-      bring(keys, first + i + k, queries.head_dim, brought + k * row);
+      copy_key(keys, first + i + k, queries.head_dim, copied + k * width);
     }
-    dot(KeyRows<T>{.first = brought, .stride = static_cast<std::ptrdiff_t>(row), .count = now}, queries,
+    dot(KeyRows<T>{.first = copied, .stride = static_cast<std::ptrdiff_t>(width), .count = now}, queries,
         scale, buffer, out + i, out_stride);
   }
 }
@@ -636,7 +648,7 @@ bool in_pairs(std::size_t head_dim) {
 /// order, one rounding an addition, and the two are added at the end; sums of pairs have another order, with
 /// no more roundings.
 ///
-/// `buffer` has `key_buffer_size` floats. Cost: each key is read once, 2 * head_dim flops a query and key.
+/// `buffer` has `key_buffer_size<T>` floats. Cost: each key is read once, 2 * head_dim flops a query and key.
 template <Stored T>
 void logits(const Run<const T>& keys, std::size_t first, std::size_t count, const QueryBlock& queries,
             float scale, float* buffer, float* out, std::size_t out_stride) {
@@ -647,16 +659,20 @@ void logits(const Run<const T>& keys, std::size_t first, std::size_t count, cons
                   out_stride);
     }
   }
-  first += ready;
-  count -= ready;
-  out += ready;
+  if (ready == count) {
+    return;
+  }
+  const auto rest = [&]<class Copied>(Copied) {
+    detail::logits_of_copied<Copied>(keys, first + ready, count - ready, queries, scale, buffer, out + ready,
+                                     out_stride);
+  };
   if constexpr (std::same_as<T, Eigen::bfloat16>) {
     if (queries.pairs) {
-      detail::logits_of_brought<T>(keys, first, count, queries, scale, buffer, out, out_stride);
+      rest(T{});
       return;
     }
   }
-  detail::logits_of_brought<float>(keys, first, count, queries, scale, buffer, out, out_stride);
+  rest(float{});
 }
 
 }  // namespace compresskv::kernel

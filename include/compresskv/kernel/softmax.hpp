@@ -42,17 +42,20 @@ inline float row_max(const float* row, std::size_t count) {
   return max;
 }
 
-inline void exp2_tail(float* row, std::size_t first, std::size_t count, float max, Lanes& lanes) {
+inline void exp2_tail(float* row, std::size_t first, std::size_t count, float shift, Lanes& lanes) {
   for (std::size_t t = first; t < count; ++t) {
-    row[t] = exp2(row[t] - max);
+    row[t] = exp2(row[t] - shift);
     lanes[t % lane_count] += row[t];
   }
 }
 
+/// What is taken off a row's logits. Of one without any but -inf and NaN, nothing: -inf then still gives 0.
+inline float shift_of(float max) { return max == -std::numeric_limits<float>::infinity() ? 0.0F : max; }
+
 inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = row_max(row, count);
   Lanes lanes{};
-  exp2_tail(row, 0, count, max, lanes);
+  exp2_tail(row, 0, count, shift_of(max), lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
@@ -60,7 +63,8 @@ inline void soft_cap(float* row, std::size_t first, std::size_t count, float cap
   const float inverse = 1.0F / cap;
   for (std::size_t t = first; t < count; ++t) {
     // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), so that one exp2 serves all code paths.
-    const float decay = exp2(-2.0F * log2_e * std::fabs(row[t] * inverse));
+    // Fused with nothing, so that no compiler fuses the product with exp2's first step on some path.
+    const float decay = exp2(std::fma(-2.0F * log2_e, std::fabs(row[t] * inverse), 0.0F));
     row[t] = std::copysign(cap * ((1.0F - decay) / (1.0F + decay)), row[t]);
   }
 }
@@ -96,13 +100,14 @@ namespace avx2 {
 
 [[gnu::target("avx2,fma")]] inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = avx2::row_max(row, count);
-  const __m256 shift = _mm256_set1_ps(max);
+  const float shift = portable::shift_of(max);
+  const __m256 shifts = _mm256_set1_ps(shift);
   __m256 low = _mm256_setzero_ps();
   __m256 high = low;
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m256 e0 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t), shift));
-    const __m256 e1 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shift));
+    const __m256 e0 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t), shifts));
+    const __m256 e1 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shifts));
     _mm256_storeu_ps(row + t, e0);
     _mm256_storeu_ps(row + t + 8, e1);
     low = _mm256_add_ps(low, e0);
@@ -111,7 +116,7 @@ namespace avx2 {
   Lanes lanes;
   _mm256_storeu_ps(lanes.data(), low);
   _mm256_storeu_ps(lanes.data() + 8, high);
-  portable::exp2_tail(row, t, count, max, lanes);
+  portable::exp2_tail(row, t, count, shift, lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
@@ -123,7 +128,8 @@ namespace avx2 {
   for (; t + 8 <= count; t += 8) {
     const __m256 logit = _mm256_loadu_ps(row + t);
     const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_mul_ps(logit, inverse));
-    const __m256 decay = avx2::exp2(_mm256_mul_ps(_mm256_set1_ps(-2.0F * log2_e), magnitude));
+    const __m256 decay =
+        avx2::exp2(_mm256_fmadd_ps(_mm256_set1_ps(-2.0F * log2_e), magnitude, _mm256_setzero_ps()));
     const __m256 capped = _mm256_mul_ps(_mm256_set1_ps(cap),
                                         _mm256_div_ps(_mm256_sub_ps(one, decay), _mm256_add_ps(one, decay)));
     _mm256_storeu_ps(row + t, _mm256_or_ps(capped, _mm256_and_ps(sign, logit)));
@@ -171,17 +177,18 @@ namespace avx512 {
 /// Sixteen lanes in one register; the same bits.
 [[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq")]] inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = avx2::row_max(row, count);
-  const __m512 shift = _mm512_set1_ps(max);
+  const float shift = portable::shift_of(max);
+  const __m512 shifts = _mm512_set1_ps(shift);
   __m512 sums = _mm512_setzero_ps();
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m512 e = avx512::exp2(_mm512_sub_ps(_mm512_loadu_ps(row + t), shift));
+    const __m512 e = avx512::exp2(_mm512_sub_ps(_mm512_loadu_ps(row + t), shifts));
     _mm512_storeu_ps(row + t, e);
     sums = _mm512_add_ps(sums, e);
   }
   Lanes lanes;
   _mm512_storeu_ps(lanes.data(), sums);
-  portable::exp2_tail(row, t, count, max, lanes);
+  portable::exp2_tail(row, t, count, shift, lanes);
   return {.max = max, .sum = kernel::fold(lanes)};
 }
 
@@ -189,7 +196,7 @@ namespace avx512 {
 #endif
 
 /// Replaces `count` logits by `2^(logit - max)`: of logits times `log2_e`, softmax but for the division by
-/// the sum. -inf gives 0; a NaN, a +inf or a row of -inf alone gives a sum that is not finite.
+/// the sum. -inf gives 0; a NaN or +inf gives a sum that is not finite.
 inline Exp2Sum exp2_row(float* row, std::size_t count) {
 #if defined(__x86_64__)
   if (uses(CodePath::avx512)) {

@@ -11,8 +11,8 @@ namespace compresskv::kernel {
 
 namespace detail {
 
-/// Copies to `values` the scores that may be among the `count` highest, and says how many they are: those not
-/// below a number that a sample shows to be a little too low, or where that was not low enough, all.
+/// Copies to `values` the scores that may be among the `count` highest, and says how many they are: those at
+/// least as high as a bound that a sample suggests; all of them where that leaves fewer than `count`.
 inline std::size_t copy_candidates(std::span<const float> scores, std::size_t count,
                                    std::span<float> values) {
   constexpr std::size_t sampled = 512;
