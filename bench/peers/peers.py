@@ -145,32 +145,32 @@ class Bench:
             self.rings[type_name, tokens] = Ring(type_name, tokens, self.cache_bytes)
         return self.rings[type_name, tokens]
 
-    def compare(self, what, threads, goal, theirs, ours, at_most=False):
+    def compare(self, what, goal, theirs, ours, at_most=False):
         """`theirs` and `ours`, which say how long they took, in turn; two warm rounds before; the ratio of their times."""
         times = []
         for i in range(self.pairs + 2):
             pair = []
             # Who goes first takes turns as well.
             for call in (theirs, ours) if i % 2 else (ours, theirs):
-                if threads > 1:
+                if self.threads > 1:
                     time.sleep(0.02)  # idle threads of the other side's OpenMP spin for some milliseconds
                 pair.append(call())
             times.append(pair if i % 2 else pair[::-1])
         times = times[2:]
         low, middle, high = statistics.quantiles([a / b for a, b in times], n=4)
         their_ms, our_ms = (1e3 * statistics.median(t[side] for t in times) for side in (0, 1))
-        self.record(what, threads, goal, middle, f"({low:.2f}-{high:.2f})  ", f"  {their_ms:9.3f}  {our_ms:9.3f}", at_most,
+        self.record(what, goal, middle, f"({low:.2f}-{high:.2f})  ", f"  {their_ms:9.3f}  {our_ms:9.3f}", at_most,
                     quartiles=[low, high], theirs_ms=their_ms, ours_ms=our_ms)
 
-    def record(self, what, threads, goal, ratio, quartiles_text, times_text, at_most, **more):
+    def record(self, what, goal, ratio, quartiles_text, times_text, at_most, **more):
         """A row of the table, and of the JSON."""
         good = goal is None or (ratio <= goal if at_most else ratio >= goal)
-        self.results.append({"what": what, "threads": threads, "goal": goal, "at_most": at_most, "ratio": ratio, **more,
+        self.results.append({"what": what, "threads": self.threads, "goal": goal, "at_most": at_most, "ratio": ratio, **more,
                              "pass": good})
         sign = "  " if goal is None else "<=" if at_most else ">="
         verdict = "" if goal is None else "pass" if good else "short"
         digits = 2 if ratio >= 0.01 else 4
-        print(f"{what:72} {threads}  {ratio:8.{digits}f}  {quartiles_text}{sign} {goal or '':<5} {verdict:5}{times_text}",
+        print(f"{what:72} {self.threads}  {ratio:8.{digits}f}  {quartiles_text}{sign} {goal or '':<5} {verdict:5}{times_text}",
               flush=True)
 
     def compress_call(self, ring, layer):
@@ -180,23 +180,29 @@ class Bench:
 
         return self.ours(ring, work)
 
-    def ours(self, ring, work):
-        """Like `cold`, with the library's threads awake, as those of an engine are at the end of a prefill."""
-        return cold(ring, work, lambda: self.library.flops(2e8, 0, self.threads))
+    def layer(self, type_name, tokens=TOKENS, method="compresskv"):
+        return self.library.layer(method, type_name, tokens, self.threads)
 
-    def compress(self, type_name, threads, goal, note=""):
-        ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
+    def wake(self):
+        """Wakes the library's threads: those of an engine are awake at the end of a prefill."""
+        self.library.flops(2e8, 0, self.threads)
+
+    def ours(self, ring, work):
+        return cold(ring, work, self.wake)
+
+    def compress(self, type_name, goal, note=""):
+        ring, layer = self.ring(type_name), self.layer(type_name)
         sides = (("plain", plain_torch, goal), ("tuned", tuned_torch, None))
         if not self.results:  # later the ring's layers are no longer alike
             for _, torch_side, _ in sides:
                 self.check_same(ring, layer, torch_side)
         for name, torch_side, wanted in sides:
-            self.compare(f"compress(), {type_name}{note}, against {name} PyTorch", threads, wanted,
+            self.compare(f"compress(), {type_name}{note}, against {name} PyTorch", wanted,
                          theirs(ring, lambda keys, values, side=torch_side: side(keys, values, ring.queries)),
                          self.compress_call(ring, layer))
         what = f"memory of the compressor, {type_name}, against the model's cache"
         if not note and all(result["what"] != what for result in self.results):
-            self.record(what, threads, 0.01, self.library.extra_memory(layer), f"{'':13}  ", "", at_most=True)
+            self.record(what, 0.01, self.library.extra_memory(layer), f"{'':13}  ", "", at_most=True)
         self.library.free(layer)
 
     def check_same(self, ring, layer, torch_side):
@@ -208,15 +214,15 @@ class Bench:
         if same < 0.99:
             sys.exit(f"peers: only {same:.0%} of the rows are those that PyTorch keeps")
 
-    def snapkv(self, threads):
-        ring, layer = self.ring("bfloat16"), self.library.layer("snapkv", "bfloat16", TOKENS, threads)
-        self.compare("SnapKV compress(), bfloat16, against kvpress SnapKVPress", threads, 10,
+    def snapkv(self):
+        ring, layer = self.ring("bfloat16"), self.layer("bfloat16", method="snapkv")
+        self.compare("SnapKV compress(), bfloat16, against kvpress SnapKVPress", 10,
                      theirs(ring, Kvpress(TOKENS, ring.queries)), self.compress_call(ring, layer))
         self.library.free(layer)
 
-    def bound(self, type_name, threads):
+    def bound(self, type_name):
         """The kernel beside the longer of: reading the keys, and the arithmetic; all three in turn."""
-        ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
+        ring, layer = self.ring(type_name), self.layer(type_name)
         kv_heads = sorted({head // GROUP for head in HEADS})
         flops = 2.0 * len(HEADS) * WINDOW * TOKENS * HEAD_DIM
         read, spent = [], []
@@ -226,14 +232,14 @@ class Bench:
 
         def bound():
             keys, _ = ring.next()
-            self.library.flops(2e8, 0, threads)
+            self.wake()
             pieces = (ctypes.c_void_p * len(kv_heads))(*(keys[h].data_ptr() for h in kv_heads))
             size = keys[0].numel() * keys.element_size()
-            read.append(timed(lambda: self.library.read(pieces, len(kv_heads), size, threads)))
-            spent.append(timed(lambda: self.library.flops(flops, int(type_name == "bfloat16"), threads)))
+            read.append(timed(lambda: self.library.read(pieces, len(kv_heads), size, self.threads)))
+            spent.append(timed(lambda: self.library.flops(flops, int(type_name == "bfloat16"), self.threads)))
             return max(read[-1], spent[-1])
 
-        self.compare(f"window attention, {type_name}: its bound / its time", threads, 0.6, bound,
+        self.compare(f"window attention, {type_name}: its bound / its time", 0.6, bound,
                      self.ours(ring, attention))
         size = len(kv_heads) * TOKENS * HEAD_DIM * TYPES[type_name][1].itemsize
         self.results[-1]["read_bytes_per_s"] = size / statistics.median(read)
@@ -241,42 +247,42 @@ class Bench:
         self.library.free(layer)
 
     def moves(self, type_name):
-        ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
+        ring, layer = self.ring(type_name), self.layer(type_name)
 
         def side(raw):
             return self.ours(ring, lambda keys, values: self.library.moves(
                 layer, keys.data_ptr(), values.data_ptr(), raw))
 
-        self.compare(f"row moves, {type_name}, against memcpy of each row", 1, 0.9, side(1), side(0))
+        self.compare(f"row moves, {type_name}, against memcpy of each row", 0.9, side(1), side(0))
         self.library.free(layer)
 
     def view(self, type_name):
-        ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, 1)
+        ring, layer = self.ring(type_name), self.layer(type_name)
 
         def side(view):
             return self.ours(ring, lambda keys, values: self.library.logits(
                 layer, keys.data_ptr(), values.data_ptr(), ring.queries.data_ptr(), view))
 
-        self.compare(f"logits through a view, {type_name}, against a pointer and a stride", 1, 0.95, side(0), side(1))
+        self.compare(f"logits through a view, {type_name}, against a pointer and a stride", 0.95, side(0), side(1))
         self.library.free(layer)
 
-    def decode(self, type_name, threads):
-        ring, layer = self.ring(type_name), self.library.layer("compresskv", type_name, TOKENS, threads)
+    def decode(self, type_name):
+        ring, layer = self.ring(type_name), self.layer(type_name)
         query = torch.ones(QUERY_HEADS, HEAD_DIM)
 
         def side(rows):
             return self.ours(ring, lambda keys, values: self.library.decode(
                 layer, keys.data_ptr(), values.data_ptr(), query.data_ptr(), rows))
 
-        self.compare(f"decode attention, {type_name}: full cache / {SHARE:.0%} of it", threads, 20, side(TOKENS),
+        self.compare(f"decode attention, {type_name}: full cache / {SHARE:.0%} of it", 20, side(TOKENS),
                      side(round(SHARE * TOKENS)))
         self.library.free(layer)
 
-    def growth(self, type_name, threads):
+    def growth(self, type_name):
         """Both lengths live at once, so their rings are short: even one layer is larger than the caches."""
-        layers = [self.library.layer("compresskv", type_name, tokens, threads) for tokens in (LONG, TOKENS)]
+        layers = [self.layer(type_name, tokens) for tokens in (LONG, TOKENS)]
         rings = [Ring(type_name, tokens, 0) for tokens in (LONG, TOKENS)]
-        self.compare(f"compress(), {type_name}: {LONG} tokens / {TOKENS}", threads, 4.3,
+        self.compare(f"compress(), {type_name}: {LONG} tokens / {TOKENS}", 4.3,
                      *map(self.compress_call, rings, layers), at_most=True)
         for layer in layers:
             self.library.free(layer)
@@ -334,24 +340,23 @@ def main():
     print(f"{TOKENS} tokens, {KV_HEADS} KV heads, head dimension {HEAD_DIM}, heads {HEADS}, window {WINDOW}, "
           f"capacity {CAPACITY}; medians of {bench.pairs} pairs, quartiles\n")
     print(f"{'what':72} threads  ratio  (quartiles)   goal          theirs ms    ours ms")
-    for threads in map(int, arguments.threads.split(",")):
-        bench.threads = threads
-        torch.set_num_threads(threads)
+    for bench.threads in map(int, arguments.threads.split(",")):
+        torch.set_num_threads(bench.threads)
         for type_name in TYPES:
             dots = type_name == "bfloat16" and fastest == "avx512_bf16"
-            bench.compress(type_name, threads, 15 if dots else 7)
+            bench.compress(type_name, 15 if dots else 7)
             if dots:
                 bench.library.force(b"avx512")
-                bench.compress("bfloat16", threads, 7, " without its instructions")
+                bench.compress("bfloat16", 7, " without its instructions")
                 bench.library.force(fastest.encode())
-            bench.bound(type_name, threads)
-            bench.decode(type_name, threads)
-            if threads == 1:
+            bench.bound(type_name)
+            bench.decode(type_name)
+            if bench.threads == 1:
                 bench.moves(type_name)
                 bench.view(type_name)
-        bench.snapkv(threads)
+        bench.snapkv()
         bench.rings.clear()
-        bench.growth("bfloat16", threads)
+        bench.growth("bfloat16")
     if arguments.out:
         arguments.out.write_text(json.dumps({"cpu": cpu(), "code_path": fastest, "torch": torch.__version__,
                                              "tokens": TOKENS, "results": bench.results}, indent=1) + "\n")

@@ -159,35 +159,25 @@ TEST(WindowAttention, OfManyTilesIsOneSoftmax) {
   constexpr std::size_t rows = 2100;
   Inputs inputs(1, 1, rows, 4);
   const std::vector<float> sinks(2, 2.5F);
-  for (const bool sink : {false, true}) {
+  const auto key = [&](std::size_t row, std::size_t e) {
+    return static_cast<double>(inputs.cache.keys[inputs.cache.at(1, row, e)]);
+  };
+  const auto query = [&](std::size_t i, std::size_t e) {
+    return static_cast<double>(inputs.queries[(4 + i) * head_dim + e]);
+  };
+  constexpr double no_sink = -std::numeric_limits<double>::infinity();
+  for (const double sink : {no_sink, 2.5}) {
     for (const std::size_t sliding : {0U, 300U, 1500U}) {
       QueryShape observed{.sliding_window = sliding};
-      if (sink) {
+      if (sink != no_sink) {
         observed.sinks = sinks;
       }
       Workspace workspace;
       const auto sums = inputs.sums({1}, workspace, observed);
-      std::vector<double> expected(rows - 4);
-      for (std::size_t i = 0; i < 4; ++i) {
-        const std::size_t own = rows - 4 + i;
-        const std::size_t first = sliding == 0 ? 0 : own + 1 - sliding;
-        std::vector<double> logits;
-        for (std::size_t t = first; t <= own; ++t) {
-          double dot = 0.0;
-          for (std::size_t e = 0; e < head_dim; ++e) {
-            dot += static_cast<double>(inputs.queries[(4 + i) * head_dim + e]) *
-                   static_cast<double>(inputs.cache.keys[inputs.cache.at(1, t, e)]);
-          }
-          logits.push_back(dot / 8.0);
-        }
-        if (sink) {
-          logits.push_back(2.5);
-        }
-        const auto weights = reference::softmax(logits);
-        for (std::size_t t = first; t < expected.size(); ++t) {
-          expected[t] += weights[t - first];
-        }
-      }
+      const std::vector<double> expected =
+          reference::window_sums(reference::window_attention(key, query, rows, 4, head_dim, 0.125,
+                                                             sliding == 0 ? rows : sliding, sink)
+                                     .weights);
       for (std::size_t t = 0; t < expected.size(); ++t) {
         ASSERT_NEAR(sums[0][t], expected[t], 3e-6 * expected[t]) << t << " sliding " << sliding;
       }

@@ -50,10 +50,13 @@ struct WindowAttention {
   double largest_logit_mass = 0.0;  ///< max over queries and keys of scale * sum_e |q_e k_e|
 };
 
-/// Steps 2 and 3 of METHOD.md section 2. `key(row, dim)`, `query(i, dim)`.
+/// Steps 2 and 3 of METHOD.md section 2. `key(row, dim)`, `query(i, dim)`. A query sees the last `sliding`
+/// rows, its own included; a sink of finite logit takes weight and gives none.
 template <class Key, class Query>
 WindowAttention window_attention(Key&& key, Query&& query, std::size_t rows, std::size_t window,
-                                 std::size_t head_dim, double scale) {
+                                 std::size_t head_dim, double scale,
+                                 std::size_t sliding = std::numeric_limits<std::size_t>::max(),
+                                 double sink = -std::numeric_limits<double>::infinity()) {
   WindowAttention out;
   for (std::size_t i = 0; i < window; ++i) {
     std::vector<double> logits;
@@ -65,11 +68,14 @@ WindowAttention window_attention(Key&& key, Query&& query, std::size_t rows, std
         dot += product;
         mass += std::abs(product);
       }
-      const bool future = row >= rows - window && row - (rows - window) > i;
-      logits.push_back(future ? -std::numeric_limits<double>::infinity() : dot * scale);
+      const std::size_t own = rows - window + i;
+      const bool seen = row <= own && own - row < sliding;
+      logits.push_back(seen ? dot * scale : -std::numeric_limits<double>::infinity());
       out.largest_logit_mass = std::max(out.largest_logit_mass, mass * scale);
     }
+    logits.push_back(sink);
     out.weights.push_back(softmax(logits));
+    out.weights.back().pop_back();
   }
   return out;
 }

@@ -180,11 +180,9 @@ class PositionSet {
   }
 
   void grow_to(std::size_t word) {
-    while (words_.size() <= word) {
-      if (words_.size() % words_per_count == 0) {
-        before_.push_back(static_cast<std::uint32_t>(size_));
-      }
-      words_.push_back(0);
+    if (words_.size() <= word) {
+      before_.resize(word / words_per_count + 1, static_cast<std::uint32_t>(size_));
+      words_.resize(word + 1);
     }
   }
 

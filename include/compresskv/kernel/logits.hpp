@@ -658,20 +658,16 @@ void logits(const Run<const T>& keys, std::size_t first, std::size_t count, cons
                   out_stride);
     }
   }
-  if (ready == count) {
-    return;
-  }
-  const auto rest = [&]<class Copied>(Copied) {
-    detail::logits_of_copied<Copied>(keys, first + ready, count - ready, queries, scale, buffer, out + ready,
-                                     out_stride);
-  };
+  first += ready;
+  count -= ready;
+  out += ready;
   if constexpr (std::same_as<T, Eigen::bfloat16>) {
     if (queries.pairs) {
-      rest(T{});
+      detail::logits_of_copied<T>(keys, first, count, queries, scale, buffer, out, out_stride);
       return;
     }
   }
-  rest(float{});
+  detail::logits_of_copied<float>(keys, first, count, queries, scale, buffer, out, out_stride);
 }
 
 }  // namespace compresskv::kernel

@@ -22,11 +22,11 @@ struct Exp2Sum {
 
 /// Rows of weights and a factor for each.
 struct ScaledRows {
-  const float* first;
-  std::size_t stride;  ///< floats from a row to the next
-  std::size_t count;
-  const float* factors;
-  std::size_t factor_stride;  ///< floats from a factor to the next
+  const float* first = nullptr;
+  std::size_t stride = 0;  ///< floats from a row to the next
+  std::size_t count = 1;
+  const float* factors = nullptr;
+  std::size_t factor_stride = 0;  ///< floats from a factor to the next
 
   const float* row(std::size_t index) const { return first + index * stride; }
   float factor(std::size_t index) const { return factors[index * factor_stride]; }
@@ -233,7 +233,7 @@ inline void add_scaled(const ScaledRows& rows, std::size_t tokens, float* sums) 
 
 /// The same for one row.
 inline void add_scaled(const float* row, float factor, std::size_t tokens, float* sums) {
-  add_scaled({.first = row, .stride = 0, .count = 1, .factors = &factor, .factor_stride = 0}, tokens, sums);
+  add_scaled({.first = row, .factors = &factor}, tokens, sums);
 }
 
 }  // namespace compresskv::kernel

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <span>
 #include <type_traits>
@@ -258,8 +257,7 @@ void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std:
       weights[t] = to_float(row[t]);
     }
     const float one = 1.0F;
-    add(0, i, 0, evictable,
-        ScaledRows{.first = weights.data(), .stride = 0, .count = 1, .factors = &one, .factor_stride = 0});
+    add(0, i, 0, evictable, ScaledRows{.first = weights.data(), .factors = &one});
   }
 }
 
