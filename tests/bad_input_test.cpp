@@ -87,6 +87,8 @@ struct World {
   std::vector<float> sums = noise(4 * tokens);
   std::vector<float> scores = noise(tokens - window);
   std::vector<std::size_t> score_ends{tokens - window};
+  std::vector<std::size_t> score_windows{window};
+  Scores<Granularity::layer> given_scores() { return {scores, score_ends, score_windows}; }
   Blocks new_table = Blocks(10, -7);
   Blocks bad_table;  // views point to it, and to lengths
   Lengths lengths;
@@ -469,7 +471,7 @@ std::vector<BadInput> no_numbers() {
     add(
         "scores", {"score of layer 0 row 0 token 9 is ", "must be finite", "nothing was changed"},
         [](World& w) -> float& { return w.scores[9]; },
-        [](World& w) { w.compressor.select(0, Scores<Granularity::layer>(w.scores, w.score_ends, window)); });
+        [](World& w) { w.compressor.select(0, w.given_scores()); });
     list.push_back(
         {"ranks' scores", {"score of layer 0 row 1 token 0 is ", "must be finite"}, [poison](World& w) {
            return [&w, poison] {

@@ -208,9 +208,11 @@ TEST(Cascade, LayersArriveInOrderEachOnce) {
   arrive(1);
   // A layer that must shrink again has scores for the rows that it kept, not for rows appended since.
   rows[0].assign(c.kv_heads, rows[0][0] + 1);
-  expect_error<ArgumentError>([&] { arrive(2); }, {"layer 0 KV head 0 has", "that it holds of the prompt",
-                                                   "append after the last layer has arrived"});
-  rows[0].assign(c.kv_heads, rows[0][0] - 1);
+  expect_error<ArgumentError>([&] { arrive(2); },
+                              {"layer 0 KV head 0 has 16 rows", "at most 15", "begin_turn()"});
+  rows[0].assign(c.kv_heads, rows[0][0] - 2);
+  expect_error<ArgumentError>([&] { arrive(2); }, {"layer 0 KV head 0 has 14 rows", "at least 15"});
+  rows[0].assign(c.kv_heads, rows[0][0] + 1);
   arrive(2);
 }
 
@@ -254,8 +256,23 @@ TEST(CakeBudget, LayersThatPreferNothingCountTheSame) {
   std::vector<std::size_t> capacities{10, 10, 10};
   std::vector<std::size_t> most(3);
   const std::vector<double> none(3, 0.0);
-  budget::Cake(Budget::tokens_per_layer(5)).cascade(none, 2, 16, capacities, most);
+  const std::vector<std::size_t> least(3, 2);
+  budget::Cake(Budget::tokens_per_layer(5)).cascade(none, least, 16, capacities, most);
   EXPECT_EQ(capacities, (std::vector<std::size_t>{6, 5, 5}));
+}
+
+TEST(CakeBudget, NoLayerFallsBelowItsLeast) {
+  std::vector<std::size_t> capacities{10, 10, 10};
+  std::vector<std::size_t> most(3);
+  const std::vector<double> preferences{0.0, 1.0, 100.0};
+  const std::vector<std::size_t> least{2, 7, 3};
+  const budget::Cake cake(Budget::tokens_per_layer(5));
+  cake.cascade(preferences, least, 16, capacities, most);
+  EXPECT_EQ(capacities, (std::vector<std::size_t>{2, 7, 7}));
+  expect_error<ArgumentError>(
+      [&] { cake.cascade(preferences, least, 11, capacities, most); },
+      {"windows and protected tokens of layers 0 to 2 are 12 rows", "the budget has 11", "protect fewer"});
+  EXPECT_EQ(capacities, (std::vector<std::size_t>{2, 7, 7})) << "as they were";
 }
 
 }  // namespace

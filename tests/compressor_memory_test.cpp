@@ -23,6 +23,7 @@ namespace compresskv::reference {
 std::atomic<std::size_t> allocations{0};
 std::atomic<std::size_t> alive{0};
 std::atomic<std::size_t> most_alive{0};
+std::atomic<std::size_t> failing_allocation{0};
 
 }  // namespace compresskv::reference
 
@@ -30,10 +31,13 @@ namespace {
 
 using compresskv::reference::alive;
 using compresskv::reference::allocations;
+using compresskv::reference::failing_allocation;
 using compresskv::reference::most_alive;
 
 void* counted(std::size_t size, std::size_t alignment) {
-  ++allocations;
+  if (++allocations == failing_allocation) {
+    throw std::bad_alloc();
+  }
   const std::size_t rounded = (std::max<std::size_t>(size, 1) + alignment - 1) / alignment * alignment;
   if (void* memory = std::aligned_alloc(alignment, rounded)) {
     alive += malloc_usable_size(memory);
@@ -117,6 +121,7 @@ TYPED_TEST(Memory, TheSecondSequenceAllocatesNothing) {
                               const Selection& selection) {
       compressor.begin(tokens);
       const std::size_t rows = compressor.compress(0, view_of(tokens), observation).rows();
+      compressor.begin_turn(tokens + 10);
       compressor.compress(0, view_of(std::min(rows + 10, tokens)), observation);
       compressor.compress(1, view_of(tokens), attention);
       compressor.score(2, view_of(tokens), observation);

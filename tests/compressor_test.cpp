@@ -129,6 +129,7 @@ TEST(Compressor, PositionsStayTrueOverRepeatedCompression) {
         ASSERT_EQ(kept.position(19 - i), sequence.next_position() - 1 - i) << "the window is whole";
       }
       sequence.append(random.below(15));
+      compressor.begin_turn(sequence.next_position());
     }
     EXPECT_EQ(compressor.retained(1).rows(), 60U) << "the other layer knows nothing of it";
     EXPECT_EQ(compressor.retained(1).next_position(), 60U);
@@ -196,6 +197,7 @@ TEST(Compressor, UnevenHeadsGoOnAtTheSamePosition) {
   Running sequence(30);
   compressor.compact(0, sequence.view(), Selection::per_head(std::vector<Rows>{{0, 4, 5, 29}, {2, 29}}));
   // Two tokens more for each head; then the oldest row of each goes.
+  compressor.begin_turn(32);
   const UnevenKv kv(sequence.view(), {6, 4});
   const Retained& kept =
       compressor.compact(0, kv, Selection::per_head(std::vector<Rows>{{1, 2, 3, 4, 5}, {1, 2, 3}}));
@@ -239,8 +241,10 @@ TEST(Compressor, APromptShorterThanTheWindowGrowsIntoIt) {
     Running sequence(prompt);
     EXPECT_EQ(compressor.compress(0, sequence.view(), sequence.observation()).rows(), prompt);
     sequence.append(window - prompt);
+    compressor.begin_turn(window);
     EXPECT_EQ(compressor.compress(0, sequence.view(), sequence.observation()).rows(), window);
     sequence.append(9);
+    compressor.begin_turn(13);
     const Retained& kept = compressor.compress(0, sequence.view(), sequence.observation());
     EXPECT_EQ(positions_of(kept), (Rows{9, 10, 11, 12})) << "the window alone, and whole";
     EXPECT_EQ(kept.next_position(), 13U);
@@ -330,6 +334,7 @@ TEST(Compressor, ACopyGoesItsOwnWay) {
   other.compact(0, copy.view(), Selection::shared_by_heads(Rows{0, 9}));
   EXPECT_EQ(positions_of(beam.retained(0)), before);
   EXPECT_EQ(positions_of(other.retained(0)), (Rows{before[0], before[9]}));
+  beam.begin_turn(65);
   beam.compress(0, sequence.view(), sequence.observation());
   EXPECT_EQ(beam.retained(0).next_position(), 65U);
   EXPECT_EQ(other.retained(0).next_position(), 60U);
@@ -520,12 +525,14 @@ TEST_F(Refusal, ScoresOfAnotherShape) {
   std::vector<float> values(36);
   const std::vector<std::size_t> one{36};
   const std::vector<std::size_t> two{18, 36};
+  const std::vector<std::size_t> windows(2, window);
+  const std::vector<std::size_t> longer{20};
   using LayerScores = Scores<Granularity::layer>;
-  refuses([&] { compressor_.select(0, LayerScores(values, two, window)); },
+  refuses([&] { compressor_.select(0, LayerScores(values, two, windows)); },
           {"scores of layer 0 have 2 rows", "this plan's have 1"});
-  refuses([&] { compressor_.select(0, LayerScores(values, one, 20)); },
+  refuses([&] { compressor_.select(0, LayerScores(values, one, longer)); },
           {"window of 20 rows", "the plan's window is 4"});
-  refuses([&] { compressor_.select(2, LayerScores(values, one, window)); }, {"layer is 2"});
+  refuses([&] { compressor_.select(2, LayerScores(values, one, windows)); }, {"layer is 2"});
 }
 
 TEST_F(Refusal, SelectionsThatDoNotFit) {

@@ -163,11 +163,14 @@ TEST(Turns, TokensTakenBackAreAsIfTheyHadNeverBeen) {
       const std::size_t drafted = sequence.random.between(1, 9);
       sequence.append(drafted);
       if (sequence.random.coin()) {
+        compressor.begin_turn(sequence.next);
         sequence.compress(compressor);  // the draft is in the compressed rows
       }
       const std::size_t position = sequence.next - sequence.random.between(0, drafted);
-      compressor.truncate(position);
+      const Held held = compressor.truncate(position);
       sequence.truncate(position);
+      EXPECT_EQ(held.rows(0), sequence.positions.size()) << "what the engine shortens its cache to";
+      EXPECT_EQ(held.next_position(), position);
       const Retained& left = compressor.retained(0);
       EXPECT_LE(left.next_position(), position);
       // Rows that the compressor has not seen yet stand behind those it knows.

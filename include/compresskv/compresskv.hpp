@@ -51,6 +51,7 @@
 // The calls that an engine makes
 #include "compresskv/batch.hpp"
 #include "compresskv/compressor.hpp"
+#include "compresskv/plan.hpp"
 
 // Attention over a cache, full or compressed
 #include "compresskv/kernel/decode_attention.hpp"

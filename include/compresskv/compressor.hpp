@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cassert>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
@@ -12,9 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
+#include "compresskv/core/finite.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/positions.hpp"
 #include "compresskv/core/protection.hpp"
@@ -26,52 +25,12 @@
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/kernel/row_moves.hpp"
 #include "compresskv/kernel/window_attention.hpp"
-#include "compresskv/score/scorer.hpp"
-#include "compresskv/select/selector.hpp"
+#include "compresskv/plan.hpp"
+#include "compresskv/view/held_views.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
 
 namespace compresskv {
-
-/// What to do for a model: a scorer, a selector and an allocator, made once, immutable, shared by all
-/// sequences and threads.
-///
-/// A selector that cannot use the scorer's granularity does not compile.
-template <score::Scorer S, select::Selector T, budget::Allocator A>
-class Plan {
- public:
-  using scorer_type = S;
-  using allocator_type = A;
-  static constexpr Reach reach = furthest(S::reach, T::reach, A::reach);
-
-  static_assert(T::accepts(S::granularity),
-                "this selector cannot use scores of this scorer's granularity: a shared selector needs one "
-                "row a layer, "
-                "a per-head selector one row a KV head");
-
-  /// Throws ArgumentError when a policy does not fit the model, or the budget cannot hold the window.
-  Plan(const ModelShape& shape, S scorer, T selector, A allocator)
-      : shape_(shape),
-        scorer_(std::move(scorer)),
-        selector_(std::move(selector)),
-        allocator_(std::move(allocator)) {
-    shape_.validate();
-    scorer_.validate(shape_);
-    allocator_.validate(shape_);
-    allocator_.budget().validate(scorer_.window(), shape_);
-  }
-
-  const ModelShape& shape() const { return shape_; }
-  const S& scorer() const { return scorer_; }
-  const T& selector() const { return selector_; }
-  const A& allocator() const { return allocator_; }
-
- private:
-  ModelShape shape_;
-  S scorer_;
-  T selector_;
-  A allocator_;
-};
 
 /// Stands for the keys or the observation where a scorer needs none.
 struct NotGiven {};
@@ -81,8 +40,15 @@ struct NotGiven {};
 /// Belongs to one sequence and one thread at a time; copying it copies the sequence's state (beams). The plan
 /// must outlive it. From the second sequence of the same shape on nothing is allocated.
 ///
-/// Every call checks and computes everything before the first row moves: an exception leaves that layer as it
-/// was.
+/// **Tokens are announced.** `begin` tells how many tokens the sequence has, `begin_turn` how many it has by
+/// now. A view may hold the rows that the last compression left and those appended since, at most one for
+/// each token announced: more is an error, as the engine then forgot to shorten its cache, to call
+/// `begin_turn`, or compresses twice. Tokens decoded between two compressions are announced by the next
+/// `begin_turn`.
+///
+/// **All or nothing.** Every call checks and computes everything before the first row moves: an exception
+/// leaves the cache of all layers and this object as they were, and the call may be made again. From the
+/// first row that moves on nothing fails: `key_run`, `value_run` and `rows` of a view do not throw.
 template <class P, class X = SerialExecutor>
 class Compressor {
   using S = typename P::scorer_type;
@@ -101,17 +67,22 @@ class Compressor {
                 "the first layer");
 
   explicit Compressor(const P& plan, X executor = X{})
-      : plan_(&plan), executor_(std::move(executor)), layers_(plan.shape().layers) {}
+      : plan_(&plan),
+        executor_(std::move(executor)),
+        layers_(plan.shape().layers),
+        pending_(P::reach == Reach::own_layer ? 1 : plan.shape().layers) {}
+  explicit Compressor(const P&&, X = X{}) = delete;  // the plan must outlive the compressor: give it a name
 
   /// Starts a sequence whose prompt has `prompt_tokens` tokens: budgets resolve here. `protection` names
   /// tokens that stay whatever the scores. Throws ArgumentError when the budget cannot be met. Cost: a few
   /// operations a layer.
   void begin(std::size_t prompt_tokens, const Protection& protection = {}) {
-    check_tokens(prompt_tokens);
+    check_tokens("prompt_tokens", prompt_tokens);
     for (Retained& layer : layers_) {
       layer.reserve_whole(prompt_tokens);
     }
-    resolve(prompt_tokens, protection);
+    const std::size_t mean = prepare(prompt_tokens, protection);
+    start_turn(prompt_tokens, mean, protection);
     for (Retained& layer : layers_) {
       layer.assign_whole(prompt_tokens);
       layer.bytes_freed_ = 0;
@@ -130,26 +101,40 @@ class Compressor {
                       " has seen ", known,
                       " tokens: count all tokens of the sequence; truncate() takes tokens back");
     }
-    check_tokens(total_tokens);
-    resolve(total_tokens, protection);
+    check_tokens("total_tokens", total_tokens);
+    const std::size_t mean = prepare(total_tokens, protection);
+    start_turn(total_tokens, mean, protection);
+    for (Retained& layer : layers_) {
+      layer.announced_ = total_tokens;
+    }
   }
 
   /// Takes back all tokens from `position` on (rejected speculative tokens): the sequence goes on there.
-  /// Their rows are the last of each KV head; `retained(layer)` says how many are left, and the engine
-  /// shortens its cache. Throws ArgumentError for position 0. Cost: a pass over the positions.
-  void truncate(std::size_t position) {
+  /// Their rows are the last of each KV head. Returns what is left, tokens decoded since the last compression
+  /// included: the engine shortens its cache to `rows(layer)` of it. Ends a turn whose layers are still
+  /// arriving. Throws ArgumentError for position 0. Cost: a pass over the positions.
+  Held truncate(std::size_t position) {
     check_layer(0);
     detail::require(position > 0,
                     "truncate position is 0: nothing would be left; begin() starts a new sequence");
     for (Retained& layer : layers_) {
       layer.truncate(position);
     }
+    turn_over_ = turn_over_ || under_way();
+    return held(position);
+  }
+
+  /// What the cache holds when the sequence has `tokens` tokens: the rows that were kept of those before
+  /// `tokens`, and those that the engine appended since.
+  Held held(std::size_t tokens) const {
+    check_layer(0);
+    return {layers_, tokens};
   }
 
   /// Rows that each layer may keep, window included, as of `begin()` or `begin_turn()`.
   std::span<const std::size_t> capacities() const { return capacities_; }
 
-  /// What a layer holds now.
+  /// What the last compression left of a layer; `held(tokens)` also counts the rows appended since.
   const Retained& retained(std::size_t layer) const {
     check_layer(layer);
     return layers_[layer];
@@ -198,52 +183,52 @@ class Compressor {
     static_assert(P::reach != Reach::own_layer,
                   "this composition shrinks each layer on its own: call compress(), not arrive()");
     check_layer(layer);
+    check_turn();
     detail::require(layer == arrived_, "layer ", layer, " arrives, expected layer ", arrived_,
                     ": layers arrive in order, each once");
-    const auto& kv = views(layer);
+    detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(workspace_, layer + 1);
+    const auto& kv = held_views.add(views(layer));
     check_view(layer, kv);
     set_rows(kv);
     const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
     const Scores<granularity> scores = reduced_scores(layer, kv, observation, reduce);
     check_scores(layer, scores);
-    if constexpr (carries) {
-      add_carried(layer, scores);
-    }
     changed_.clear();
-    if (layer < waiting_layers()) {
+    changed_.reserve(layers_.size());
+    if constexpr (carries) {
       carry(layer, scores);
-      ++arrived_;
+    }
+    if (layer < waiting_layers()) {
+      end_arrival();
       return changed_;
     }
 
     // What each may keep now: a layer that has been cut never grows again.
     pending_capacities_.assign(capacities_.begin(), capacities_.end());
     if constexpr (cascades) {
-      share_out(layer, longest, kv, observation);
+      share_out(layer, longest, scores, kv, observation);
     }
     for (std::size_t l = 0; l < layer; ++l) {
       if (cascades ? pending_capacities_[l] < capacities_[l] : layer == waiting_layers()) {
-        check_arrived(l, views(l));
+        check_arrived(l, held_views.add(views(l)));
         changed_.push_back(l);
       }
     }
-    const std::size_t capacity = at_least_window(pending_capacities_[layer], longest);
-    check_protected(layer, scores, capacity);
-    carry(layer, scores);
-    mark_protected(layer, scores);
-    plan_->selector().select(scores, capacity, workspace_, selection_);
+    select_within(layer, scores, at_least_window(pending_capacities_[layer], longest));
+    stage(layer, kv, kv, selection_, pending_[layer]);
     if constexpr (cascades) {
-      kept_scores_.append(layer, scores, selection_);
+      kept_scores_.reserve_layer(scores.values().size(), scores.rows());
     }
-    keep(layer, kv, kv, selection_);
-    capacities_[layer] = pending_capacities_[layer];
-    ++arrived_;
-    for (const std::size_t l : changed_) {
-      shrink_again(l, views(l), pending_capacities_[l]);
-    }
+    stage_changed(held_views.last(changed_.size()), pending_by_position_);
+
+    // From here on nothing fails.
+    commit_staged(layer, kv);
     if constexpr (cascades) {
-      kept_scores_.settle();
+      kept_scores_.append(scores, selection_);
     }
+    commit_changed(held_views.last(changed_.size()));
+    capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
+    end_arrival();
     changed_.push_back(layer);
     return changed_;
   }
@@ -257,19 +242,24 @@ class Compressor {
   std::span<const std::size_t> finish(Views&& views) {
     static_assert(P::reach == Reach::all_layers,
                   "this composition need not see the whole model: there is nothing to finish");
-    const std::size_t layers = plan_->shape().layers;
     check_layer(0);
+    check_turn();
+    const std::size_t layers = layers_.size();
     detail::require(arrived_ == layers, "layer ", arrived_, " has not arrived: finish() wants all ", layers,
                     " layers of the model");
+    detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(workspace_, layers);
     changed_.clear();
+    changed_.reserve(layers);
     for (std::size_t l = 0; l < layers; ++l) {
-      check_arrived(l, views(l));
+      check_arrived(l, held_views.add(views(l)));
       changed_.push_back(l);
     }
-    for (std::size_t l = 0; l < layers; ++l) {
-      shrink_again(l, views(l), capacities_[l]);
-    }
-    arrived_ = 0;
+    pending_capacities_.assign(capacities_.begin(), capacities_.end());
+    stage_changed(held_views.last(layers), by_position_);
+
+    // From here on nothing fails.
+    commit_changed(held_views.last(layers));
+    turn_over_ = true;
     return changed_;
   }
 
@@ -287,8 +277,7 @@ class Compressor {
   /// The same from attention alone, for engines that keep their cache elsewhere.
   template <KeylessObservation O>
   Scores<granularity> score(std::size_t layer, const O& attention) {
-    check_layer(layer);
-    rows_.assign(plan_->shape().kv_heads, attention.tokens());
+    set_rows(layer, attention);
     return score_rows(layer, NotGiven{}, attention);
   }
 
@@ -306,8 +295,7 @@ class Compressor {
   /// that only append. Where no more rows than the capacity are shown, all stay. Throws as `score`.
   template <KeylessObservation O>
   const Selection& select(std::size_t layer, const O& attention) {
-    check_layer(layer);
-    rows_.assign(plan_->shape().kv_heads, attention.tokens());
+    set_rows(layer, attention);
     if (stays_whole(layer)) {
       select_all();
       return selection_;
@@ -319,6 +307,7 @@ class Compressor {
   /// come from elsewhere (another rank, a file). Throws ArgumentError before anything moves.
   template <class V>
   const Retained& compact(std::size_t layer, const V& kv, const Selection& selection) {
+    check_settled(layer);
     return keep(layer, kv, kv, selection);
   }
 
@@ -329,6 +318,7 @@ class Compressor {
     static_assert(models_kv_view<W>(),
                   "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
     detail::check_view(target, plan_->shape());
+    check_settled(layer);
     return keep(layer, source, target, selection);
   }
 
@@ -347,8 +337,10 @@ class Compressor {
                   "only plain keys can be turned: quantised rows are never re-quantised");
     check_layer(layer);
     detail::check_view(kv, plan_->shape());
-    check_rows(layer, kv);
+    check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
     rotary.validate(kv.head_dim());
+    detail::require(!carries || !under_way() || (layer < arrived_ && arrived_ > waiting_layers()), "layer ",
+                    layer, " is still to be chosen from by position: rerotate() it after the last layer");
     for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
       detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " has ", kv.rows(head),
                       " rows, KV head 0 ", kv.rows(0), ": contiguous positions need equal lengths");
@@ -358,7 +350,7 @@ class Compressor {
     retained.reserve_whole(kv.rows(0));
     const std::span<float> buffers =
         workspace_.take(Workspace::Slot::key_rows, kv.kv_heads() * kv.head_dim());
-    executor_.parallel_for(kv.kv_heads(), [&](std::size_t head) {
+    detail::run_all(executor_, workspace_.take_counts(kv.kv_heads()), [&](std::size_t head) {
       Retained::Cursor positions = retained.cursor(head);
       std::size_t row = 0;
       for (std::size_t i = 0; i < kv.run_count(head); ++i) {
@@ -373,21 +365,24 @@ class Compressor {
         }
       }
     });
+    const std::size_t unseen = retained.rows_before(retained.announced_) - kv.rows(0);
     retained.assign_whole(kv.rows(0));
+    retained.announced_ += unseen;
     return retained;
   }
 
   /// Bytes of scratch and of positions held by this compressor now.
   std::size_t memory_bytes() const {
-    std::size_t total =
-        workspace_.bytes() + selection_.memory_bytes() + protected_.capacity() * sizeof(std::uint32_t);
-    for (const PositionSet& set : pending_) {
-      total += set.memory_bytes();
-    }
+    std::size_t total = workspace_.bytes() + selection_.memory_bytes() + kept_scores_.memory_bytes();
+    total += (protected_.capacity() + pending_protected_.capacity()) * sizeof(std::uint32_t);
+    total += (by_position_.capacity() + pending_by_position_.capacity()) * sizeof(float);
     for (const Retained& layer : layers_) {
       total += layer.memory_bytes();
     }
-    return total + kept_scores_.memory_bytes() + by_position_.capacity() * sizeof(float);
+    for (const Retained& layer : pending_) {
+      total += layer.memory_bytes();
+    }
+    return total;
   }
 
  private:
@@ -409,126 +404,176 @@ class Compressor {
           " rows, KV head 0 has ", kv.rows(0),
           ": one set of rows for all heads needs equal lengths; use a policy with scores a KV head");
     }
-    check_rows(layer, kv);
+    check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
   }
 
-  /// The view must hold what the compressor knows of, and may hold rows that the engine appended since, the
-  /// same number in each KV head.
-  template <class V>
-  void check_rows(std::size_t layer, const V& kv) const {
+  /// A layer holds the rows that the last compression left and those appended since, as many in each KV head
+  /// and at most one a token announced. `rows_of(kv_head)` gives what is shown.
+  template <class RowsOf>
+  void check_rows(std::size_t layer, RowsOf&& rows_of) const {
     const Retained& known = layers_[layer];
-    for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
-      detail::require(kv.rows(head) >= known.rows(head), "layer ", layer, " KV head ", head, " has ",
-                      kv.rows(head), " rows, expected at least ", known.rows(head),
+    for (std::size_t head = 0; head < plan_->shape().kv_heads; ++head) {
+      const std::size_t rows = rows_of(head);
+      const std::size_t kept = known.rows(head);
+      detail::require(rows >= kept, "layer ", layer, " KV head ", head, " has ", rows,
+                      " rows, expected at least ", kept,
                       ": view all rows of the prompt that begin() announced and those appended since");
-      detail::require(kv.rows(head) - known.rows(head) == kv.rows(0) - known.rows(0), "layer ", layer,
-                      " KV head ", head, " has ", kv.rows(head) - known.rows(head),
-                      " rows appended, KV head 0 has ", kv.rows(0) - known.rows(0),
+      detail::require(rows - kept == rows_of(0) - known.rows(0), "layer ", layer, " KV head ", head, " has ",
+                      rows - kept, " rows appended, KV head 0 has ", rows_of(0) - known.rows(0),
                       ": append every token to all heads");
     }
+    const std::size_t kept = known.rows(0);
+    const std::size_t open = known.announced_ - known.next_position_;
+    detail::require(rows_of(0) - kept <= open, "layer ", layer, " KV head 0 has ", rows_of(0),
+                    " rows, expected at most ", kept + open, ": it held ", kept, ", and ", open, " of the ",
+                    known.announced_,
+                    " tokens announced are still to come; shorten the cache to retained(layer).rows() after "
+                    "each compression, and announce new tokens by begin_turn()");
   }
 
-  /// A layer that arrived earlier holds what it held then, or what was kept of it: its scores are those
-  /// rows'.
+  /// A layer that takes part in choosing for others holds all that was announced: its scores are those rows'.
   template <class V>
   void check_arrived(std::size_t layer, const V& kv) const {
     check_view(layer, kv);
     for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
-      const std::size_t expected = layers_[layer].rows_before(tokens_, head);
+      const std::size_t expected = layers_[layer].rows_before(layers_[layer].announced_, head);
       detail::require(kv.rows(head) == expected, "layer ", layer, " KV head ", head, " has ", kv.rows(head),
-                      " rows, expected the ", expected,
-                      " that it holds of the prompt: append after the last layer has arrived");
+                      " rows, expected the ", expected, " that it holds of the prompt: view all of them");
     }
+  }
+
+  void check_turn() const {
+    detail::require(
+        !turn_over_,
+        "the layers of this turn have all arrived: begin_turn() starts the next turn, begin() the "
+        "next sequence");
+  }
+
+  /// Whether some layers have arrived and others are awaited.
+  bool under_way() const { return arrived_ > 0 && !turn_over_; }
+
+  /// Throws where a cascade may shrink the layer again, by the scores of the rows that it holds.
+  void check_settled(std::size_t layer) const {
+    detail::require(!cascades || !under_way() || layer >= arrived_, "layer ", layer,
+                    " may shrink again as later layers arrive: change its rows after the last one");
   }
 
   /// Layers that only look on until a later one arrives.
   std::size_t waiting_layers() const {
     if constexpr (P::reach == Reach::all_layers) {
-      return plan_->shape().layers;
+      return layers_.size();
     } else if constexpr (requires { plan_->scorer().hold_layers(); }) {
-      return std::min(plan_->scorer().hold_layers(), plan_->shape().layers - 1);
+      return std::min(plan_->scorer().hold_layers(), layers_.size() - 1);
     } else {
       return 0;
     }
   }
 
-  /// Turns a layer's own scores into those carried to it: what came before, decayed, and its own.
-  void add_carried(std::size_t layer, const Scores<granularity>& scores) const {
+  /// Makes of a layer's own scores those carried to it, what came before decayed and its own; and what is
+  /// carried on from it, into `pending_by_position_`.
+  void carry(std::size_t layer, const Scores<granularity>& scores) {
+    const float decay = plan_->scorer().decay();
+    pending_by_position_.resize(by_position_.size());
+    std::transform(by_position_.begin(), by_position_.end(), pending_by_position_.begin(),
+                   [&](float score) { return decay * score; });
     const std::span<float> own = scores.row(0);
     Retained::Cursor positions = layers_[layer].cursor();
     for (std::size_t t = 0; t < own.size(); ++t) {
-      own[t] = std::fma(plan_->scorer().decay(), by_position_[positions.seek(t)], own[t]);
+      const std::size_t position = positions.seek(t);
+      own[t] = std::fma(decay, by_position_[position], own[t]);
+      pending_by_position_[position] = own[t];
     }
   }
 
-  /// Hands carried scores on to the next layer; nothing where scores are not carried.
-  void carry(std::size_t layer, const Scores<granularity>& scores) {
+  void end_arrival() noexcept {
     if constexpr (carries) {
-      for (float& score : by_position_) {
-        score *= plan_->scorer().decay();
-      }
-      Retained::Cursor positions = layers_[layer].cursor();
-      const std::span<const float> now = scores.row(0);
-      for (std::size_t t = 0; t < now.size(); ++t) {
-        by_position_[positions.seek(t)] = now[t];
-      }
+      by_position_.swap(pending_by_position_);
     }
+    ++arrived_;
+    turn_over_ = P::reach == Reach::earlier_layers && arrived_ == layers_.size();
   }
 
   /// Capacities of the layers that have arrived with `layer`, into `pending_capacities_`.
   template <class V, class O>
-  void share_out(std::size_t layer, std::size_t longest, const V& kv, const O& observation) {
+  void share_out(std::size_t layer, std::size_t longest, const Scores<granularity>& scores, const V& kv,
+                 const O& observation) {
     preferences_.resize(layer);
     preferences_.push_back(
         plan_->allocator().preference(input_of(layer, kv, observation), workspace_, executor_));
+    least_.resize(layer);
+    least_.push_back(0);
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      least_.back() = std::max(least_.back(), scores.window(row) + count_protected(layer, row, scores));
+    }
     pending_capacities_[layer] = longest;
     const auto arrived = std::span(pending_capacities_).first(layer + 1);
     most_.resize(arrived.size());
-    plan_->allocator().cascade(preferences_, plan_->scorer().window(),
-                               std::min(mean_ * plan_->shape().layers,
-                                        std::accumulate(arrived.begin(), arrived.end(), std::size_t{0})),
-                               arrived, most_);
+    plan_->allocator().cascade(
+        preferences_, least_,
+        std::min(mean_ * layers_.size(), std::accumulate(arrived.begin(), arrived.end(), std::size_t{0})),
+        arrived, most_);
   }
 
-  /// Shrinks a layer that arrived before to `capacity`: by the scores carried so far, or those it arrived
-  /// with.
+  /// What a layer that arrived before keeps now, into `selection_`: by the scores that have been carried, or
+  /// those it arrived with.
   template <class V>
-  void shrink_again(std::size_t layer, const V& kv, std::size_t capacity) {
+  void select_again(std::size_t layer, const V& kv, std::span<const float> by_position) {
+    const std::size_t capacity = pending_capacities_[layer];
     if constexpr (carries) {
       set_rows(kv);
-      const std::size_t window = observing();
-      score_ends_.assign(1, rows_[0] - window);
-      const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, rows_[0] - window),
-                                       score_ends_, window);
+      const Scores<granularity> scores = take_scores();
       Retained::Cursor positions = layers_[layer].cursor();
       const std::span<float> own = scores.row(0);
       for (std::size_t t = 0; t < own.size(); ++t) {
-        own[t] = by_position_[positions.seek(t)];
+        own[t] = by_position[positions.seek(t)];
       }
       select_within(layer, scores, at_least_window(capacity, rows_[0]));
-      keep(layer, kv, kv, selection_);
     } else {
       plan_->selector().select(kept_scores_.template of<granularity>(layer), capacity, workspace_,
                                selection_);
-      keep(layer, kv, kv, selection_);
-      kept_scores_.keep(layer, selection_);
     }
-    capacities_[layer] = capacity;
+  }
+
+  /// Selects and stages the layers of `changed_`, whose views are given.
+  template <class V>
+  void stage_changed(std::span<const V> views, std::span<const float> by_position) {
+    for (std::size_t i = 0; i < views.size(); ++i) {
+      select_again(changed_[i], views[i], by_position);
+      stage(changed_[i], views[i], views[i], selection_, pending_[changed_[i]]);
+    }
+  }
+
+  template <class V>
+  void commit_changed(std::span<const V> views) noexcept {
+    for (std::size_t i = 0; i < views.size(); ++i) {
+      commit_staged(changed_[i], views[i]);
+      if constexpr (cascades) {
+        kept_scores_.keep(changed_[i], selection_);
+      }
+    }
+    if constexpr (cascades) {
+      kept_scores_.settle();
+    }
   }
 
   /// Scores that a cascade holds at most: of all that is kept, and of a layer that has just arrived.
   std::size_t cascade_scores(std::size_t tokens, std::size_t mean) const {
-    const std::size_t rows = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
-    return (mean * plan_->shape().layers + tokens) * rows;
+    return (mean * layers_.size() + tokens) * score_rows_of_layer();
+  }
+  std::size_t score_rows_of_layer() const {
+    return granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
   }
 
-  static void check_tokens(std::size_t tokens) {
-    detail::require(tokens > 0, "prompt_tokens is 0: a prompt has at least one token");
-    detail::require(tokens <= std::numeric_limits<std::uint32_t>::max(), "prompt_tokens is ", tokens,
-                    ", positions are held in 32 bits");
+  static void check_tokens(const char* name, std::size_t tokens) {
+    detail::require(tokens > 0, name, " is 0: a prompt has at least one token");
+    detail::require(tokens <= (std::numeric_limits<std::uint32_t>::max)(), name, " is ", tokens,
+                    ", the most is ", (std::numeric_limits<std::uint32_t>::max)(),
+                    ": positions are held in 32 bits");
   }
 
-  void resolve(std::size_t tokens, const Protection& protection) {
+  /// Resolves budgets and protection and makes room for a turn; changes nothing that other calls look at.
+  /// Returns the mean rows a layer.
+  std::size_t prepare(std::size_t tokens, const Protection& protection) {
     const auto listed = protection.positions;
     for (std::size_t i = 0; i < listed.size(); ++i) {
       detail::require(i == 0 || listed[i] > listed[i - 1], "protected position ", listed[i], " comes after ",
@@ -538,29 +583,42 @@ class Compressor {
     }
     const std::size_t window = plan_->scorer().window();
     const std::size_t mean = plan_->allocator().budget().resolve(tokens, window, plan_->shape());
-    if constexpr (cascades) {
-      kept_scores_.reserve(cascade_scores(tokens, mean));
-    }
-    pending_capacities_.assign(plan_->shape().layers, tokens);
+    pending_capacities_.assign(layers_.size(), tokens);
     if (mean < tokens) {
       plan_->allocator().allocate({.per_layer = mean, .window = window, .tokens = tokens},
                                   pending_capacities_);
     }
-    protected_.assign(listed.begin(), listed.end());
-    keep_first_ = protection.keep_first;
-    keep_last_from_ = protection.keep_last == 0 ? std::numeric_limits<std::size_t>::max()
-                                                : tokens - std::min(protection.keep_last, tokens);
+    pending_protected_.assign(listed.begin(), listed.end());
+    capacities_.reserve(layers_.size());
+    if constexpr (cascades) {
+      kept_scores_.reserve(cascade_scores(tokens, mean), layers_.size(), score_rows_of_layer());
+    }
+    if constexpr (carries) {
+      by_position_.reserve(tokens);
+      pending_by_position_.reserve(tokens);
+    }
+    return mean;
+  }
+
+  /// Takes over what `prepare` made.
+  void start_turn(std::size_t tokens, std::size_t mean, const Protection& protection) noexcept {
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
+    protected_.swap(pending_protected_);
+    keep_first_ = protection.keep_first;
+    keep_last_from_ = protection.keep_last == 0 ? (std::numeric_limits<std::size_t>::max)()
+                                                : tokens - std::min(protection.keep_last, tokens);
     mean_ = mean;
-    tokens_ = tokens;
     arrived_ = 0;
+    turn_over_ = false;
+    if constexpr (cascades) {
+      kept_scores_.clear();
+    }
     if constexpr (carries) {
       by_position_.assign(tokens, 0.0F);
     }
   }
 
-  /// A prompt shorter than the window has a capacity below it; once decoding has made the layer longer, the
-  /// window still stays whole.
+  /// Whatever an allocator of the engine's own says, the window stays whole.
   std::size_t at_least_window(std::size_t capacity, std::size_t rows) const {
     return std::max(capacity, std::min(plan_->scorer().window(), rows));
   }
@@ -592,6 +650,13 @@ class Compressor {
     }
   }
 
+  template <KeylessObservation O>
+  void set_rows(std::size_t layer, const O& attention) {
+    check_layer(layer);
+    check_rows(layer, [&](std::size_t) { return attention.tokens(); });
+    rows_.assign(plan_->shape().kv_heads, attention.tokens());
+  }
+
   void select_all() {
     const auto fill = [](std::span<std::uint32_t> list) { std::iota(list.begin(), list.end(), 0U); };
     if (std::all_of(rows_.begin(), rows_.end(), [&](std::size_t rows) { return rows == rows_[0]; })) {
@@ -604,25 +669,26 @@ class Compressor {
     }
   }
 
-  /// Throws where scores do not fit the plan or are not finite; the rows of the longest KV head.
+  /// Throws where scores do not fit the plan or the layer, or are not finite; the rows of the longest KV
+  /// head.
   std::size_t check_scores(std::size_t layer, const Scores<granularity>& scores) const {
-    const std::size_t expected = granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
+    const std::size_t expected = score_rows_of_layer();
     detail::require(scores.rows() == expected, "scores of layer ", layer, " have ", scores.rows(),
                     " rows, this plan's have ", expected, ": give the scores that score() filled");
-    std::size_t shortest = scores.tokens(0) + scores.window();
-    std::size_t longest = shortest;
-    for (std::size_t row = 1; row < scores.rows(); ++row) {
-      shortest = std::min(shortest, scores.tokens(row) + scores.window());
-      longest = std::max(longest, scores.tokens(row) + scores.window());
+    std::size_t longest = 0;
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      longest = std::max(longest, scores.cached(row));
+      const std::size_t window = std::min(plan_->scorer().window(), scores.cached(row));
+      detail::require(scores.window(row) == window, "scores of layer ", layer, " leave out a window of ",
+                      scores.window(row), " rows, the plan's window is ", window,
+                      ": give the scores that score() filled");
     }
-    const std::size_t window = std::min(plan_->scorer().window(), shortest);
-    detail::require(scores.window() == window, "scores of layer ", layer, " leave out a window of ",
-                    scores.window(), " rows, the plan's window is ", window,
-                    ": give the scores that score() filled");
+    check_rows(layer,
+               [&](std::size_t head) { return scores.cached(granularity == Granularity::layer ? 0 : head); });
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const auto values = scores.row(row);
       for (std::size_t token = 0; token < values.size(); ++token) {
-        detail::require<ScoreError>(std::isfinite(values[token]), "score of layer ", layer, " row ", row,
+        detail::require<ScoreError>(detail::is_finite(values[token]), "score of layer ", layer, " row ", row,
                                     " token ", token, " is ", values[token],
                                     ": scores must be finite; nothing was changed");
       }
@@ -634,7 +700,7 @@ class Compressor {
   template <class Visit>
   void for_each_protected(std::size_t layer, std::size_t row, std::size_t tokens, Visit&& visit) const {
     if (keep_first_ == 0 && protected_.empty() &&
-        keep_last_from_ == std::numeric_limits<std::size_t>::max()) {
+        keep_last_from_ == (std::numeric_limits<std::size_t>::max)()) {
       return;  // the usual case costs nothing
     }
     Retained::Cursor positions = layers_[layer].cursor(row);
@@ -647,12 +713,17 @@ class Compressor {
     }
   }
 
+  std::size_t count_protected(std::size_t layer, std::size_t row, const Scores<granularity>& scores) const {
+    std::size_t count = 0;
+    for_each_protected(layer, row, scores.tokens(row), [&](std::size_t) { ++count; });
+    return count;
+  }
+
   /// Throws where `capacity` cannot hold the protected tokens beside the window.
   void check_protected(std::size_t layer, const Scores<granularity>& scores, std::size_t capacity) const {
-    const std::size_t room = capacity - scores.window();
     for (std::size_t row = 0; row < scores.rows(); ++row) {
-      std::size_t count = 0;
-      for_each_protected(layer, row, scores.tokens(row), [&](std::size_t) { ++count; });
+      const std::size_t count = count_protected(layer, row, scores);
+      const std::size_t room = capacity - scores.window(row);
       detail::require(count <= room, "layer ", layer, " has room for ", room, " tokens beside the window, ",
                       count, " are protected: raise the budget or its minimum, or protect fewer");
     }
@@ -663,7 +734,7 @@ class Compressor {
   void mark_protected(std::size_t layer, const Scores<granularity>& scores) const {
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       for_each_protected(layer, row, scores.tokens(row), [&](std::size_t token) {
-        scores.row(row)[token] = std::numeric_limits<float>::max();
+        scores.row(row)[token] = (std::numeric_limits<float>::max)();
       });
     }
   }
@@ -674,15 +745,21 @@ class Compressor {
     plan_->selector().select(scores, capacity, workspace_, selection_);
   }
 
-  /// Queries of the window that observe the layer at hand: a short one has no more than its rows.
-  std::size_t observing() const {
-    return std::min(plan_->scorer().window(), *std::min_element(rows_.begin(), rows_.end()));
+  /// Scores of `rows_`, their values unspecified.
+  Scores<granularity> take_scores() {
+    score_ends_.resize(score_rows_of_layer());
+    score_windows_.resize(score_ends_.size());
+    std::size_t end = 0;
+    for (std::size_t row = 0; row < score_ends_.size(); ++row) {
+      score_windows_[row] = std::min(plan_->scorer().window(), rows_[row]);
+      end += rows_[row] - score_windows_[row];
+      score_ends_[row] = end;
+    }
+    return {workspace_.take(Workspace::Slot::scores, end), score_ends_, score_windows_};
   }
 
   template <class V, class O>
   Scores<granularity> score_rows(std::size_t layer, const V& kv, const O& observation) {
-    const ModelShape& shape = plan_->shape();
-    const std::size_t window = observing();
     static_assert(S::needs != Needs::keys || KvView<V>,
                   "this scorer reads the keys: give it the layer's view");
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
@@ -691,16 +768,12 @@ class Compressor {
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
       for (std::size_t head = 0; head < rows_.size(); ++head) {
-        detail::check_observation(observation, shape, rows_[head], std::max(window, unseen(layer, head)));
+        const std::size_t window = std::min(plan_->scorer().window(), rows_[head]);
+        detail::check_observation(observation, plan_->shape(), rows_[head],
+                                  std::max(window, unseen(layer, head)));
       }
     }
-    score_ends_.resize(granularity == Granularity::layer ? 1 : shape.kv_heads);
-    std::size_t end = 0;
-    for (std::size_t row = 0; row < score_ends_.size(); ++row) {
-      end += rows_[row] - window;
-      score_ends_[row] = end;
-    }
-    const Scores<granularity> scores(workspace_.take(Workspace::Slot::scores, end), score_ends_, window);
+    const Scores<granularity> scores = take_scores();
     plan_->scorer().score(input_of(layer, kv, observation), workspace_, executor_, scores);
     return scores;
   }
@@ -716,26 +789,39 @@ class Compressor {
 
   template <class V, class O>
   kernel::LayerInput<V, O> input_of(std::size_t layer, const V& kv, const O& observation) const {
+    // Positions of what each layer is to keep are held until all are known: 1.1 bits each.
+    const std::size_t staged = pending_.size() * score_rows_of_layer() * rows_[0] * 11 / 80;
     return {.shape = plan_->shape(),
             .layer = layer,
             .rows = rows_,
-            .window = observing(),
+            .window = plan_->scorer().window(),
             .retained = layers_[layer],
             .kv = kv,
             .observation = observation,
-            .held_bytes = cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0};
+            .held_bytes = staged + (cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0)};
   }
+
+  Retained& pending(std::size_t layer) { return pending_[P::reach == Reach::own_layer ? 0 : layer]; }
 
   template <class V, class W>
   const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
+    check_layer(layer);
+    stage(layer, source, target, selection, pending(layer));
+    commit(layer, source, target, selection, pending(layer));
+    return layers_[layer];
+  }
+
+  /// Checks all that a move asks for, says what the layer will hold in `next`, and makes room for it.
+  template <class V, class W>
+  void stage(std::size_t layer, const V& source, const W& target, const Selection& selection,
+             Retained& next) {
     static_assert(models_kv_view<V>(),
                   "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
     static_assert(
         kernel::rows_fit<V, W>,
         "rows move as they are: the cache written needs the element types of the cache read, not const");
-    check_layer(layer);
     detail::check_view(source, plan_->shape());
-    check_rows(layer, source);
+    check_rows(layer, [&](std::size_t head) { return source.rows(head); });
     const std::size_t kv_heads = source.kv_heads();
     selection.validate(kv_heads, [&](std::size_t head) { return source.rows(head); });
     const bool in_place = static_cast<const void*>(&source) == static_cast<const void*>(&target);
@@ -750,75 +836,105 @@ class Compressor {
       detail::check_writable(target, head, in_place ? detail::first_moved(rows) : 0, rows.size());
     }
 
-    Retained& retained = layers_[layer];
-    const std::size_t next_position = retained.next_position_ + source.rows(0) - retained.rows(0);
-    const std::size_t lists = selection.shared() ? retained.lists_ : kv_heads;
-    if (before != after) {
-      compose_positions(retained, lists, selection);
-      retained.sets_.resize(std::max(retained.sets_.size(), lists));
-    }
-    for (std::size_t list = 0; list < lists; ++list) {
-      if (before != after) {
-        retained.sets_[list].reserve_for(pending_[list]);
-      } else if (list < retained.lists_) {
-        retained.sets_[list].reserve(next_position);
+    Retained& now = layers_[layer];
+    next.next_position_ = now.next_position_ + source.rows(0) - now.rows(0);
+    next.bytes_freed_ = (before - after) * kv_row_bytes(source);
+    next.lists_ = before == after || selection.shared() ? now.lists_ : kv_heads;
+    now.sets_.resize(std::max(now.sets_.size(), next.lists_));
+    next.sets_.resize(std::max(next.sets_.size(), next.lists_));
+    std::size_t values = 0;
+    for (std::size_t list = 0; list < next.lists_; ++list) {
+      if (before == after) {
+        now.sets_[list].reserve(next.next_position_);
+        continue;
       }
-    }
-    move_rows(source, target, selection);
-    if (before != after) {
-      std::copy_n(pending_.begin(), lists, retained.sets_.begin());
-      retained.lists_ = lists;
-    } else {
-      for (std::size_t list = 0; list < retained.lists_; ++list) {
-        retained.sets_[list].append(retained.next_position_, next_position);
-      }
-    }
-    retained.next_position_ = next_position;
-    retained.bytes_freed_ = (before - after) * kv_row_bytes(source);
-    return retained;
-  }
-
-  /// Positions of the selected rows, into `pending_`.
-  void compose_positions(const Retained& retained, std::size_t lists, const Selection& selection) {
-    pending_.resize(std::max(pending_.size(), lists));
-    for (std::size_t list = 0; list < lists; ++list) {
-      Retained::Cursor positions = retained.cursor(list);
-      pending_[list].clear();
+      Retained::Cursor positions = now.cursor(list);
+      next.sets_[list].clear();
       for (const std::uint32_t row : selection.rows(list)) {
-        pending_[list].push_back(positions.seek(row));
+        next.sets_[list].push_back(positions.seek(row));
       }
+      now.sets_[list].reserve_for(next.sets_[list]);
+      values += next.sets_[list].size();
+    }
+    workspace_.take_counts(kv_heads);
+    if constexpr (P::reach != Reach::own_layer) {
+      selection_.reserve(std::max(values, before), kv_heads);
     }
   }
 
+  /// Moves what was staged. `take_counts` and all that grows here has its memory.
   template <class V, class W>
-  void move_rows(const V& source, const W& target, const Selection& selection) noexcept {
-    executor_.parallel_for(source.kv_heads(), [&](std::size_t head) {
-      kernel::copy_rows(source, target, head, selection.rows(head));
-    });
+  void commit(std::size_t layer, const V& source, const W& target, const Selection& selection,
+              const Retained& next) noexcept {
+    detail::run_all(executor_, workspace_.take_counts(source.kv_heads()),
+                    [&](std::size_t head) { kernel::copy_rows(source, target, head, selection.rows(head)); });
+    Retained& now = layers_[layer];
+    if (next.bytes_freed_ > 0) {
+      std::copy_n(next.sets_.begin(), next.lists_, now.sets_.begin());
+      now.lists_ = next.lists_;
+    } else {
+      for (std::size_t list = 0; list < now.lists_; ++list) {
+        now.sets_[list].append(now.next_position_, next.next_position_);
+      }
+    }
+    now.next_position_ = next.next_position_;
+    now.bytes_freed_ = next.bytes_freed_;
+  }
+
+  /// `commit` in place for a layer staged before others: its selection, which `selection_` no longer holds,
+  /// is found again from the positions.
+  template <class V>
+  void commit_staged(std::size_t layer, const V& kv) noexcept {
+    const Retained& now = layers_[layer];
+    const Retained& next = pending_[layer];
+    if (next.bytes_freed_ == 0) {
+      set_rows(kv);
+      select_all();
+    } else {
+      const auto fill = [&](std::size_t list, std::span<std::uint32_t> rows) {
+        const PositionSet& kept = next.sets_[list];
+        std::transform(kept.begin(), kept.end(), rows.begin(), [&](std::size_t position) {
+          return static_cast<std::uint32_t>(now.rows_before(position, list));
+        });
+      };
+      if (next.shared()) {
+        fill(0, selection_.assign_shared(next.rows(0)));
+      } else {
+        selection_.assign_per_head(0);
+        for (std::size_t list = 0; list < next.lists_; ++list) {
+          fill(list, selection_.append_head(next.rows(list)));
+        }
+      }
+    }
+    commit(layer, kv, kv, selection_, next);
   }
 
   const P* plan_;
   X executor_;
   Workspace workspace_;
   std::vector<std::size_t> capacities_;          // [layer]
-  std::vector<std::size_t> pending_capacities_;  // of a begin() under way
+  std::vector<std::size_t> pending_capacities_;  // of a call under way
   std::vector<Retained> layers_;
+  std::vector<Retained> pending_;  // what layers are to hold: the one at hand, or all that change at once
   // Of compositions that reach over layers.
   std::size_t mean_ = 0;     // p
-  std::size_t tokens_ = 0;   // of the sequence so far
   std::size_t arrived_ = 0;  // layers
+  bool turn_over_ = false;   // no layer is awaited until the next turn
   std::vector<std::size_t> changed_;
-  std::vector<float> by_position_;  // scores carried from layer to layer
+  std::vector<float> by_position_;          // scores carried from layer to layer
+  std::vector<float> pending_by_position_;  // those of an arrival under way
   std::vector<double> preferences_;
+  std::vector<std::size_t> least_;  // [layer that has arrived], rows of its window and of what is protected
   std::vector<std::size_t> most_;
   detail::KeptScores kept_scores_;
-  std::vector<std::size_t> rows_;        // [kv_head], of the layer at hand
-  std::vector<std::size_t> score_ends_;  // [row of scores]
+  std::vector<std::size_t> rows_;           // [kv_head], of the layer at hand
+  std::vector<std::size_t> score_ends_;     // [row of scores]
+  std::vector<std::size_t> score_windows_;  // [row of scores]
   std::vector<std::uint32_t> protected_;
+  std::vector<std::uint32_t> pending_protected_;
   std::size_t keep_first_ = 0;
-  std::size_t keep_last_from_ = std::numeric_limits<std::size_t>::max();
+  std::size_t keep_last_from_ = (std::numeric_limits<std::size_t>::max)();
   Selection selection_;
-  std::vector<PositionSet> pending_;  // positions of a compaction under way
 };
 
 template <class P>

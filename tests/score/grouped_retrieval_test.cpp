@@ -119,8 +119,8 @@ std::vector<Rows> best_rows(const Scores<Granularity::kv_head>& scores, std::siz
   std::vector<Rows> lists;
   for (std::size_t head = 0; head < scores.rows(); ++head) {
     const std::vector<float> row(scores.row(head).begin(), scores.row(head).end());
-    lists.push_back(reference::rows_to_keep(row, scores.window(),
-                                            std::min(capacity, scores.window() + scores.tokens(head))));
+    lists.push_back(
+        reference::rows_to_keep(row, scores.window(head), std::min(capacity, scores.cached(head))));
   }
   return lists;
 }
@@ -244,11 +244,12 @@ TEST(GroupedTopK, TakesOnlyScoresAKvHead) {
 TEST(GroupedTopK, EachHeadKeepsItsBestTiesToTheLowerRow) {
   std::vector<float> values{1, 5, 2, 5, 5, 7, 7, 7, 9, 3};
   const std::vector<std::size_t> ends{5, 8, 10};
+  const std::vector<std::size_t> windows(3, 2);
   Workspace workspace;
   Selection selection;
-  select::GroupedTopK{}.select(Scores<Granularity::kv_head>(values, ends, 2), 4, workspace, selection);
+  select::GroupedTopK{}.select(Scores<Granularity::kv_head>(values, ends, windows), 4, workspace, selection);
   EXPECT_EQ(selection, Selection::per_head(std::vector<Rows>{{1, 3, 5, 6}, {0, 1, 3, 4}, {0, 1, 2, 3}}));
-  select::GroupedTopK{}.select(Scores<Granularity::kv_head>(values, ends, 2), 2, workspace, selection);
+  select::GroupedTopK{}.select(Scores<Granularity::kv_head>(values, ends, windows), 2, workspace, selection);
   EXPECT_EQ(selection, Selection::per_head(std::vector<Rows>{{5, 6}, {3, 4}, {2, 3}}));
 }
 

@@ -25,9 +25,10 @@ std::vector<Rows> selected(const Heads& heads, std::size_t window, std::size_t c
     values.insert(values.end(), head.begin(), head.end());
     ends.push_back(values.size());
   }
+  const std::vector<std::size_t> windows(heads.size(), window);
   Workspace workspace;
   Selection selection;
-  Adaptive(safeguard).select(Scores<Granularity::kv_head>(values, ends, window), capacity, workspace,
+  Adaptive(safeguard).select(Scores<Granularity::kv_head>(values, ends, windows), capacity, workspace,
                              selection);
   std::vector<Rows> rows;
   for (std::size_t head = 0; head < heads.size(); ++head) {

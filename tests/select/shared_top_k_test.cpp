@@ -17,7 +17,8 @@ Rows selected(std::vector<float> scores, std::size_t window, std::size_t capacit
   Workspace workspace;
   Selection selection;
   const std::vector<std::size_t> ends{scores.size()};
-  SharedTopK{}.select(Scores<Granularity::layer>(scores, ends, window), capacity, workspace, selection);
+  SharedTopK{}.select(Scores<Granularity::layer>(scores, ends, std::span(&window, 1)), capacity, workspace,
+                      selection);
   EXPECT_TRUE(selection.shared());
   return {selection.rows().begin(), selection.rows().end()};
 }

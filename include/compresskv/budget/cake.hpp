@@ -23,10 +23,10 @@ namespace compresskv::budget {
 ///     capacity[l] = P[l] / (P[0] + ... + P[n-1]) * min(p * L, n * S)     once layers 0 .. n-1 have arrived
 ///
 /// The window's own columns are left out; sums first, then powers. Rounding is half to even, bounds are
-/// `[w, rows of the layer]`, and the walk to the total adds or takes one row a layer, lower layers first. A
-/// layer that has arrived never grows again: what it lost is gone. Paper: Qin et al., ICLR 2025 (arXiv
-/// 2503.12491); METHOD.md section 4. Goes with `score::Cake`, or any scorer that looks at the window. Cost:
-/// the attention of all heads' windows, and a logarithm a weight.
+/// `[w and what is protected, rows of the layer]`, and the walk to the total adds or takes one row a layer,
+/// lower layers first. A layer that has arrived never grows again: what it lost is gone. Paper: Qin et al.,
+/// ICLR 2025 (arXiv 2503.12491); METHOD.md section 4. Goes with `score::Cake`, or any scorer that looks at
+/// the window. Cost: the attention of all heads' windows, and a logarithm a weight.
 class Cake {
  public:
   static constexpr Reach reach = Reach::earlier_layers;
@@ -69,22 +69,26 @@ class Cake {
     return std::pow(std::max(entropy, 0.0), 1.0 / options_.tau1) * std::pow(variance, 1.0 / options_.tau2);
   }
 
-  /// Shares `total` rows among the layers that have arrived, one for each preference. `capacities` holds what
-  /// each may keep at most and receives what it may keep now, at least `window`. Where all preferences are 0
-  /// all count the same.
-  void cascade(std::span<const double> preferences, std::size_t window, std::size_t total,
+  /// Shares `total` rows among the layers that have arrived, one for each preference. `least` is what each
+  /// must keep (its window and what is protected), `capacities` holds what each may keep at most and receives
+  /// what it may keep now. Where all preferences are 0 all count the same. Throws ArgumentError where the
+  /// least of all layers is more than `total`; `capacities` are then as they were.
+  void cascade(std::span<const double> preferences, std::span<const std::size_t> least, std::size_t total,
                std::span<std::size_t> capacities, std::span<std::size_t> most) const {
+    const std::size_t needed = std::accumulate(least.begin(), least.end(), std::size_t{0});
+    detail::require(needed <= total, "windows and protected tokens of layers 0 to ", capacities.size() - 1,
+                    " are ", needed, " rows, the budget has ", total,
+                    ": raise the budget, or protect fewer tokens");
     std::copy(capacities.begin(), capacities.end(), most.begin());
     const double sum_of_preferences = std::accumulate(preferences.begin(), preferences.end(), 0.0);
     for (std::size_t l = 0; l < capacities.size(); ++l) {
       const double share = sum_of_preferences > 0.0 ? preferences[l] / sum_of_preferences
                                                     : 1.0 / static_cast<double>(capacities.size());
       const double rows = detail::round_half_even(share * static_cast<double>(total));
-      capacities[l] = std::clamp(static_cast<std::size_t>(rows), std::min(window, most[l]), most[l]);
+      capacities[l] = std::clamp(static_cast<std::size_t>(rows), least[l], most[l]);
     }
     walk_to_total(
-        capacities, total, [&](std::size_t l) { return std::min(window, most[l]); },
-        [&](std::size_t l) { return most[l]; });
+        capacities, total, [&](std::size_t l) { return least[l]; }, [&](std::size_t l) { return most[l]; });
   }
 
  private:

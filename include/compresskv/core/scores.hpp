@@ -15,16 +15,17 @@ namespace compresskv {
 /// the cache (all rows but the window). Higher means keep. A view of the compressor's memory, valid until its
 /// next call.
 ///
-/// Rows differ in length where KV heads hold different numbers of rows.
-/// Writable on purpose: tensor-parallel ranks add their values here before they select.
+/// Rows differ in length where KV heads hold different numbers of rows; a head with fewer rows than the
+/// window has no evictable token, and its window is as short as it is. Writable on purpose: tensor-parallel
+/// ranks add their values here before they select.
 template <Granularity G>
 class Scores {
  public:
   static constexpr Granularity granularity = G;
 
-  /// `ends[row]` is where a row ends in `values`.
-  Scores(std::span<float> values, std::span<const std::size_t> ends, std::size_t window)
-      : values_(values), ends_(ends), window_(window) {}
+  /// `ends[row]` is where a row ends in `values`, `windows[row]` what `window(row)` says.
+  Scores(std::span<float> values, std::span<const std::size_t> ends, std::span<const std::size_t> windows)
+      : values_(values), ends_(ends), windows_(windows) {}
 
   /// All values, row after row.
   std::span<float> values() const { return values_; }
@@ -36,12 +37,14 @@ class Scores {
   /// Evictable tokens of a row, S - w.
   std::size_t tokens(std::size_t index = 0) const { return row(index).size(); }
   /// Rows of the cache behind the evictable ones, which are kept whatever the scores.
-  std::size_t window() const { return window_; }
+  std::size_t window(std::size_t index = 0) const { return windows_[index]; }
+  /// Rows of the cache that a row of scores stands for, S.
+  std::size_t cached(std::size_t index = 0) const { return tokens(index) + window(index); }
 
  private:
   std::span<float> values_;
   std::span<const std::size_t> ends_;
-  std::size_t window_;
+  std::span<const std::size_t> windows_;
 };
 
 namespace detail {
@@ -50,21 +53,33 @@ namespace detail {
 /// layers, as what a layer held when it arrived is much more than what it holds in the end.
 class KeptScores {
  public:
-  /// Makes room for `count` scores, so that adding them does not hold an old array beside a new one.
-  void reserve(std::size_t count) { values_.reserve(count); }
+  /// Makes room for `count` scores of `layers` layers of `rows` rows each, so that adding them neither
+  /// allocates nor holds an old array beside a new one.
+  void reserve(std::size_t count, std::size_t layers, std::size_t rows) {
+    values_.reserve(count);
+    layers_.reserve(layers);
+    ends_.reserve(layers * rows);
+    windows_.reserve(layers * rows);
+  }
 
-  /// Adds layer `layer`, the next one: those of `scores` whose rows `selection` keeps. What was added of it
-  /// and later ones is forgotten; layer 0 begins anew. Keeps its memory.
+  /// Makes room for one layer more, of `rows` rows and `count` scores.
+  void reserve_layer(std::size_t count, std::size_t rows) {
+    reserve(values_.size() + count, layers_.size() + 1, rows);
+  }
+
+  /// Forgets all layers. Keeps its memory.
+  void clear() {
+    values_.clear();
+    layers_.clear();
+    ends_.clear();
+    windows_.clear();
+  }
+
+  /// Adds the next layer: those of `scores` whose rows `selection` keeps. Does not throw where room was made.
   template <Granularity G>
-  void append(std::size_t layer, const Scores<G>& scores, const Selection& selection) {
-    if (layer < layers_.size()) {
-      values_.resize(layers_[layer].begin);
-      ends_.resize(layers_[layer].first_end);
-      layers_.resize(layer);
-    }
+  void append(const Scores<G>& scores, const Selection& selection) {
     const std::size_t begin = values_.size();
-    layers_.push_back(
-        {.begin = begin, .first_end = ends_.size(), .rows = scores.rows(), .window = scores.window()});
+    layers_.push_back({.begin = begin, .first_row = ends_.size(), .rows = scores.rows()});
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       for (const std::uint32_t kept : selection.rows(row)) {
         if (kept < scores.tokens(row)) {
@@ -72,6 +87,7 @@ class KeptScores {
         }
       }
       ends_.push_back(values_.size() - begin);
+      windows_.push_back(scores.window(row));
     }
   }
 
@@ -79,8 +95,9 @@ class KeptScores {
   template <Granularity G>
   Scores<G> of(std::size_t layer) {
     const Layer& own = layers_[layer];
-    const std::span<const std::size_t> ends = std::span(ends_).subspan(own.first_end, own.rows);
-    return {std::span(values_).subspan(own.begin, ends.back()), ends, own.window};
+    const std::span<const std::size_t> ends = std::span(ends_).subspan(own.first_row, own.rows);
+    return {std::span(values_).subspan(own.begin, ends.back()), ends,
+            std::span(windows_).subspan(own.first_row, own.rows)};
   }
 
   /// Drops those of a layer whose rows `selection` does not keep. `settle` closes the gaps.
@@ -89,7 +106,7 @@ class KeptScores {
     std::size_t out = own.begin;
     std::size_t begin = 0;
     for (std::size_t row = 0; row < own.rows; ++row) {
-      std::size_t& end = ends_[own.first_end + row];
+      std::size_t& end = ends_[own.first_row + row];
       for (const std::uint32_t kept : selection.rows(row)) {
         if (begin + kept < end) {
           values_[out++] = values_[own.begin + begin + kept];
@@ -103,7 +120,7 @@ class KeptScores {
   void settle() {
     std::size_t out = 0;
     for (Layer& layer : layers_) {
-      const std::size_t count = ends_[layer.first_end + layer.rows - 1];
+      const std::size_t count = ends_[layer.first_row + layer.rows - 1];
       std::copy_n(values_.begin() + static_cast<std::ptrdiff_t>(layer.begin), count,
                   values_.begin() + static_cast<std::ptrdiff_t>(out));
       layer.begin = out;
@@ -113,21 +130,22 @@ class KeptScores {
   }
 
   std::size_t memory_bytes() const {
-    return values_.capacity() * sizeof(float) + ends_.capacity() * sizeof(std::size_t) +
+    return values_.capacity() * sizeof(float) +
+           (ends_.capacity() + windows_.capacity()) * sizeof(std::size_t) +
            layers_.capacity() * sizeof(Layer);
   }
 
  private:
   struct Layer {
     std::size_t begin = 0;      // of its scores in values_
-    std::size_t first_end = 0;  // of its rows in ends_
+    std::size_t first_row = 0;  // in ends_ and windows_
     std::size_t rows = 0;       // of scores
-    std::size_t window = 0;
   };
 
   std::vector<float> values_;
   std::vector<Layer> layers_;
-  std::vector<std::size_t> ends_;  // [layer][row of scores], where each row ends behind the layer's begin
+  std::vector<std::size_t> ends_;     // [layer][row of scores], where each row ends behind the layer's begin
+  std::vector<std::size_t> windows_;  // [layer][row of scores]
 };
 
 }  // namespace detail

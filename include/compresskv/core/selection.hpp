@@ -104,6 +104,12 @@ class Selection {
     return std::span(values_).subspan(begin);
   }
 
+  /// Makes room for `total` rows in `lists` lists, so that filling them does not allocate.
+  void reserve(std::size_t total, std::size_t lists) {
+    values_.reserve(total);
+    ends_.reserve(lists);
+  }
+
   std::size_t memory_bytes() const {
     return values_.capacity() * sizeof(std::uint32_t) + ends_.capacity() * sizeof(std::size_t);
   }

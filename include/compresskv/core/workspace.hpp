@@ -13,7 +13,7 @@ namespace compresskv {
 /// state allocates nothing. Contents do not outlive the call that took them.
 class Workspace {
  public:
-  enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores };
+  enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores, views };
 
   /// `count` floats with unspecified contents, from the start of a cache line on, so that registers of whole
   /// lines do not straddle two; taking a slot again invalidates the span taken before.
@@ -45,7 +45,7 @@ class Workspace {
   }
 
  private:
-  std::array<std::vector<float>, 7> buffers_;
+  std::array<std::vector<float>, 8> buffers_;
   std::vector<std::size_t> counts_;
 };
 

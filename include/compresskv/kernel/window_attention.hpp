@@ -29,13 +29,14 @@ struct LayerInput {
   const ModelShape& shape;
   std::size_t layer = 0;
   std::span<const std::size_t> rows;  ///< [kv_head], rows of the cache now
-  std::size_t window = 0;             ///< queries that observe, at most the rows of any KV head
-  const Retained& retained;           ///< true positions of the rows
+  std::size_t window = 0;    ///< queries that observe and are kept; a KV head has no more than its rows
+  const Retained& retained;  ///< true positions of the rows
   const Kv& kv;
   const Observed& observation;
   std::size_t held_bytes = 0;  ///< state of the sequence that counts towards the 1 %, beside positions
 
-  std::size_t evictable(std::size_t kv_head) const { return rows[kv_head] - window; }
+  /// Rows that may go: none where a KV head is shorter than the window.
+  std::size_t evictable(std::size_t kv_head) const { return rows[kv_head] - std::min(window, rows[kv_head]); }
 };
 
 namespace detail {
@@ -284,22 +285,28 @@ void check_finite(const LayerInput<Kv, O>& in, std::uint32_t head, std::span<con
   }
 }
 
-/// `per_group(heads, queries_at_once)` for as many heads at a time as read the same keys and fit.
+/// `per_group(heads, observers, queries_at_once)` for as many heads at a time as read the same keys and fit.
+/// Heads whose KV head has no evictable row are left out; one with fewer rows than `observers` has that many.
 template <class Kv, class O, class PerGroup>
 void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                      std::size_t sums, PerGroup&& per_group) {
   for (std::size_t first = 0; first < heads.size();) {
     const std::size_t kv_head = heads[first] / in.shape.group();
+    if (in.evictable(kv_head) == 0) {
+      ++first;
+      continue;
+    }
+    const std::size_t own = std::min(observers, in.rows[kv_head]);
     AtOnce held{.heads = 1, .queries = 1};
     if constexpr (QueryObservation<O>) {
-      held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], observers, sums,
+      held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], own, sums,
                      key_buffer_size<typename Kv::key_element>(in.shape.head_dim), in.held_bytes);
     }
     std::size_t last = first + 1;
     while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
       ++last;
     }
-    per_group(heads.subspan(first, last - first), held.queries);
+    per_group(heads.subspan(first, last - first), own, held.queries);
     first = last;
   }
 }
@@ -310,31 +317,33 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
 /// softmax over all keys in float32, sum over the queries, the window's own columns dropped.
 ///
 /// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being one float an evictable
-/// row of its KV head, that are valid during the call. Keys of a KV head are read once for as many of its
-/// heads as memory allows (1 % of the model's cache), and more often only where not even one head fits.
-/// Throws ScoreError naming layer, head and token when a logit is NaN or +inf.
+/// row of its KV head, that are valid during the call; heads without such a row are left out. Keys of a KV
+/// head are read once for as many of its heads as memory allows (1 % of the model's cache), and more often
+/// only where not even one head fits. Throws ScoreError naming layer, head and token when a logit is NaN or
+/// +inf.
 template <class Kv, Observation O, Executor X, class PerHead>
 void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, PerHead&& per_head) {
-  detail::for_head_groups(in, heads, observers, 1, [&](auto group, std::size_t queries_at_once) {
-    const std::size_t evictable = in.evictable(group[0] / in.shape.group());
-    const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
-    std::fill(sums.begin(), sums.end(), 0.0F);
-    const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
-                         const ScaledRows& rows) {
-      add_scaled(rows, tokens, sums.data() + h * evictable + first);
-    };
-    if constexpr (SumsObservation<O>) {
-      std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
-    } else {
-      detail::add_attention(in, group, observers, queries_at_once, workspace, executor, add);
-    }
-    for (std::size_t h = 0; h < group.size(); ++h) {
-      const std::span<const float> own = sums.subspan(h * evictable, evictable);
-      detail::check_finite(in, group[h], own);
-      per_head(group[h], own);
-    }
-  });
+  detail::for_head_groups(
+      in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_at_once) {
+        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
+        const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
+        std::fill(sums.begin(), sums.end(), 0.0F);
+        const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
+                             const ScaledRows& rows) {
+          add_scaled(rows, tokens, sums.data() + h * evictable + first);
+        };
+        if constexpr (SumsObservation<O>) {
+          std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
+        } else {
+          detail::add_attention(in, group, own_observers, queries_at_once, workspace, executor, add);
+        }
+        for (std::size_t h = 0; h < group.size(); ++h) {
+          const std::span<const float> own = sums.subspan(h * evictable, evictable);
+          detail::check_finite(in, group[h], own);
+          per_head(group[h], own);
+        }
+      });
 }
 
 /// `attention_sums` of the window's queries.
@@ -363,38 +372,40 @@ void window_moments(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
   static_assert(!SumsObservation<O>,
                 "this scorer needs the window's rows apart: give queries or an attention matrix, not sums");
   constexpr std::size_t arrays = entropies == Entropies::yes ? 3 : 2;
-  detail::for_head_groups(in, heads, in.window, arrays, [&](auto group, std::size_t queries_at_once) {
-    const std::size_t evictable = in.evictable(group[0] / in.shape.group());
-    const std::span<float> moments = workspace.take(Workspace::Slot::sums, group.size() * arrays * evictable);
-    std::fill(moments.begin(), moments.end(), 0.0F);
-    const auto add = [&](std::size_t h, std::size_t query, std::size_t first, std::size_t tokens,
-                         const ScaledRows& rows) {
-      float* means = moments.data() + h * arrays * evictable + first;
-      float* deviations = means + evictable;
-      for (std::size_t i = 0; i < rows.count; ++i) {
-        const float step = 1.0F / static_cast<float>(query + i + 1);
-        for (std::size_t t = 0; t < tokens; ++t) {
-          const float weight = rows.factor(i) * rows.row(i)[t];
-          const float distance = weight - means[t];
-          means[t] += distance * step;
-          deviations[t] += distance * (weight - means[t]);
-          if constexpr (entropies == Entropies::yes) {
-            deviations[evictable + t] -= weight * std::log(weight + 1e-10F);
+  detail::for_head_groups(
+      in, heads, in.window, arrays, [&](auto group, std::size_t observers, std::size_t queries_at_once) {
+        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
+        const std::span<float> moments =
+            workspace.take(Workspace::Slot::sums, group.size() * arrays * evictable);
+        std::fill(moments.begin(), moments.end(), 0.0F);
+        const auto add = [&](std::size_t h, std::size_t query, std::size_t first, std::size_t tokens,
+                             const ScaledRows& rows) {
+          float* means = moments.data() + h * arrays * evictable + first;
+          float* deviations = means + evictable;
+          for (std::size_t i = 0; i < rows.count; ++i) {
+            const float step = 1.0F / static_cast<float>(query + i + 1);
+            for (std::size_t t = 0; t < tokens; ++t) {
+              const float weight = rows.factor(i) * rows.row(i)[t];
+              const float distance = weight - means[t];
+              means[t] += distance * step;
+              deviations[t] += distance * (weight - means[t]);
+              if constexpr (entropies == Entropies::yes) {
+                deviations[evictable + t] -= weight * std::log(weight + 1e-10F);
+              }
+            }
           }
+        };
+        detail::add_attention(in, group, observers, queries_at_once, workspace, executor, add);
+        for (std::size_t h = 0; h < group.size(); ++h) {
+          const std::span<const float> own = moments.subspan(h * arrays * evictable, arrays * evictable);
+          for (std::size_t array = 0; array < arrays; ++array) {
+            detail::check_finite(in, group[h], own.subspan(array * evictable, evictable));
+          }
+          per_head(group[h], WindowMoments{.means = own.first(evictable),
+                                           .deviations = own.subspan(evictable, evictable),
+                                           .entropies = own.subspan(2 * evictable)});
         }
-      }
-    };
-    detail::add_attention(in, group, in.window, queries_at_once, workspace, executor, add);
-    for (std::size_t h = 0; h < group.size(); ++h) {
-      const std::span<const float> own = moments.subspan(h * arrays * evictable, arrays * evictable);
-      for (std::size_t array = 0; array < arrays; ++array) {
-        detail::check_finite(in, group[h], own.subspan(array * evictable, evictable));
-      }
-      per_head(group[h], WindowMoments{.means = own.first(evictable),
-                                       .deviations = own.subspan(evictable, evictable),
-                                       .entropies = own.subspan(2 * evictable)});
-    }
-  });
+      });
 }
 
 /// Calls `run(heads)` with all query heads of the model, ascending, some at a time: for methods that do not

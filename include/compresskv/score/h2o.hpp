@@ -46,8 +46,7 @@ class H2O {
   void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
              const Scores<granularity>& scores) const {
     std::fill(scores.values().begin(), scores.values().end(), 0.0F);
-    const std::size_t shortest = *std::min_element(in.rows.begin(), in.rows.end());
-    kernel::attention_sums_of_all_heads(in, std::min(in.observation.queries(), shortest), workspace, executor,
+    kernel::attention_sums_of_all_heads(in, in.observation.queries(), workspace, executor,
                                         [&](std::uint32_t head, std::span<const float> sums) {
                                           kernel::add_scaled(
                                               sums.data(), 1.0F / static_cast<float>(in.shape.group()),

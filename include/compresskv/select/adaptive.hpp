@@ -38,7 +38,13 @@ class Adaptive {
   void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
               Selection& selection) const {
     const std::size_t heads = scores.rows();
-    const std::size_t share = capacity - scores.window();
+    std::size_t windows = 0;
+    std::size_t window = 0;
+    for (std::size_t head = 0; head < heads; ++head) {
+      windows += scores.window(head);
+      window = std::max(window, scores.window(head));
+    }
+    const std::size_t share = capacity - window;
     const auto own = static_cast<std::size_t>(std::floor(safeguard_ * static_cast<double>(share)));
     const auto own_of = [&](std::size_t head) { return std::min(own, scores.tokens(head)); };
 
@@ -59,7 +65,7 @@ class Adaptive {
       left += copy.size() - first;
       taken += first;
     }
-    const std::size_t open = std::min(heads * share - std::min(taken, heads * share), left);
+    const std::size_t open = std::min(heads * capacity - windows - taken, left);
 
     const std::span<std::size_t> counts = workspace.take_counts(2 * heads);
     const std::span<std::size_t> skipped = counts.subspan(heads);
@@ -72,11 +78,11 @@ class Adaptive {
                        std::greater<>());
       share_out(scores, *last, open, counts.first(heads), skipped);
     }
-    const std::size_t total = std::accumulate(counts.begin(), skipped.begin(), heads * scores.window());
+    const std::size_t total = std::accumulate(counts.begin(), skipped.begin(), windows);
     selection.assign_per_head(total);
     for (std::size_t head = 0; head < heads; ++head) {
       const std::size_t tokens = scores.tokens(head);
-      const auto rows = selection.append_head(counts[head] + scores.window());
+      const auto rows = selection.append_head(counts[head] + scores.window(head));
       kernel::top_k(scores.row(head), workspace.take(Workspace::Slot::logits, tokens),
                     rows.first(counts[head]));
       std::iota(rows.begin() + static_cast<std::ptrdiff_t>(counts[head]), rows.end(),

@@ -21,17 +21,17 @@ class GroupedTopK {
   void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
               Selection& selection) const {
     const auto kept_of = [&](std::size_t head) {
-      return std::min(capacity - scores.window(), scores.tokens(head));
+      return std::min(capacity - scores.window(head), scores.tokens(head));
     };
     std::size_t total = 0;
     for (std::size_t head = 0; head < scores.rows(); ++head) {
-      total += kept_of(head) + scores.window();
+      total += kept_of(head) + scores.window(head);
     }
     selection.assign_per_head(total);
     for (std::size_t head = 0; head < scores.rows(); ++head) {
       const std::size_t tokens = scores.tokens(head);
       const std::size_t kept = kept_of(head);
-      const auto rows = selection.append_head(kept + scores.window());
+      const auto rows = selection.append_head(kept + scores.window(head));
       kernel::top_k(scores.row(head), workspace.take(Workspace::Slot::logits, tokens), rows.first(kept));
       std::iota(rows.begin() + static_cast<std::ptrdiff_t>(kept), rows.end(),
                 static_cast<std::uint32_t>(tokens));
