@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <fmt/core.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -20,6 +19,73 @@
 static_assert(std::endian::native == std::endian::little, "GGUF files are read as little-endian bytes");
 
 namespace engine {
+
+// Where the bytes come from: an open file, or a copy of bytes given in memory.
+class detail::GgufSource {
+ public:
+  GgufSource(std::vector<std::byte> bytes, std::string name)
+      : copy_{std::move(bytes)}, name_{std::move(name)}, size_{copy_.size()} {}
+
+  explicit GgufSource(const std::filesystem::path& path) : name_{path.string()} {
+    // Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+    file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file_ < 0) throw system_error("open the file");
+    struct stat status {};
+    const bool is_known = ::fstat(file_, &status) == 0;
+    if (is_known && S_ISREG(status.st_mode) && status.st_size > 0) {
+      size_ = static_cast<std::uint64_t>(status.st_size);
+      return;
+    }
+    const Error error =
+        !is_known ? system_error("read the file's size")
+        : S_ISREG(status.st_mode)
+            ? Error(fmt::format("{}: the file is empty", name_))
+            : Error(fmt::format("{}: not a regular file; give the path of a .gguf file", name_));
+    ::close(file_);
+    throw error;
+  }
+
+  GgufSource(const GgufSource&) = delete;
+  GgufSource& operator=(const GgufSource&) = delete;
+  ~GgufSource() {
+    if (file_ >= 0) ::close(file_);
+  }
+
+  const std::string& name() const { return name_; }
+  std::uint64_t size() const { return size_; }
+
+  // Fills `out` from byte `at` on; all of it lies within size().
+  void read(std::uint64_t at, std::span<std::byte> out) const {
+    if (file_ < 0) {
+      std::ranges::copy(std::span{copy_}.subspan(at, out.size()), out.begin());
+      return;
+    }
+    while (!out.empty()) {
+      const ::ssize_t count = ::pread(file_, out.data(), out.size(), static_cast<::off_t>(at));
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) throw system_error(fmt::format("read byte {}", at));
+      if (count == 0) {
+        throw Error(
+            fmt::format("{}: the file ends at byte {} now, it had {} bytes when it was opened; it is "
+                        "being written or was cut: try again when it is whole",
+                        name_, at, size_));
+      }
+      at += static_cast<std::uint64_t>(count);
+      out = out.subspan(static_cast<std::size_t>(count));
+    }
+  }
+
+ private:
+  Error system_error(std::string_view doing) const {
+    return Error(fmt::format("{}: cannot {}: {}", name_, doing, std::generic_category().message(errno)));
+  }
+
+  std::vector<std::byte> copy_;
+  std::string name_;
+  int file_ = -1;
+  std::uint64_t size_ = 0;
+};
+
 namespace {
 
 constexpr std::uint32_t magic = 0x46554747;      // "GGUF"
@@ -27,6 +93,9 @@ constexpr std::uint64_t default_alignment = 32;  // where general.alignment is a
 constexpr std::uint32_t most_dimensions = 4;     // ggml's own limit
 constexpr std::uint64_t most_items = 1ULL
                                      << 24;  // of an array; the largest vocabularies have under 2^19 tokens
+// A file full of holes is small on the disk and large by its size, which then bounds nothing.
+constexpr std::uint64_t most_text = 1ULL << 26;     // bytes of one text; chat templates have under 2^17
+constexpr std::uint64_t most_entries = 1ULL << 20;  // of metadata, and tensors
 
 // The least bytes that an entry can take: what bounds the counts in the header by the size of the file.
 constexpr std::uint64_t least_metadata_bytes = 8 + 4 + 1;  // key length, type, one byte of value
@@ -87,14 +156,14 @@ std::string in_quotes(std::string_view text, std::size_t most = 80) {
 // A position in the file. Every read is checked against the end, and says what it was reading when it fails.
 class Cursor {
  public:
-  Cursor(std::span<const std::byte> bytes, const std::string& file) : bytes_{bytes}, file_{file} {}
+  explicit Cursor(const detail::GgufSource& source) : source_{source} {}
 
   std::uint64_t at() const { return at_; }
-  std::uint64_t left() const { return bytes_.size() - at_; }
+  std::uint64_t left() const { return source_.size() - at_; }
   void now(std::string what) { what_ = std::move(what); }
 
   [[noreturn]] void fail(const std::string& problem) const {
-    throw Error(fmt::format("{}: {} (byte {}): {}", file_, what_, at_, problem));
+    throw Error(fmt::format("{}: {} (byte {}): {}", source_.name(), what_, at_, problem));
   }
 
   template <typename T>
@@ -103,8 +172,7 @@ class Cursor {
       fail(fmt::format("{} bytes are needed, {} are left; the file is truncated", sizeof(T), left()));
     }
     T value;
-    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
-    at_ += sizeof(T);
+    take({reinterpret_cast<std::byte*>(&value), sizeof(T)});
     return value;
   }
 
@@ -114,9 +182,10 @@ class Cursor {
       fail(fmt::format("a text of {} bytes, but {} are left; the file is truncated or damaged", length,
                        left()));
     }
+    if (length > most_text)
+      fail(fmt::format("a text of {} bytes; at most {} are supported", length, most_text));
     std::string text(length, '\0');
-    std::memcpy(text.data(), bytes_.data() + at_, length);
-    at_ += length;
+    take({reinterpret_cast<std::byte*>(text.data()), text.size()});
     return text;
   }
 
@@ -137,10 +206,23 @@ class Cursor {
   }
 
  private:
-  std::span<const std::byte> bytes_;
-  const std::string& file_;
+  // Reads ahead, so that a number does not cost a call of the system.
+  void take(std::span<std::byte> out) {
+    constexpr std::uint64_t ahead = 1U << 18U;
+    if (at_ < first_ || out.size() > first_ + buffer_.size() - at_) {
+      first_ = at_;
+      buffer_.resize(std::min(left(), std::max<std::uint64_t>(ahead, out.size())));
+      source_.read(at_, buffer_);
+    }
+    std::memcpy(out.data(), buffer_.data() + (at_ - first_), out.size());
+    at_ += out.size();
+  }
+
+  const detail::GgufSource& source_;
   std::string what_ = "header";
   std::uint64_t at_ = 0;
+  std::vector<std::byte> buffer_;  // what was read from byte first_ on
+  std::uint64_t first_ = 0;
 };
 
 template <typename Wide, typename T>
@@ -314,65 +396,33 @@ std::string value_text(const MetadataValue& value, std::size_t max_items) {
       value);
 }
 
-// Owns the file's bytes: a private read-only mapping, or a copy of bytes given in memory.
-struct GgufFile::Storage {
-  std::vector<std::byte> copy;
-  void* mapped = nullptr;
-  std::size_t mapped_bytes = 0;
-
-  Storage() = default;
-  Storage(const Storage&) = delete;
-  Storage& operator=(const Storage&) = delete;
-  ~Storage() {
-    if (mapped != nullptr) ::munmap(mapped, mapped_bytes);
-  }
-};
-
 GgufFile GgufFile::open(const std::filesystem::path& path) {
-  struct Descriptor {
-    int value;
-    ~Descriptor() {
-      if (value >= 0) ::close(value);
-    }
-  };
-  const std::string name = path.string();
-  const auto system_error = [&](std::string_view doing) {
-    return Error(fmt::format("{}: cannot {}: {}", name, doing, std::generic_category().message(errno)));
-  };
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (file.value < 0) throw system_error("open the file");
-  struct stat status {};
-  if (::fstat(file.value, &status) != 0) throw system_error("read the file's size");
-  if (!S_ISREG(status.st_mode))
-    throw Error(fmt::format("{}: not a regular file; give the path of a .gguf file", name));
-  const auto size = static_cast<std::size_t>(status.st_size);
-  if (size == 0) throw Error(fmt::format("{}: the file is empty", name));
-
-  auto storage = std::make_shared<Storage>();
-  void* const mapped = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.value, 0);
-  if (mapped == MAP_FAILED) throw system_error("map the file into memory");
-  storage->mapped = mapped;
-  storage->mapped_bytes = size;
-  const std::span bytes{static_cast<const std::byte*>(mapped), size};
-  GgufFile result{std::move(storage), bytes, name};
+  GgufFile result{std::make_shared<detail::GgufSource>(path), path.string()};
   result.parse();
   return result;
 }
 
 GgufFile GgufFile::from_bytes(std::span<const std::byte> bytes, std::string name) {
-  auto storage = std::make_shared<Storage>();
-  storage->copy.assign(bytes.begin(), bytes.end());
-  const std::span<const std::byte> copy{storage->copy};
-  GgufFile result{std::move(storage), copy, std::move(name)};
+  auto source =
+      std::make_shared<detail::GgufSource>(std::vector<std::byte>(bytes.begin(), bytes.end()), name);
+  GgufFile result{std::move(source), std::move(name)};
   result.parse();
   return result;
 }
 
-GgufFile::GgufFile(std::shared_ptr<const Storage> storage, std::span<const std::byte> bytes, std::string name)
-    : storage_{std::move(storage)}, bytes_{bytes}, name_{std::move(name)} {}
+GgufFile::GgufFile(std::shared_ptr<const detail::GgufSource> source, std::string name)
+    : source_{std::move(source)}, name_{std::move(name)} {}
+
+std::uint64_t GgufFile::file_bytes() const { return source_->size(); }
+
+std::vector<std::byte> GgufFile::read(const Tensor& tensor) const {
+  std::vector<std::byte> out(tensor.bytes);
+  source_->read(tensor.offset, out);
+  return out;
+}
 
 void GgufFile::parse() {
-  Cursor cursor{bytes_, name_};
+  Cursor cursor{*source_};
   if (const auto found = cursor.number<std::uint32_t>(); found != magic) {
     cursor.fail("the file does not begin with GGUF; it is not a GGUF file");
   }
@@ -387,6 +437,10 @@ void GgufFile::parse() {
   const auto metadata_count = cursor.number<std::uint64_t>();
   cursor.count(metadata_count, least_metadata_bytes, "metadata entries");
   cursor.count(tensor_count, least_tensor_bytes, "tensors");
+  if (metadata_count > most_entries || tensor_count > most_entries) {
+    cursor.fail(fmt::format("{} metadata entries and {} tensors; at most {} of each are supported",
+                            metadata_count, tensor_count, most_entries));
+  }
 
   metadata_.reserve(metadata_count);
   for (std::uint64_t i = 0; i < metadata_count; ++i) {
@@ -410,7 +464,7 @@ void GgufFile::parse() {
   tensors_.reserve(tensor_count);
   for (std::uint64_t i = 0; i < tensor_count; ++i) {
     cursor.now(fmt::format("name of tensor {} of {}", i + 1, tensor_count));
-    Tensor tensor{.name = cursor.string(), .shape = {}, .data = {}};
+    Tensor tensor{.name = cursor.string(), .shape = {}};
     if (tensor.name.empty()) cursor.fail("the name is empty");
     cursor.now(fmt::format("tensor {}", in_quotes(tensor.name)));
     const auto rank = cursor.number<std::uint32_t>();
@@ -448,19 +502,37 @@ void GgufFile::parse() {
   by_name_ = index_by(tensors_, &Tensor::name, name_, "tensor");
 
   const std::uint64_t data_start = (cursor.at() + alignment - 1) / alignment * alignment;
+  const std::uint64_t room = file_bytes() > data_start ? file_bytes() - data_start : 0;
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     Tensor& tensor = tensors_[i];
     const BlockShape block = block_shape(tensor.type);
     const std::uint64_t blocks = tensor.elements / block.elements;
-    const std::uint64_t room = bytes_.size() > data_start ? bytes_.size() - data_start : 0;
     if (offsets[i] > room || blocks > (room - offsets[i]) / block.bytes) {
       throw Error(fmt::format(
           "{}: tensor {} of shape {} ({}) begins at byte {} and takes {} blocks of {} bytes, which "
           "goes beyond the file's {} bytes; the file is truncated or damaged",
           name_, in_quotes(tensor.name), shape_text(tensor.shape), type_name(tensor.type),
-          data_start + offsets[i], blocks, block.bytes, bytes_.size()));
+          data_start + offsets[i], blocks, block.bytes, file_bytes()));
     }
-    tensor.data = bytes_.subspan(data_start + offsets[i], blocks * block.bytes);
+    tensor.offset = data_start + offsets[i];
+    tensor.bytes = blocks * block.bytes;
+  }
+  check_overlaps();
+}
+
+void GgufFile::check_overlaps() const {
+  std::vector<const Tensor*> by_place;
+  for (const Tensor& tensor : tensors_) by_place.push_back(&tensor);
+  std::ranges::sort(by_place, {}, &Tensor::offset);
+  for (std::size_t i = 1; i < by_place.size(); ++i) {
+    const Tensor& before = *by_place[i - 1];
+    const Tensor& tensor = *by_place[i];
+    if (tensor.offset - before.offset < before.bytes) {
+      throw Error(fmt::format(
+          "{}: tensor {} begins at byte {}, inside tensor {}, which takes {} bytes from byte {} on; "
+          "the file is damaged",
+          name_, in_quotes(tensor.name), tensor.offset, in_quotes(before.name), before.bytes, before.offset));
+    }
   }
 }
 
@@ -471,6 +543,12 @@ const Tensor* GgufFile::find_tensor(std::string_view name) const {
 const MetadataValue* GgufFile::find_value(std::string_view key) const {
   const MetadataEntry* entry = find_by(metadata_, by_key_, &MetadataEntry::key, key);
   return entry == nullptr ? nullptr : &entry->value;
+}
+
+std::optional<std::size_t> GgufFile::array_size(std::string_view key) const {
+  const MetadataValue* value = find_value(key);
+  if (value == nullptr || !std::holds_alternative<MetadataArray>(*value)) return std::nullopt;
+  return std::visit([](const auto& items) { return items.size(); }, std::get<MetadataArray>(*value));
 }
 
 void GgufFile::throw_wrong_kind(std::string_view key, const MetadataValue& value) const {

@@ -3,7 +3,8 @@
 //
 // A file comes from anywhere, so nothing in it is trusted: each count and length is bounded by the bytes that
 // are left in the file before anything is allocated, and everything is checked before `open` returns. Tensor
-// data stays in the mapped file; `dequantise.hpp` turns it into floats.
+// data stays in the file until `read` asks for it; `dequantise.hpp` turns it into floats. Nothing is mapped:
+// a file that another program cuts short meanwhile is an Error, not a SIGBUS.
 //
 //   | header | metadata: key, type, value ... | directory: name, dims, type, offset ... | pad | tensor data
 //   ... |
@@ -66,7 +67,8 @@ struct Tensor {
   std::vector<std::uint64_t> shape;  ///< as in the file: the dimension that is contiguous in memory first
   TensorType type{};
   std::uint64_t elements = 0;
-  std::span<const std::byte> data;  ///< inside the mapped file; lives as long as the GgufFile
+  std::uint64_t offset = 0;  ///< of its first byte in the file
+  std::uint64_t bytes = 0;   ///< that it takes there
 };
 
 /// "[576, 1536]", in the file's order.
@@ -77,6 +79,8 @@ std::string shape_text(std::span<const std::uint64_t> shape);
 std::string value_text(const MetadataValue& value, std::size_t max_items = 6);
 
 namespace detail {
+
+class GgufSource;
 
 /// `value` as T where that loses nothing, else nothing: any integer that fits, any real, bool, text, arrays
 /// of them.
@@ -144,10 +148,10 @@ std::optional<T> convert(const MetadataValue& value) {
 
 }  // namespace detail
 
-/// A read-only GGUF file, mapped into memory. Movable; tensors' spans stay valid across a move.
+/// A GGUF file, open for reading. Copies share it.
 class GgufFile {
  public:
-  /// Maps and checks the file. Throws Error saying what is wrong and at which byte.
+  /// Opens and checks the file. Throws Error saying what is wrong and at which byte.
   static GgufFile open(const std::filesystem::path& path);
 
   /// The same from bytes in memory (copied); `name` stands for the path in messages.
@@ -155,7 +159,7 @@ class GgufFile {
 
   const std::string& name() const { return name_; }
   std::uint32_t version() const { return version_; }
-  std::uint64_t file_bytes() const { return bytes_.size(); }
+  std::uint64_t file_bytes() const;
   std::span<const MetadataEntry> metadata() const { return metadata_; }
   std::span<const Tensor> tensors() const { return tensors_; }
 
@@ -166,6 +170,13 @@ class GgufFile {
   const MetadataValue* find_value(std::string_view key) const;
 
   bool has(std::string_view key) const { return find_value(key) != nullptr; }
+
+  /// How many items the array of that key has, or nothing where the key is absent or no array.
+  std::optional<std::size_t> array_size(std::string_view key) const;
+
+  /// The tensor's bytes, as they are in the file. Throws Error where the file has become shorter since it was
+  /// opened. Several threads may read at once.
+  std::vector<std::byte> read(const Tensor& tensor) const;
 
   /// The value as T: an integer type, float or double, bool, std::string, or a std::vector of one of these.
   /// Nothing where the key is absent. Throws Error where the value is of another kind or does not fit into T.
@@ -187,15 +198,13 @@ class GgufFile {
   }
 
  private:
-  struct Storage;
-
-  GgufFile(std::shared_ptr<const Storage> storage, std::span<const std::byte> bytes, std::string name);
+  GgufFile(std::shared_ptr<const detail::GgufSource> source, std::string name);
   void parse();
+  void check_overlaps() const;
   [[noreturn]] void throw_wrong_kind(std::string_view key, const MetadataValue& value) const;
   [[noreturn]] void throw_missing(std::string_view key) const;
 
-  std::shared_ptr<const Storage> storage_;  // the mapping, or the copied bytes
-  std::span<const std::byte> bytes_;
+  std::shared_ptr<const detail::GgufSource> source_;
   std::string name_;
   std::uint32_t version_ = 0;
   std::vector<MetadataEntry> metadata_;

@@ -39,25 +39,109 @@ double positive_real_or(const GgufFile& file, const std::string& key, double oth
   return value;
 }
 
-// Metadata that changes what a llama model computes and that this engine does not implement. Zero means
-// "off".
+// The first file of a split model holds all metadata and some tensors, and can look like a smaller model.
+void refuse_parts(const GgufFile& file) {
+  const auto parts = file.find<std::uint64_t>("split.count").value_or(1);
+  if (parts > 1) {
+    throw Error(fmt::format(
+        "{}: this is part {} of a model split into {} files (split.count); merge them into one first: "
+        "llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
+        file.name(), file.find<std::uint64_t>("split.no").value_or(0) + 1, parts));
+  }
+  const auto tensors = file.find<std::uint64_t>("split.tensors.count").value_or(file.tensors().size());
+  if (tensors != file.tensors().size()) {
+    throw Error(
+        fmt::format("{}: split.tensors.count says {} tensors, the file has {}; parts of it are missing",
+                    file.name(), tensors, file.tensors().size()));
+  }
+  if (const auto type = file.find<std::string>("general.type").value_or("model"); type != "model") {
+    throw Error(
+        fmt::format("{}: general.type is \"{}\"; give the file of the model itself", file.name(), type));
+  }
+}
+
+// What this engine reads, and what changes nothing.
+constexpr std::string_view known_keys[] = {"block_count",
+                                           "context_length",
+                                           "embedding_length",
+                                           "feed_forward_length",
+                                           "vocab_size",
+                                           "attention.head_count",
+                                           "attention.head_count_kv",
+                                           "attention.key_length",
+                                           "attention.value_length",
+                                           "attention.layer_norm_rms_epsilon",
+                                           "attention.layer_norm_epsilon",
+                                           "rope.dimension_count",
+                                           "rope.freq_base",
+                                           "rope.scale_linear",
+                                           "rope.scaling.type",
+                                           "rope.scaling.factor",
+                                           "rope.scaling.original_context_length",
+                                           "rope.scaling.finetuned",
+                                           "rope.scaling.attn_factor",
+                                           "rope.scaling.yarn_attn_factor",
+                                           "rope.scaling.yarn_ext_factor",
+                                           "rope.scaling.yarn_beta_fast",
+                                           "rope.scaling.yarn_beta_slow",
+                                           "tensor_data_layout"};
+
+// Whether the value says "not used": 0, false, an empty text or list.
+bool is_off(const MetadataValue& value) {
+  return std::visit(
+      [](const auto& held) {
+        using Held = std::remove_cvref_t<decltype(held)>;
+        if constexpr (std::same_as<Held, MetadataArray>) {
+          return std::visit([](const auto& items) { return items.empty(); }, held);
+        } else if constexpr (std::same_as<Held, std::string>) {
+          return held.empty();
+        } else {
+          return held == Held{};
+        }
+      },
+      value);
+}
+
+// Metadata that may change what the model computes and that this engine does not implement. A key that nobody
+// here has heard of is among it: ignored, it would give wrong answers without a word.
 void refuse_unsupported(const GgufFile& file) {
-  for (const char* key :
-       {"llama.expert_count", "llama.expert_used_count", "llama.attention.sliding_window"}) {
-    if (file.find<std::int64_t>(key).value_or(0) != 0) {
-      throw Error(
-          fmt::format("{}: metadata \"{}\" is {}; models with it are not supported, only dense llama models "
-                      "with full attention are",
-                      file.name(), key, value_text(*file.find_value(key))));
-    }
+  constexpr std::string_view prefix = "llama.";
+  for (const MetadataEntry& entry : file.metadata()) {
+    if (!entry.key.starts_with(prefix)) continue;
+    const std::string_view key = std::string_view{entry.key}.substr(prefix.size());
+    if (std::ranges::find(known_keys, key) != std::end(known_keys)) continue;
+    // On, not off, is what every model of this kind has.
+    const bool is_causal = key == "attention.causal" && entry.value == MetadataValue{true};
+    if (is_causal || (key != "attention.causal" && is_off(entry.value))) continue;
+    throw Error(fmt::format(
+        "{}: metadata \"{}\" is {}; models with it are not supported, only dense llama models with full "
+        "attention and without further scalings are",
+        file.name(), entry.key, value_text(entry.value)));
   }
-  for (const char* key :
-       {"llama.logit_scale", "llama.residual_scale", "llama.embedding_scale", "llama.attention.scale"}) {
-    if (file.has(key)) {
-      throw Error(fmt::format("{}: metadata \"{}\" is {}; scaled variants of llama are not supported",
-                              file.name(), key, value_text(*file.find_value(key))));
-    }
+  const auto quantisation = file.find<std::uint64_t>("general.quantization_version").value_or(2);
+  if (quantisation != 2) {
+    throw Error(
+        fmt::format("{}: general.quantization_version is {}; version 2 is supported: convert the model "
+                    "again",
+                    file.name(), quantisation));
   }
+}
+
+// One row of the embedding, and of the output, a token.
+void check_vocabulary(const GgufFile& file, const ModelConfig& config) {
+  const auto compare = [&](std::uint64_t tokens, std::string_view what) {
+    if (tokens == static_cast<std::uint64_t>(config.vocabulary)) return;
+    throw Error(
+        fmt::format("{}: token_embd.weight has {} rows, but {} {}; the model and the vocabulary do not "
+                    "belong together, or "
+                    "the file was converted wrongly: convert it again",
+                    file.name(), config.vocabulary, what, tokens));
+  };
+  if (const auto tokens = file.array_size("tokenizer.ggml.tokens")) {
+    compare(*tokens, "the tokens of the vocabulary (tokenizer.ggml.tokens) are");
+  }
+  if (const auto tokens = file.find<std::uint64_t>("llama.vocab_size"))
+    compare(*tokens, "llama.vocab_size is");
 }
 
 void read_rope(const GgufFile& file, ModelConfig& config) {
@@ -68,12 +152,29 @@ void read_rope(const GgufFile& file, ModelConfig& config) {
                     file.name(), config.rope_dimensions, config.head_dim));
   }
   config.rope_base = positive_real_or(file, "llama.rope.freq_base", 10000.0);
-  config.rope_scaling = file.find<std::string>("llama.rope.scaling.type").value_or("none");
-  config.rope_factor = positive_real_or(file, "llama.rope.scaling.factor", 1.0);
-  // The key that older files use for linear scaling.
-  if (!file.has("llama.rope.scaling.type") && file.has("llama.rope.scale_linear")) {
-    config.rope_scaling = "linear";
-    config.rope_factor = positive_real_or(file, "llama.rope.scale_linear", 1.0);
+  // Older files have another key for the factor; a factor without a type scales linearly. 0: none.
+  const char* factor =
+      file.has("llama.rope.scaling.factor") ? "llama.rope.scaling.factor" : "llama.rope.scale_linear";
+  const bool has_factor = file.has(factor) && file.get<double>(factor) != 0.0;
+  config.rope_factor = has_factor ? positive_real_or(file, factor, 1.0) : 1.0;
+  config.rope_scaling =
+      file.find<std::string>("llama.rope.scaling.type").value_or(has_factor ? "linear" : "none");
+  config.rope_magnitude = positive_real_or(file, "llama.rope.scaling.attn_factor", 1.0) *
+                          positive_real_or(file, "llama.rope.scaling.yarn_attn_factor", 1.0);
+  // Below 0: what the type has by itself.
+  config.yarn_extrapolation = file.find<double>("llama.rope.scaling.yarn_ext_factor").value_or(-1.0);
+  if (config.yarn_extrapolation < 0.0) config.yarn_extrapolation = config.rope_scaling == "yarn" ? 1.0 : 0.0;
+  config.yarn_fast = positive_real_or(file, "llama.rope.scaling.yarn_beta_fast", config.yarn_fast);
+  config.yarn_slow = positive_real_or(file, "llama.rope.scaling.yarn_beta_slow", config.yarn_slow);
+  if (!(config.yarn_extrapolation >= 0.0 && config.yarn_extrapolation <= 1.0)) {
+    throw Error(fmt::format("{}: llama.rope.scaling.yarn_ext_factor is {}; it must be from 0 to 1",
+                            file.name(), config.yarn_extrapolation));
+  }
+  if (config.yarn_extrapolation > 0.0 && config.rope_scaling != "yarn") {
+    throw Error(
+        fmt::format("{}: llama.rope.scaling.yarn_ext_factor is {} but the scaling's type is \"{}\"; "
+                    "only yarn has one",
+                    file.name(), config.yarn_extrapolation, config.rope_scaling));
   }
   if (config.rope_scaling == "none") {
     config.rope_factor = 1.0;
@@ -100,6 +201,7 @@ class TensorReader {
   PackedMatrix matrix(const std::string& name, int outputs, int inputs) {
     const Tensor& tensor =
         find(name, {static_cast<std::uint64_t>(inputs), static_cast<std::uint64_t>(outputs)});
+    const std::vector<std::byte> data = file_.read(tensor);
     PackedMatrix out(outputs, inputs);
     const BlockShape block = block_shape(tensor.type);
     const std::size_t row_bytes = static_cast<std::size_t>(inputs) / block.elements * block.bytes;
@@ -107,7 +209,7 @@ class TensorReader {
       Vector row(inputs);
       const auto first = static_cast<int>(p) * static_cast<int>(PackedMatrix::panel);
       for (int o = first; o < std::min(outputs, first + static_cast<int>(PackedMatrix::panel)); ++o) {
-        dequantise(tensor.type, tensor.data.subspan(static_cast<std::size_t>(o) * row_bytes, row_bytes),
+        dequantise(tensor.type, std::span{data}.subspan(static_cast<std::size_t>(o) * row_bytes, row_bytes),
                    {row.data(), static_cast<std::size_t>(inputs)});
         for (int i = 0; i < inputs; ++i) out(o, i) = row[i];
       }
@@ -118,7 +220,7 @@ class TensorReader {
   Vector vector(const std::string& name, int elements) {
     const Tensor& tensor = find(name, {static_cast<std::uint64_t>(elements)});
     Vector out(elements);
-    dequantise(tensor.type, tensor.data, {out.data(), static_cast<std::size_t>(elements)});
+    dequantise(tensor.type, file_.read(tensor), {out.data(), static_cast<std::size_t>(elements)});
     return out;
   }
 
@@ -160,29 +262,31 @@ class TensorReader {
   std::set<std::string, std::less<>> seen_;
 };
 
-// YaRN (arXiv 2309.00071): pairs that turn more than `fast` times over the original context keep their
-// frequency, those that turn less than `slow` times are slowed down by the factor, those between are blended.
-constexpr double yarn_fast = 32.0;
-constexpr double yarn_slow = 1.0;
-
+// YaRN (arXiv 2309.00071): pairs that turn more than `yarn_fast` times over the original context keep their
+// frequency, those that turn less than `yarn_slow` times are slowed down by the factor, those between are
+// blended.
 void apply_yarn(const ModelConfig& config, std::vector<double>& frequencies, double& magnitude) {
   const double context = static_cast<double>(config.rope_original_context);
   const auto pair_that_turns = [&](double times) {
     return config.rope_dimensions * std::log(context / (times * 2.0 * std::numbers::pi)) /
            (2.0 * std::log(config.rope_base));
   };
-  const double low = std::max(std::floor(pair_that_turns(yarn_fast)), 0.0);
-  const double high = std::min(std::ceil(pair_that_turns(yarn_slow)), config.rope_dimensions - 1.0);
+  const double low = std::max(std::floor(pair_that_turns(config.yarn_fast)), 0.0);
+  const double high = std::min(std::ceil(pair_that_turns(config.yarn_slow)), config.rope_dimensions - 1.0);
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
-    const double slow = std::clamp((static_cast<double>(i) - low) / std::max(high - low, 1e-3), 0.0, 1.0);
+    const double ramp = std::clamp((static_cast<double>(i) - low) / std::max(high - low, 1e-3), 0.0, 1.0);
+    const double slow = 1.0 - (1.0 - ramp) * config.yarn_extrapolation;
     frequencies[i] *= (1.0 - slow) + slow / config.rope_factor;
   }
-  if (config.rope_factor > 1.0) magnitude = 0.1 * std::log(config.rope_factor) + 1.0;
+  if (config.rope_factor > 1.0 && config.yarn_extrapolation > 0.0) {
+    magnitude *= 0.1 * std::log(config.rope_factor) + 1.0;
+  }
 }
 
 }  // namespace
 
 ModelConfig read_config(const GgufFile& file) {
+  refuse_parts(file);
   const auto architecture = file.get<std::string>("general.architecture");
   if (architecture != "llama") {
     throw Error(fmt::format("{}: general.architecture is \"{}\"; this engine runs \"llama\" models alone",
@@ -239,6 +343,7 @@ ModelConfig read_config(const GgufFile& file) {
         file.name(), config.embedding));
   }
   config.vocabulary = static_cast<int>(embedding->shape[1]);
+  check_vocabulary(file, config);
   config.tied_output = file.find_tensor("output.weight") == nullptr;
   return config;
 }
@@ -278,7 +383,9 @@ Model::Model(const GgufFile& file, ModelOptions options) : config_{read_config(f
   }
   if (c.rope_scaling == "linear") {
     for (double& frequency : rope_frequencies_) frequency /= c.rope_factor;
-  } else if (c.rope_scaling == "yarn") {
+  }
+  rope_magnitude_ = c.rope_magnitude;
+  if (c.rope_scaling == "yarn") {
     apply_yarn(c, rope_frequencies_, rope_magnitude_);
   }
   // Llama 3.1 and later: a divisor for each pair, computed by the converter.

@@ -38,6 +38,10 @@ struct ModelConfig {
   std::string rope_scaling = "none";  ///< none, linear or yarn
   double rope_factor = 1.0;           ///< llama.rope.scaling.factor
   std::size_t rope_original_context = 0;  ///< llama.rope.scaling.original_context_length, yarn alone
+  double rope_magnitude = 1.0;            ///< llama.rope.scaling.attn_factor: multiplies what yarn asks for
+  double yarn_extrapolation = 1.0;        ///< llama.rope.scaling.yarn_ext_factor: 0 leaves linear scaling
+  double yarn_fast = 32.0;                ///< llama.rope.scaling.yarn_beta_fast
+  double yarn_slow = 1.0;                 ///< llama.rope.scaling.yarn_beta_slow
   bool tied_output = false;               ///< the output projection is the embedding
 
   int group() const { return heads / kv_heads; }
@@ -48,9 +52,10 @@ struct ModelConfig {
   }
 };
 
-/// The shape that a file describes. Throws Error for another architecture than llama (naming it), for options
-/// that this engine does not have (experts, other scalings), and for values that are absent or contradict
-/// each other. Reads no tensor data; `vocabulary` comes from the tensor directory.
+/// The shape that a file describes. Throws Error for another architecture than llama (naming it), for part of
+/// a split model, for options that this engine does not have (experts, other scalings; any `llama.` key that
+/// it does not know), and for values that are absent or contradict each other, the vocabulary's size among
+/// them. Reads no tensor data.
 ModelConfig read_config(const GgufFile& file);
 
 /// The weights of one block. Shapes are [outputs, inputs].

@@ -3,6 +3,7 @@
 #include "engine/gguf.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstdlib>
 #include <filesystem>
@@ -96,19 +97,20 @@ TEST(Gguf, FindsTensorsAndTheirBytes) {
   ASSERT_NE(first, nullptr);
   EXPECT_EQ(first->shape, (std::vector<std::uint64_t>{2, 3}));
   EXPECT_EQ(first->elements, 6U);
-  ASSERT_EQ(first->data.size(), 24U);
+  const std::vector<std::byte> data = file.read(*first);
+  ASSERT_EQ(data.size(), 24U);
   float fourth = 0;
-  std::memcpy(&fourth, first->data.data() + 12, sizeof fourth);
+  std::memcpy(&fourth, data.data() + 12, sizeof fourth);
   EXPECT_EQ(fourth, 4.0F);
-  EXPECT_EQ(file.find_tensor("second")->data.size(), 34U);
+  EXPECT_EQ(file.read(*file.find_tensor("second")).size(), 34U);
   EXPECT_EQ(file.find_tensor("none"), nullptr);
 }
 
 TEST(Gguf, KeepsTensorsValidWhenMoved) {
   GgufFile file = parse(small_file());
-  const std::byte* before = file.find_tensor("third")->data.data();
+  const std::vector<std::byte> before = file.read(*file.find_tensor("third"));
   const GgufFile moved = std::move(file);
-  EXPECT_EQ(moved.find_tensor("third")->data.data(), before);
+  EXPECT_EQ(moved.read(*moved.find_tensor("third")), before);
 }
 
 TEST(Gguf, HonoursTheFilesAlignment) {
@@ -118,7 +120,7 @@ TEST(Gguf, HonoursTheFilesAlignment) {
   writer.tensor("a", {1}, std::vector<float>{1});
   writer.tensor("b", {1}, std::vector<float>{2});
   const GgufFile file = parse(writer);
-  EXPECT_EQ(file.find_tensor("b")->data.data() - file.find_tensor("a")->data.data(), 128);
+  EXPECT_EQ(file.find_tensor("b")->offset - file.find_tensor("a")->offset, 128U);
 }
 
 TEST(Gguf, ShowsValuesForPeople) {
@@ -232,6 +234,14 @@ const Broken broken_files[] = {
      },
      {"\"second\"", "blocks of 32"}},
     {"odd_offset", [](GgufWriter& w) { w.tensors[1].offset += 4; }, {"\"second\"", "alignment 32"}},
+    {"data_of_two_tensors",
+     [](GgufWriter& w) { w.tensors[2].offset = w.tensors[1].offset; },
+     {"begins at byte", "inside tensor", "\"second\"", "\"third\""}},
+    {"data_partly_of_two_tensors",
+     [](GgufWriter& w) {
+       w.tensors[0].shape = {2, 5};  // 40 bytes, the next begins after 32
+     },
+     {"\"second\"", "inside tensor \"first\"", "40 bytes"}},
     {"far_offset",
      [](GgufWriter& w) { w.tensors[2].offset = ~std::uint64_t{31}; },
      {"\"third\"", "goes beyond the file"}},
@@ -288,7 +298,7 @@ TEST(Gguf, SurvivesRandomChanges) {
       ++accepted;
       std::size_t total = 0;
       for (const Tensor& tensor : file.tensors()) {
-        for (const std::byte byte : tensor.data) total += std::to_integer<std::size_t>(byte);
+        for (const std::byte byte : file.read(tensor)) total += std::to_integer<std::size_t>(byte);
       }
       for (const MetadataEntry& entry : file.metadata()) total += value_text(entry.value).size();
       EXPECT_GT(total, 0U);
@@ -317,6 +327,58 @@ TEST(Gguf, OpensFilesAndNamesThoseItCannotOpen) {
   EXPECT_TRUE(says(message_of<Error>([&] { GgufFile::open(path); }), {path.string(), "cannot open"}));
   EXPECT_TRUE(
       says(message_of<Error>([&] { GgufFile::open(folder); }), {folder.string(), "not a regular file"}));
+}
+
+class GgufFiles : public testing::Test {
+ protected:
+  ~GgufFiles() override { std::filesystem::remove(path); }
+
+  void write(std::span<const std::byte> bytes) const {
+    std::ofstream{path, std::ios::binary}.write(reinterpret_cast<const char*>(bytes.data()),
+                                                static_cast<std::streamsize>(bytes.size()));
+  }
+
+  std::filesystem::path path = std::filesystem::temp_directory_path() /
+                               ("compresskv_gguf_test_" + std::to_string(std::random_device{}()) + ".gguf");
+};
+
+// A mapped file would end the process with SIGBUS here.
+TEST_F(GgufFiles, AFileThatIsCutWhileItIsOpenIsAnError) {
+  const std::vector<std::byte> bytes = small_file().bytes();
+  write(bytes);
+  const GgufFile file = GgufFile::open(path);
+  const Tensor& third = *file.find_tensor("third");
+  EXPECT_EQ(file.read(third).size(), 4U);
+  std::filesystem::resize_file(path, third.offset + 1);
+  EXPECT_TRUE(says(message_of<Error>([&] { file.read(third); }),
+                   {path.string(), "ends at byte " + std::to_string(third.offset + 1) + " now",
+                    std::to_string(bytes.size())}));
+}
+
+TEST_F(GgufFiles, PipesAndDevicesAreRefusedAtOnce) {
+  ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+  for (const std::filesystem::path& wrong : {path, std::filesystem::path{"/dev/zero"}}) {
+    EXPECT_TRUE(
+        says(message_of<Error>([&] { GgufFile::open(wrong); }), {wrong.string(), "not a regular file"}));
+  }
+}
+
+// By its size such a file could hold what it claims; on the disk it is a few bytes.
+TEST_F(GgufFiles, AFileFullOfHolesAllocatesNothingLarge) {
+  const auto message = [&](const GgufWriter& writer) {
+    write(writer.bytes());
+    std::filesystem::resize_file(path, std::uintmax_t{1} << 42);
+    return message_of<Error>([&] { GgufFile::open(path); });
+  };
+  GgufWriter text = small_file();
+  text.set_raw("a.u8", raw({8}, std::uint64_t{1} << 40));
+  EXPECT_TRUE(says(message(text), {"a.u8", "1099511627776 bytes", "at most 67108864"}));
+  GgufWriter tensors = small_file();
+  tensors.more_tensors = std::int64_t{1} << 33;
+  EXPECT_TRUE(says(message(tensors), {"8589934595 tensors", "at most 1048576"}));
+  GgufWriter entries = small_file();
+  entries.more_metadata = std::int64_t{1} << 33;
+  EXPECT_TRUE(says(message(entries), {"8589934609 metadata entries", "at most 1048576"}));
 }
 
 TEST(Sha256, GivesTheStandardsExamples) {

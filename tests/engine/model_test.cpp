@@ -121,6 +121,59 @@ TEST(Rope, DividesByTheFilesFrequencyFactors) {
   expect_rotation(tiny, frequencies);
 }
 
+TEST(Rope, AFactorWithoutATypeScalesLinearly) {
+  for (const char* key : {"llama.rope.scaling.factor", "llama.rope.scale_linear"}) {
+    TinyModel tiny;
+    tiny.writer.set(key, 4.0F);
+    std::vector<double> frequencies = plain_frequencies(tiny.shape);
+    for (double& f : frequencies) f /= 4.0;
+    expect_rotation(tiny, frequencies);
+    tiny.writer.set(key, 0.0F);
+    expect_rotation(tiny, plain_frequencies(tiny.shape));
+  }
+}
+
+TEST(Rope, TheAttentionFactorMultipliesTheRotation) {
+  for (const std::string key : {"attn_factor", "yarn_attn_factor"}) {
+    TinyModel tiny;
+    tiny.writer.set("llama.rope.scaling." + key, 1.5F);
+    expect_rotation(tiny, plain_frequencies(tiny.shape), 1.5);
+    tiny.writer.set("llama.rope.scaling.type", std::string{"yarn"})
+        .set("llama.rope.scaling.factor", 4.0F)
+        .set("llama.rope.scaling.original_context_length", std::uint32_t{256});
+    EXPECT_NEAR(tiny.model().rope_magnitude(), 1.5 * 1.1386294361119891, 1e-9) << key;
+  }
+}
+
+// Each pair by the definition: how often it turns over the original context says how much of it is slowed
+// down.
+TEST(Rope, YarnTakesItsBoundsAndItsBlendFromTheFile) {
+  struct Given {
+    float fast, slow, blend;
+  };
+  for (const Given given : {Given{32, 1, 1}, Given{8, 2, 1}, Given{16, 4, 0.5F}, Given{32, 1, 0}}) {
+    TinyModel tiny{{.head_dim = 16, .rope_dimensions = 16}};
+    tiny.writer.set("llama.rope.scaling.type", std::string{"yarn"})
+        .set("llama.rope.scaling.factor", 4.0F)
+        .set("llama.rope.scaling.original_context_length", std::uint32_t{256})
+        .set("llama.rope.scaling.yarn_beta_fast", given.fast)
+        .set("llama.rope.scaling.yarn_beta_slow", given.slow)
+        .set("llama.rope.scaling.yarn_ext_factor", given.blend);
+    const auto pair_turning = [](double times) {
+      return 16.0 * std::log(256.0 / (times * 2.0 * std::numbers::pi)) / (2.0 * std::log(5000.0));
+    };
+    const double first = std::max(0.0, std::floor(pair_turning(given.fast)));
+    const double last = std::min(15.0, std::ceil(pair_turning(given.slow)));
+    std::vector<double> frequencies = plain_frequencies(tiny.shape);
+    for (std::size_t i = 0; i < frequencies.size(); ++i) {
+      const double ramp = std::clamp((static_cast<double>(i) - first) / (last - first), 0.0, 1.0);
+      const double kept = (1.0 - ramp) * double{given.blend};
+      frequencies[i] = frequencies[i] / 4.0 * (1.0 - kept) + frequencies[i] * kept;
+    }
+    expect_rotation(tiny, frequencies, given.blend > 0 ? 0.1 * std::log(4.0) + 1.0 : 1.0);
+  }
+}
+
 // Recorded from transformers' _compute_yarn_parameters for head_dim 16, base 5000, factor 4, 256 original
 // positions (truncated correction range): inverse frequencies and attention factor.
 TEST(Rope, FollowsYarn) {
@@ -515,6 +568,80 @@ const WrongModel wrong_models[] = {
     {"experts",
      [](TinyModel& m) { m.writer.set("llama.expert_count", std::uint32_t{8}); },
      {"llama.expert_count", "8"}},
+    {"first_of_a_split_model",
+     [](TinyModel& m) { m.writer.set("split.no", std::uint16_t{0}).set("split.count", std::uint16_t{2}); },
+     {"tiny.gguf", "part 1", "2 files", "llama-gguf-split --merge"}},
+    {"later_part_of_a_split_model",
+     [](TinyModel& m) {
+       without(m, "general.architecture");
+       m.writer.set("split.no", std::uint16_t{2}).set("split.count", std::uint16_t{3});
+     },
+     {"part 3", "3 files"}},
+    {"tensors_of_a_split_model",
+     [](TinyModel& m) { m.writer.set("split.tensors.count", std::int32_t{33}); },
+     {"split.tensors.count", "33", "21"}},
+    {"adapter",
+     [](TinyModel& m) { m.writer.set("general.type", std::string{"adapter"}); },
+     {"general.type is \"adapter\""}},
+    {"fewer_tokens_than_rows",
+     [](TinyModel& m) { m.writer.set_array("tokenizer.ggml.tokens", std::vector<std::string>(40, "x")); },
+     {"tiny.gguf", "41 rows", "tokenizer.ggml.tokens) are 40"}},
+    {"more_tokens_than_rows",
+     [](TinyModel& m) { m.writer.set_array("tokenizer.ggml.tokens", std::vector<std::string>(42, "x")); },
+     {"41 rows", "42"}},
+    {"vocab_size",
+     [](TinyModel& m) { m.writer.set("llama.vocab_size", std::uint32_t{64}); },
+     {"41 rows", "llama.vocab_size is 64"}},
+    {"sliding_window",
+     [](TinyModel& m) { m.writer.set("llama.attention.sliding_window", std::uint32_t{128}); },
+     {"llama.attention.sliding_window", "128"}},
+    {"soft_cap",
+     [](TinyModel& m) { m.writer.set("llama.attn_logit_softcapping", 50.0F); },
+     {"llama.attn_logit_softcapping", "50"}},
+    {"clamp",
+     [](TinyModel& m) { m.writer.set("llama.attention.clamp_kqv", 8.0F); },
+     {"llama.attention.clamp_kqv", "8"}},
+    {"not_causal",
+     [](TinyModel& m) { m.writer.set("llama.attention.causal", false); },
+     {"llama.attention.causal", "false"}},
+    {"scale",
+     [](TinyModel& m) { m.writer.set("llama.attention.scale", 0.125F); },
+     {"llama.attention.scale", "0.125"}},
+    {"sections",
+     [](TinyModel& m) {
+       m.writer.set_array("llama.rope.dimension_sections", std::vector<std::int32_t>{2, 2, 0, 0});
+     },
+     {"llama.rope.dimension_sections", "[2, 2, 0, 0]"}},
+    {"a_key_that_nobody_knows",
+     [](TinyModel& m) { m.writer.set("llama.attention.frobnication", std::uint32_t{3}); },
+     {"llama.attention.frobnication", "3", "not supported"}},
+    {"kv_heads_that_differ_by_layer",
+     [](TinyModel& m) {
+       m.writer.set_array("llama.attention.head_count_kv", std::vector<std::uint32_t>{2, 1});
+     },
+     {"llama.attention.head_count_kv", "[2, 1]"}},
+    {"quantisation",
+     [](TinyModel& m) { m.writer.set("general.quantization_version", std::uint32_t{1}); },
+     {"general.quantization_version is 1"}},
+    {"yarn_blend",
+     [](TinyModel& m) {
+       m.writer.set("llama.rope.scaling.type", std::string{"yarn"})
+           .set("llama.rope.scaling.original_context_length", std::uint32_t{256})
+           .set("llama.rope.scaling.yarn_ext_factor", 2.0F);
+     },
+     {"yarn_ext_factor is 2"}},
+    {"yarn_blend_without_yarn",
+     [](TinyModel& m) { m.writer.set("llama.rope.scaling.yarn_ext_factor", 1.0F); },
+     {"yarn_ext_factor is 1", "\"none\""}},
+    {"yarn_beta",
+     [](TinyModel& m) { m.writer.set("llama.rope.scaling.yarn_beta_fast", 0.0F); },
+     {"yarn_beta_fast", "0"}},
+    {"yarn_log",
+     [](TinyModel& m) { m.writer.set("llama.rope.scaling.yarn_log_multiplier", 0.1F); },
+     {"yarn_log_multiplier", "0.1"}},
+    {"magnitude",
+     [](TinyModel& m) { m.writer.set("llama.rope.scaling.attn_factor", -1.0F); },
+     {"attn_factor", "-1"}},
     {"no_layers",
      [](TinyModel& m) { m.writer.set("llama.block_count", std::uint32_t{0}); },
      {"\"llama.block_count\" is 0"}},
@@ -596,6 +723,28 @@ TEST_P(ModelErrors, NameWhatIsWrong) {
 
 INSTANTIATE_TEST_SUITE_P(Files, ModelErrors, testing::ValuesIn(wrong_models),
                          [](const auto& tested) { return std::string{tested.param.name}; });
+
+TEST(Model, TakesKeysThatSayWhatEveryModelHas) {
+  TinyModel tiny;
+  tiny.writer.set("split.count", std::uint16_t{1})
+      .set("general.type", std::string{"model"})
+      .set("general.quantization_version", std::uint32_t{2})
+      .set("llama.vocab_size", std::uint32_t{41})
+      .set("llama.expert_count", std::uint32_t{0})
+      .set("llama.attention.sliding_window", std::uint32_t{0})
+      .set("llama.attention.causal", true)
+      .set("llama.attn_logit_softcapping", 0.0F)
+      .set("llama.rope.scaling.finetuned", true)
+      .set("llama.tensor_data_layout", std::string{"Meta AI original pth"});
+  const std::vector<TokenId> tokens = random_tokens(9, tiny.shape.vocabulary, 1);
+  const Model plain = TinyModel{}.model();
+  const Model with_keys = tiny.model();
+  Sequence expected{plain};
+  Sequence found{with_keys};
+  expected.prefill(tokens, {});
+  found.prefill(tokens, {});
+  EXPECT_TRUE(std::ranges::equal(found.logits(), expected.logits()));
+}
 
 TEST(Model, ReadsItsShape) {
   const ModelConfig config = read_config(TinyModel{}.file());
