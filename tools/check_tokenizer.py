@@ -30,8 +30,7 @@ from pathlib import Path
 
 import sentencepiece
 from gguf import GGUFReader
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from chat_templates import chat_cases, write
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -231,169 +230,7 @@ def sentencepiece_models(corpus, texts):
         }
 
 
-# ---- chat templates ----------------------------------------------------------------------------------------
-
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-          "'<|im_end|>' + '\n'}}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-ALTERNATE = ("{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ "
-             "raise_exception('Conversation roles must alternate') }}"
-             "{% endif %}")
-LLAMA3_TURN = ("'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
-               "message['content'] | trim + '<|eot_id|>'")
-
-TEMPLATES = {
-    "chatml": (CHATML, "<s>", "<|im_end|>"),
-    "chatml_with_bos": ("{{ bos_token }}" + CHATML, "<|begin|>", "<|im_end|>"),
-    "chatml_escaped_default": (
-        "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + "
-        "messages[0]['content'] + '<|im_end|>\\n' }}\n{%- else %}\n"
-        "    {{- '<|im_start|>system\\nYou\\'re a careful \"assistant\".<|im_end|>\\n' }}\n{%- endif %}"
-        "\n{%- for message in messages %}\n"
-        "    {%- if (message.role == \"user\") or (message.role == \"system\" and not loop.first) or "
-        "(message.role == \"assistant\") %}\n"
-        "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    "
-        "{%- endif %}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n", "",
-        "<|im_end|>"),
-    "llama2": (
-        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
-        "system_message = messages[0]['content'] %}"
-        "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for "
-        "message in loop_messages %}" + ALTERNATE +
-        "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + "
-        "system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-        "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ "
-        "bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-        "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}", "<s>", "</s>"),
-    "llama3": (
-        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = " +
-        LLAMA3_TURN +
-        " %}{% if loop.index0 == 0 %}"
-        "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if "
-        "add_generation_prompt %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}", "<|begin_of_text|>",
-        "<|eot_id|>"),
-    "llama3_with_dates": (
-        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = \"26 Jul 2024\" "
-        "%}\n{%- endif %}\n"
-        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = "
-        "messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n"
-        "{%- else %}\n    {%- set system_message = \"\" %}\n{%- endif %}\n{{- "
-        "\"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}\n"
-        "{{- \"Cutting Knowledge Date: December 2023\\n\" }}\n{{- \"Today Date: \" + date_string + "
-        "\"\\n\\n\" }}\n{{- system_message }}\n{{- \"<|eot_id|>\" }}\n"
-        "{%- for message in messages %}\n    {{- " + LLAMA3_TURN.replace("\n",
-        "\\n") + " }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
-        "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n",
-        "<|begin_of_text|>", "<|eot_id|>"),
-    "zephyr": (
-        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
-        "message['content'] + eos_token }}\n"
-        "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% "
-        "elif message['role'] == 'assistant' %}\n"
-        "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
-        "add_generation_prompt %}\n{{ '<|assistant|>' }}\n"
-        "{% endif %}\n{% endfor %}", "<s>", "</s>"),
-    "zephyr_one_line": (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token "
-        "+ '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{# <|user|> <|assistant|> #}",
-        "<s>", "<|endoftext|>"),
-    "mistral_first": (
-        "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}{{ "
-        "'[INST] ' + message['content'] + ' [/INST]' }}"
-        "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}{% else %}{{ "
-        "raise_exception('Only user and assistant roles are supported!') }}"
-        "{% endif %}{% endfor %}", "<s>", "</s>"),
-    "mistral_system_first": (
-        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content'] %}"
-        "\n    {%- set loop_messages = messages[1:] %}\n"
-        "{%- else %}\n    {%- set loop_messages = messages %}\n{%- endif %}\n\n{{- bos_token }}\n{%- for "
-        "message in loop_messages %}\n    " + ALTERNATE +
-        "\n    {%- if message['role'] == 'user' %}\n        {%- if loop.first and system_message is defined "
-        "%}\n"
-        "            {{- ' [INST] ' + system_message + '\\n\\n' + message['content'] + ' [/INST]' }}\n      "
-        "  {%- else %}\n"
-        "            {{- ' [INST] ' + message['content'] + ' [/INST]' }}\n        {%- endif %}\n    {%- "
-        "elif message['role'] == 'assistant' %}\n"
-        "        {{- ' ' + message['content'] + eos_token}}\n    {%- endif %}\n{%- endfor %}\n", "<s>",
-        "</s>"),
-    "mistral_system_last": (
-        "{%- if messages[0][\"role\"] == \"system\" %}\n    {%- set system_message = "
-        "messages[0][\"content\"] %}\n    {%- set loop_messages = messages[1:] %}\n"
-        "{%- else %}\n    {%- set loop_messages = messages %}\n{%- endif %}\n{{- bos_token }}\n{%- for "
-        "message in loop_messages %}\n    " +
-        ALTERNATE.replace("{%", "{%-") + "\n    {%- if message[\"role\"] == \"user\" %}\n        {%- if "
-        "loop.last and system_message is defined %}\n"
-        "            {{- \"[INST] \" + system_message + \"\\n\\n\" + message[\"content\"] + \"[/INST]\" }}"
-        "\n        {%- else %}\n"
-        "            {{- \"[INST] \" + message[\"content\"] + \"[/INST]\" }}\n        {%- endif %}\n    {%- "
-        "elif message[\"role\"] == \"assistant\" %}\n"
-        "        {{- \" \" + message[\"content\"] + eos_token}}\n    {%- endif %}\n{%- endfor %}\n", "<s>",
-        "</s>"),
-    "mistral_no_blanks": (
-        "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set "
-        "loop_messages = messages[1:] %}"
-        "{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}{%- for message in "
-        "loop_messages %}" + ALTERNATE +
-        "{%- if message['role'] == 'user' %}{%- if loop.last and system_message is defined %}{{- '[INST]' + "
-        "system_message + '\\n\\n' + message['content'] + '[/INST]' }}"
-        "{%- else %}{{- '[INST]' + message['content'] + '[/INST]' }}{%- endif %}{%- else %}{{- "
-        "message['content'] + eos_token }}{%- endif %}{%- endfor %}", "<s>", "</s>"),
-}
-
-
-def message(role, content):
-    return {"role": role, "content": content}
-
-
-CONVERSATIONS = [
-    [message("user", "What is the capital of France?")],
-    [message("user", "  blanks around\nand a second line \n")],
-    [message("system", "Answer briefly."), message("user", "Hi")],
-    [message("system", " Be kind. \n"), message("user", "a"), message("assistant", " b "), message("user",
-    "c")],
-    [message("user", "1+1?"), message("assistant", "2"), message("user", "2+2?"), message("assistant", "4"),
-    message("user", "4+4?")],
-    [message("user", "q"), message("assistant", "a")],
-    [message("user", ""), message("assistant", ""), message("user",
-    "it's \"quoted\" {{ not jinja }} [INST]")],
-    [message("user", "one"), message("user", "two")],
-    [message("assistant", "I begin")],
-]
-
-
-def raise_exception(text):
-    raise TemplateError(text)
-
-
-def chat_cases(vocabulary):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
-    templates = {"smollm2": (vocabulary.chat_template, vocabulary.bos, vocabulary.eos)} | TEMPLATES
-    for name, (text, bos, eos) in templates.items():
-        compiled = environment.from_string(text)
-        cases = []
-        for messages, generation in itertools.product(CONVERSATIONS, (True, False)):
-            try:
-                rendered = compiled.render(messages=messages, add_generation_prompt=generation, bos_token=bos,
-                eos_token=eos)
-            except TemplateError:
-                rendered = None  # the engine must refuse it too
-            cases.append({"messages": messages, "add_generation_prompt": generation, "rendered": rendered})
-        yield {"name": name, "template": text, "bos": bos, "eos": eos, "cases": cases}
-
-
 # ---- running -----------------------------------------------------------------------------------------------
-
-
-def write(path, entries):
-    """One entry a line, so that a change of one is a change of one line."""
-    lines = ",\n".join(json.dumps(entry, ensure_ascii=True, separators=(",", ":")) for entry in entries)
-    path.write_text("[\n" + lines + "\n]\n", encoding="ascii")
-    return path
 
 
 def record(folder, vocabulary, corpus, wide):
@@ -410,7 +247,7 @@ def record(folder, vocabulary, corpus, wide):
     write(folder / "tokenizer_smollm2.json", cases)
     write(folder / "tokenizer_splits.json", split_cases(splits))
     write(folder / "tokenizer_sentencepiece.json", list(sentencepiece_models(corpus, sentences)))
-    write(folder / "chat_templates.json", list(chat_cases(vocabulary)))
+    write(folder / "chat_templates.json", list(chat_cases((vocabulary.chat_template, vocabulary.bos, vocabulary.eos))))
     return len(cases)
 
 

@@ -1,35 +1,27 @@
 #pragma once
 
-#include <optional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+
+#include "jinja.hpp"
+#include "prompt_text.hpp"
 
 namespace engine {
 
 class Tokenizer;
 
-enum class ChatFamily { chatml, llama2, llama3, zephyr, mistral };
+/// What a template looks like by its markers, for people; nothing depends on it.
+enum class ChatFamily { chatml, llama2, llama3, zephyr, mistral, other };
 
 std::string_view name(ChatFamily family);
 
-struct ChatMessage {
-  std::string role;  ///< "system", "user" or "assistant"
-  std::string content;
-};
-
-/// Lays out a conversation as the model was trained to read it.
-///
-/// Model files carry a Jinja template. This is no Jinja interpreter: it recognises the family of the template
-/// by its markers, reads from it what varies inside a family (default system message, white space, dates),
-/// and writes what the template would. Tools, images and reasoning blocks are not supported.
-///
-/// The result holds special tokens, BOS among them where the template writes it. Encode it with
-/// `{.add_bos = false, .parse_special = true}`.
+/// Lays out a conversation as the model was trained to read it: model files carry a Jinja template for it.
 class ChatTemplate {
  public:
   /// `bos` and `eos` are the texts that the template's `bos_token` and `eos_token` stand for.
-  /// Throws `Error` for a template of no known family, naming those it knows.
+  /// Throws `Error` for no template, and for one that uses what `JinjaTemplate` does not have.
   ChatTemplate(std::string_view jinja, std::string bos, std::string eos);
 
   /// The template of a model's vocabulary.
@@ -37,24 +29,19 @@ class ChatTemplate {
 
   ChatFamily family() const { return family_; }
 
-  /// What the template puts first when the conversation has no system message, if it does.
-  const std::optional<std::string>& default_system() const { return default_system_; }
+  /// The conversation, and which of its bytes are the messages': give it to `Tokenizer::encode` as it is, BOS
+  /// included where the template writes it.
+  /// Throws `Error` for no messages, an unknown role, and where the template refuses the messages.
+  PromptText lay_out(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
 
-  /// Throws `Error` for no messages, an unknown role, or an order of roles that the family does not allow.
+  /// The text of `lay_out` alone. Encoding it as special tokens would let a message forge turns.
   std::string render(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
 
  private:
-  std::string render_chatml(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
-  std::string render_llama2(std::span<const ChatMessage> messages) const;
-  std::string render_llama3(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
-  std::string render_zephyr(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
-  std::string render_mistral(std::span<const ChatMessage> messages) const;
-
+  JinjaTemplate jinja_;
   ChatFamily family_;
-  std::string template_;
   std::string bos_;
   std::string eos_;
-  std::optional<std::string> default_system_;
 };
 
 }  // namespace engine
