@@ -7,10 +7,12 @@
 #include <queue>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "error.hpp"
 #include "gguf.hpp"
+#include "prompt_text.hpp"
 #include "split_rule.hpp"
 #include "utf8.hpp"
 
@@ -155,15 +157,158 @@ void chain(std::vector<Symbol>& symbols) {
   }
 }
 
-// Control tokens that end a turn or a text in the model families we know, whatever the file calls its EOS.
+// ---- which tokens are special, by their texts
+// -------------------------------------------------------------------
+
+// Tokens that end a turn, a message or a text in the model families we know, whatever the file calls its EOS.
 constexpr auto known_end_tokens = std::to_array<std::string_view>({
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
     "</s>",
+    "<EOT>",
+    "< EOT >",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "<|endoftext|>",
+    "<|eom|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|eot_id|>",
+    "<|flush|>",
+    "<|im_end|>",
+    "<|return|>",
+    "<\xEF\xBD\x9C"
+    "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>",
+    "[EOS]",
+    "[EOT]",
+    "_<EOT>",
+    "_< EOT >",
 });
+
+bool is_known_end(std::string_view text) {
+  return std::find(known_end_tokens.begin(), known_end_tokens.end(), text) != known_end_tokens.end();
+}
+
+// <|like this|>, with narrow or wide bars.
+bool is_barred(std::string_view text) {
+  constexpr std::string_view wide_bar = "\xEF\xBD\x9C";
+  if (text.starts_with("<|") && text.ends_with("|>")) return text.size() > 4;
+  return text.size() > 2 + 2 * wide_bar.size() && text.substr(1).starts_with(wide_bar) &&
+         text.front() == '<' && text.back() == '>' && text.substr(0, text.size() - 1).ends_with(wide_bar);
+}
+
+// <like this> or [like this]: as markers are written, and much else.
+bool is_bracketed(std::string_view text) {
+  return text.size() > 2 &&
+         ((text.front() == '<' && text.back() == '>') || (text.front() == '[' && text.back() == ']'));
+}
+
+bool is_role(std::string_view text) {
+  constexpr auto roles = std::to_array<std::string_view>(
+      {"system", "user", "assistant", "human", "bot", "model", "gpt", "tool"});
+  return std::find(roles.begin(), roles.end(), text) != roles.end();
+}
+
+// What stands in brackets in a template, brackets included: <s>, [INST], <<SYS>>.
+std::unordered_set<std::string_view> bracketed_in(std::string_view chat_template) {
+  constexpr std::size_t longest = 128;
+  std::unordered_set<std::string_view> out;
+  for (std::size_t at = 0; at < chat_template.size(); ++at) {
+    if (chat_template[at] != '<' && chat_template[at] != '[') continue;
+    const char closing = chat_template[at] == '<' ? '>' : ']';
+    const std::string_view rest = chat_template.substr(at, longest);
+    const std::size_t end = rest.find(closing);
+    if (end == std::string_view::npos) continue;
+    out.insert(rest.substr(0, end + 1));
+    if (rest.substr(end + 1).starts_with(closing)) out.insert(rest.substr(0, end + 2));
+  }
+  return out;
+}
+
+// Whether a token looks like a marker of turns, so that nobody but the template may write it.
+bool is_marker(std::string_view text, const std::unordered_set<std::string_view>& in_template) {
+  if (is_known_end(text) || is_barred(text)) return true;
+  if (!is_bracketed(text)) return false;
+  const std::string_view inside = text.substr(1, text.size() - 2);
+  return is_role(inside.starts_with('/') ? inside.substr(1) : inside) || in_template.contains(text);
+}
+
+// ---- finding tokens that are written out: for each place the longest that begins there, in one pass
+// ------------
+
+class WrittenTokens {
+ public:
+  // Texts are added backwards, so that a pass from the end of a text to its beginning knows at each place
+  // what begins there (Aho and Corasick, 1975). Of equal texts the first stays.
+  void add(std::string_view text, TokenId id) {
+    std::size_t node = 0;
+    for (auto at = text.rbegin(); at != text.rend(); ++at) {
+      const auto byte = static_cast<unsigned char>(*at);
+      const auto [edge, is_new] = edges_.try_emplace(key(node, byte), nodes_.size());
+      if (is_new) {
+        nodes_.push_back({.sibling = nodes_[node].child, .byte = byte});
+        nodes_[node].child = edge->second;
+      }
+      node = edge->second;
+    }
+    if (nodes_[node].longest == no_token) nodes_[node].longest = id;
+  }
+
+  // After the last `add`: where to go on when a byte does not fit.
+  void finish() {
+    std::vector<std::size_t> row{0};  // breadth first
+    for (std::size_t at = 0; at < row.size(); ++at) {
+      const std::size_t node = row[at];
+      for (std::size_t child = nodes_[node].child; child != 0; child = nodes_[child].sibling) {
+        nodes_[child].back = node == 0 ? 0 : follow(nodes_[node].back, nodes_[child].byte);
+        if (nodes_[child].longest == no_token) nodes_[child].longest = nodes_[nodes_[child].back].longest;
+        row.push_back(child);
+      }
+    }
+  }
+
+  bool empty() const { return nodes_.size() == 1; }
+
+  // Sets `longest[i]` where a token begins at byte i of `text`; leaves the others.
+  void find(std::string_view text, std::span<TokenId> longest) const {
+    if (empty()) return;
+    std::size_t node = 0;
+    for (std::size_t at = text.size(); at-- > 0;) {
+      node = follow(node, static_cast<unsigned char>(text[at]));
+      if (nodes_[node].longest != no_token) longest[at] = nodes_[node].longest;
+    }
+  }
+
+ private:
+  struct Node {
+    TokenId longest = no_token;
+    std::size_t back = 0;
+    std::size_t child = 0;    // 0: none
+    std::size_t sibling = 0;  // 0: none
+    unsigned char byte = 0;
+  };
+
+  static std::uint64_t key(std::size_t node, unsigned char byte) { return std::uint64_t{node} << 8U | byte; }
+
+  std::size_t follow(std::size_t node, unsigned char byte) const {
+    while (true) {
+      const auto edge = edges_.find(key(node, byte));
+      if (edge != edges_.end()) return edge->second;
+      if (node == 0) return 0;
+      node = nodes_[node].back;
+    }
+  }
+
+  std::vector<Node> nodes_{1};
+  std::unordered_map<std::uint64_t, std::size_t> edges_;
+};
 
 }  // namespace
 
@@ -172,6 +317,7 @@ class Tokenizer::Impl {
   explicit Impl(TokenizerSpec spec);
 
   std::vector<TokenId> encode(std::string_view text, EncodeOptions options) const;
+  std::vector<TokenId> encode(const PromptText& prompt) const;
   std::string decode(std::span<const TokenId> ids, DecodeOptions options) const;
 
   std::size_t checked(TokenId id) const {
@@ -181,15 +327,14 @@ class Tokenizer::Impl {
     }
     return index(id);
   }
-  TokenType type(std::size_t token) const {
-    return spec.token_types.empty() ? TokenType::normal : static_cast<TokenType>(spec.token_types[token]);
-  }
+  TokenType type(std::size_t token) const { return types[token]; }
   bool is_special(std::size_t token) const {
     return type(token) == TokenType::control || type(token) == TokenType::unknown;
   }
 
   TokenizerSpec spec;
   bool add_bos = false;
+  std::vector<TokenType> types;    // [token]
   std::vector<std::string> bytes;  // [token]
   std::unordered_map<std::string_view, TokenId> by_text;
   std::vector<bool> ends_generation;  // [token]
@@ -202,9 +347,10 @@ class Tokenizer::Impl {
   };
 
   void check_spec() const;
+  void settle_types();
   void index_tokens();
   void index_merges();
-  TokenId token_at(std::string_view text, std::size_t at, bool parse_special) const;
+  void encode_with(std::span<const TokenId> written, std::string_view text, std::vector<TokenId>& ids) const;
   void encode_plain(std::string_view text, bool after_control, std::vector<TokenId>& ids) const;
   void encode_piece(std::string_view piece, std::vector<TokenId>& ids) const;
   void encode_sentencepiece(std::string_view text, std::vector<TokenId>& ids) const;
@@ -217,10 +363,14 @@ class Tokenizer::Impl {
   bool byte_level_ = false;
   bool space_prefix_ = false;
   std::optional<SplitRule> split_rule_;
-  std::array<TokenId, 256> byte_token_{};                                   // no_token where there is none
-  std::unordered_map<std::uint64_t, RankedMerge> merges_;                   // byte level, by pair_key
-  std::unordered_map<std::string_view, TokenId> mergeable_;                 // tokens that text can merge into
-  std::unordered_map<unsigned char, std::vector<TokenId>> written_tokens_;  // by first byte, longest first
+  std::array<TokenId, 256> byte_token_{};                    // no_token where there is none
+  std::unordered_map<std::uint64_t, RankedMerge> merges_;    // byte level, by pair_key
+  std::unordered_map<std::string_view, TokenId> mergeable_;  // tokens that text can merge into
+  std::unordered_set<std::string_view> markers_in_template_;
+  std::size_t longest_mergeable_ = 0;
+  WrittenTokens written_;       // all that are recognised in a text as one
+  WrittenTokens user_defined_;  // of these the user-defined ones
+  WrittenTokens harmless_;      // of these the ones that anybody may write
 };
 
 Tokenizer::Impl::Impl(TokenizerSpec given) : spec(std::move(given)) {
@@ -237,6 +387,7 @@ Tokenizer::Impl::Impl(TokenizerSpec given) : spec(std::move(given)) {
     throw Error(
         "the vocabulary wants BOS before a text but names none (tokenizer.ggml.bos_token_id is missing)");
   }
+  settle_types();
   index_tokens();
   if (byte_level_) index_merges();
 }
@@ -283,7 +434,36 @@ void Tokenizer::Impl::check_spec() const {
   check_id("bos", spec.bos);
   check_id("eos", spec.eos);
   check_id("eot", spec.eot);
+  check_id("eom", spec.eom);
   check_id("unknown", spec.unk);
+}
+
+// The types as the file has them, but where a token's text says that they are wrong or missing: a template's
+// marker that is taken for plain text gives another prompt, an end of a turn that is none an endless answer.
+void Tokenizer::Impl::settle_types() {
+  types.resize(spec.tokens.size());
+  markers_in_template_ = bracketed_in(spec.chat_template);
+  const bool has_types = !spec.token_types.empty();
+  for (std::size_t token = 0; token < types.size(); ++token) {
+    const std::string& text = spec.tokens[token];
+    types[token] = has_types ? static_cast<TokenType>(spec.token_types[token]) : TokenType::normal;
+    const bool is_plain = types[token] == TokenType::normal;
+    if (!has_types && spec.unk == static_cast<TokenId>(token)) {
+      types[token] = TokenType::unknown;
+    } else if (!has_types && !byte_level_ && byte_of_fallback_token(text)) {
+      types[token] = TokenType::byte;
+    } else if (!has_types && is_marker(text, markers_in_template_)) {
+      types[token] = TokenType::control;
+    } else if (is_plain && is_barred(text)) {
+      types[token] = TokenType::control;
+    } else if (is_known_end(text) && types[token] != TokenType::unknown && !(is_plain && text == "</s>")) {
+      types[token] = TokenType::control;  // but a plain </s> is HTML
+    }
+  }
+  for (const std::optional<TokenId> id : {spec.bos, spec.eos, spec.eot, spec.eom}) {
+    if (!id || types[index(*id)] != TokenType::normal) continue;
+    if (is_bracketed(spec.tokens[index(*id)])) types[index(*id)] = TokenType::control;
+  }
 }
 
 void Tokenizer::Impl::index_tokens() {
@@ -318,9 +498,7 @@ void Tokenizer::Impl::index_tokens() {
       case TokenType::unknown:
       case TokenType::control:
         bytes[token] = text;
-        if (std::find(known_end_tokens.begin(), known_end_tokens.end(), text) != known_end_tokens.end()) {
-          ends_generation[token] = true;
-        }
+        ends_generation[token] = is_known_end(text);
         break;
       case TokenType::user_defined:
         bytes[token] = byte_level_ ? text : replace_all(text, space_mark, " ");
@@ -329,17 +507,19 @@ void Tokenizer::Impl::index_tokens() {
         bytes[token] = text;
         break;
     }
-    const bool is_written = is_special(token) || type(token) == TokenType::user_defined;
-    if (is_written && !bytes[token].empty()) {
-      written_tokens_[static_cast<unsigned char>(bytes[token].front())].push_back(id);
-    }
+    const bool is_user_defined = type(token) == TokenType::user_defined;
+    if (bytes[token].empty() || !(is_special(token) || is_user_defined)) continue;
+    written_.add(bytes[token], id);
+    if (is_user_defined) user_defined_.add(bytes[token], id);
+    if (is_user_defined && !is_marker(text, markers_in_template_)) harmless_.add(bytes[token], id);
   }
-  for (auto& [first, ids] : written_tokens_) {
-    std::stable_sort(ids.begin(), ids.end(),
-                     [&](TokenId a, TokenId b) { return bytes[index(a)].size() > bytes[index(b)].size(); });
-  }
+  written_.finish();
+  user_defined_.finish();
+  harmless_.finish();
+  for (const auto& [text, id] : mergeable_) longest_mergeable_ = std::max(longest_mergeable_, text.size());
   if (spec.eos) ends_generation[index(*spec.eos)] = true;
   if (spec.eot) ends_generation[index(*spec.eot)] = true;
+  if (spec.eom) ends_generation[index(*spec.eom)] = true;
   if (byte_level_) {
     for (unsigned byte = 0; byte < 256; ++byte) {
       const auto found = mergeable_.find(std::string(1, static_cast<char>(byte)));
@@ -371,8 +551,13 @@ void Tokenizer::Impl::index_merges() {
     }
     const std::string_view left = std::string_view(text).substr(0, space);
     const std::string_view right = std::string_view(text).substr(space + 1);
-    merges_.emplace(pair_key(token(left), token(right)),
-                    RankedMerge{.rank = rank, .id = token(std::string(left).append(right))});
+    const TokenId merged = token(std::string(left).append(right));
+    // Text does not become a marker by merges either: anybody can write text.
+    const bool is_marked =
+        is_special(index(merged)) || (type(index(merged)) == TokenType::user_defined &&
+                                      is_marker(spec.tokens[index(merged)], markers_in_template_));
+    if (!is_marked)
+      merges_.emplace(pair_key(token(left), token(right)), RankedMerge{.rank = rank, .id = merged});
   }
   spec.merges = {};  // indexed, and by far the largest part of the spec
 }
@@ -380,10 +565,41 @@ void Tokenizer::Impl::index_merges() {
 std::vector<TokenId> Tokenizer::Impl::encode(std::string_view text, EncodeOptions options) const {
   std::vector<TokenId> ids;
   if (options.add_bos && add_bos) ids.push_back(*spec.bos);
+  std::vector<TokenId> written(text.size(), no_token);
+  (options.parse_special ? written_ : user_defined_).find(text, written);
+  encode_with(written, text, ids);
+  return ids;
+}
+
+std::vector<TokenId> Tokenizer::Impl::encode(const PromptText& prompt) const {
+  const std::string_view text = prompt.text();
+  std::vector<TokenId> written(text.size(), no_token);
+  harmless_.find(text, written);
+  std::vector<TokenId> own(text.size(), no_token);
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t begin = at;
+    const bool is_outside = prompt.is_outside(begin);
+    while (at < text.size() && prompt.is_outside(at) == is_outside) ++at;
+    if (!is_outside) written_.find(text.substr(begin, at - begin), std::span(own).subspan(begin, at - begin));
+  }
+  for (std::size_t at = 0; at < text.size(); ++at) {
+    if (own[at] == no_token) continue;
+    const bool is_longer =
+        written[at] == no_token || bytes[index(own[at])].size() > bytes[index(written[at])].size();
+    if (is_longer) written[at] = own[at];
+  }
+  std::vector<TokenId> ids;
+  encode_with(written, text, ids);
+  return ids;
+}
+
+// `written[i]`: the token that is written out at byte i, if there is one.
+void Tokenizer::Impl::encode_with(std::span<const TokenId> written, std::string_view text,
+                                  std::vector<TokenId>& ids) const {
   bool after_control = true;  // the beginning counts as such: a space prefix goes there
   std::size_t done = 0;
   for (std::size_t at = 0; at < text.size();) {
-    const TokenId id = token_at(text, at, options.parse_special);
+    const TokenId id = written[at];
     if (id == no_token) {
       ++at;
       continue;
@@ -398,17 +614,6 @@ std::vector<TokenId> Tokenizer::Impl::encode(std::string_view text, EncodeOption
     done = at;
   }
   if (done < text.size()) encode_plain(text.substr(done), after_control, ids);
-  return ids;
-}
-
-TokenId Tokenizer::Impl::token_at(std::string_view text, std::size_t at, bool parse_special) const {
-  const auto found = written_tokens_.find(static_cast<unsigned char>(text[at]));
-  if (found == written_tokens_.end()) return no_token;
-  for (const TokenId id : found->second) {
-    if (is_special(index(id)) && !parse_special) continue;
-    if (text.substr(at).starts_with(bytes[index(id)])) return id;
-  }
-  return no_token;
 }
 
 void Tokenizer::Impl::encode_plain(std::string_view text, bool after_control,
@@ -460,7 +665,9 @@ void Tokenizer::Impl::encode_sentencepiece(std::string_view text, std::vector<To
   }
   chain(symbols);
   merge_symbols<float>(symbols, [&](const Symbol& left, const Symbol& right) {
-    const auto found = mergeable_.find(text.substr(left.begin, left.length + right.length));
+    const std::size_t length = left.length + right.length;
+    const auto found =
+        length > longest_mergeable_ ? mergeable_.end() : mergeable_.find(text.substr(left.begin, length));
     return found == mergeable_.end()
                ? std::optional<std::pair<float, TokenId>>()
                : std::optional(std::pair(-spec.scores[index(found->second)], found->second));
@@ -480,12 +687,14 @@ void Tokenizer::Impl::encode_sentencepiece(std::string_view text, std::vector<To
     if (has_bytes) {
       for (const char byte : character) ids.push_back(byte_token_[static_cast<unsigned char>(byte)]);
       after_unknown = false;
-    } else if (spec.unk) {
+    } else if (spec.unk && !ends_generation[index(*spec.unk)] &&
+               type(index(*spec.unk)) != TokenType::control) {
       if (!after_unknown) ids.push_back(*spec.unk);  // one stands for a whole run, as in SentencePiece
       after_unknown = true;
     } else {
       throw Error("the vocabulary has no token for '" + std::string(character) +
-                  "', no byte tokens for it and no unknown token (tokenizer.ggml.unknown_token_id)");
+                  "', no byte tokens for it and no unknown token (tokenizer.ggml.unknown_token_id) that ends "
+                  "nothing");
     }
   }
 }
@@ -515,6 +724,8 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 std::vector<TokenId> Tokenizer::encode(std::string_view text, EncodeOptions options) const {
   return impl_->encode(text, options);
 }
+
+std::vector<TokenId> Tokenizer::encode(const PromptText& prompt) const { return impl_->encode(prompt); }
 
 std::string Tokenizer::decode(std::span<const TokenId> ids, DecodeOptions options) const {
   return impl_->decode(ids, options);
@@ -549,8 +760,36 @@ std::string StreamDecoder::push(TokenId id) {
 
 std::string StreamDecoder::finish() { return std::exchange(waiting_, {}); }
 
+namespace {
+
+// 4294967295 is how writers say that there is no such token, -1 how signed ones do.
+bool is_none(std::int64_t id) {
+  return id == -1 || id == std::int64_t{std::numeric_limits<std::uint32_t>::max()};
+}
+
+std::optional<TokenId> special_id(const GgufFile& file, const std::string& key, std::size_t tokens) {
+  const auto id = file.find<std::int64_t>(key);
+  if (!id || is_none(*id)) return std::nullopt;
+  if (*id < 0 || static_cast<std::uint64_t>(*id) >= tokens) {
+    throw Error(file.name() + ": " + key + " is " + std::to_string(*id) + ", outside the vocabulary of " +
+                std::to_string(tokens) + " tokens; 4294967295 would mean none");
+  }
+  return static_cast<TokenId>(*id);
+}
+
+// One entry a token, where the key is there at all.
+void check_entries(const GgufFile& file, const std::string& key, std::size_t tokens) {
+  const auto entries = file.array_size(key);
+  if (entries && *entries != tokens) {
+    throw Error(file.name() + ": " + key + " has " + std::to_string(*entries) + " entries for " +
+                std::to_string(tokens) + " tokens; there must be one a token");
+  }
+}
+
+}  // namespace
+
 TokenizerSpec tokenizer_spec(const GgufFile& file) {
-  return {
+  TokenizerSpec spec{
       .model = file.get<std::string>("tokenizer.ggml.model"),
       .pre = file.find<std::string>("tokenizer.ggml.pre").value_or(""),
       .tokens = file.get<std::vector<std::string>>("tokenizer.ggml.tokens"),
@@ -559,13 +798,30 @@ TokenizerSpec tokenizer_spec(const GgufFile& file) {
                          .value_or(std::vector<std::int32_t>()),
       .merges =
           file.find<std::vector<std::string>>("tokenizer.ggml.merges").value_or(std::vector<std::string>()),
-      .bos = file.find<TokenId>("tokenizer.ggml.bos_token_id"),
-      .eos = file.find<TokenId>("tokenizer.ggml.eos_token_id"),
-      .eot = file.find<TokenId>("tokenizer.ggml.eot_token_id"),
-      .unk = file.find<TokenId>("tokenizer.ggml.unknown_token_id"),
       .add_bos = file.find<bool>("tokenizer.ggml.add_bos_token"),
       .add_space_prefix = file.find<bool>("tokenizer.ggml.add_space_prefix"),
       .chat_template = file.find<std::string>("tokenizer.chat_template").value_or("")};
+  const std::size_t tokens = spec.tokens.size();
+  check_entries(file, "tokenizer.ggml.scores", tokens);
+  check_entries(file, "tokenizer.ggml.token_type", tokens);
+  for (const MetadataEntry& entry : file.metadata()) {
+    const std::string_view key = entry.key;
+    if (key.starts_with("tokenizer.ggml.") && key.ends_with("_token_id")) special_id(file, entry.key, tokens);
+  }
+  const auto id = [&](const char* name) {
+    return special_id(file, "tokenizer.ggml." + std::string(name) + "_token_id", tokens);
+  };
+  spec.bos = id("bos");
+  spec.eos = id("eos");
+  spec.eot = id("eot");
+  spec.eom = id("eom");
+  spec.unk = id("unknown");
+  // A file that says that it has no BOS wants none, where it does not say so of adding one.
+  if (!spec.bos && !spec.add_bos && file.has("tokenizer.ggml.bos_token_id")) spec.add_bos = false;
+  if (file.find<bool>("tokenizer.ggml.remove_extra_whitespaces").value_or(false) && spec.model == "llama") {
+    throw Error(file.name() + ": tokenizer.ggml.remove_extra_whitespaces is true, which is not supported");
+  }
+  return spec;
 }
 
 }  // namespace engine

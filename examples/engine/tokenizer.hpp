@@ -13,6 +13,7 @@
 namespace engine {
 
 class GgufFile;
+class PromptText;
 
 /// What an entry of the vocabulary is, numbered as in GGUF (`tokenizer.ggml.token_type`).
 enum class TokenType : std::int32_t {
@@ -30,18 +31,21 @@ struct TokenizerSpec {
   std::string pre{};                        ///< split rule of "gpt2" vocabularies; "llama" ones have none
   std::vector<std::string> tokens{};        ///< [token]
   std::vector<float> scores{};              ///< [token], "llama" only: higher merges first
-  std::vector<std::int32_t> token_types{};  ///< [token], as TokenType; empty: all normal
+  std::vector<std::int32_t> token_types{};  ///< [token], as TokenType; empty: what the texts look like
   std::vector<std::string> merges{};        ///< "gpt2" only: "left right", best first
   std::optional<TokenId> bos{};
   std::optional<TokenId> eos{};
   std::optional<TokenId> eot{};  ///< end of a chat turn, where it is not `eos`
+  std::optional<TokenId> eom{};  ///< end of a message within a turn
   std::optional<TokenId> unk{};
   std::optional<bool> add_bos{};           ///< absent: what the model and split rule usually do
   std::optional<bool> add_space_prefix{};  ///< "llama" only; absent: true
   std::string chat_template{};             ///< Jinja text, or empty
 };
 
-/// Reads the vocabulary of a model file. Throws `Error` where a key is missing or has the wrong type.
+/// Reads the vocabulary of a model file. Throws `Error` where a key is missing or has the wrong type, a list
+/// has another length than the vocabulary, or a special token's id is neither in it nor 4294967295, which
+/// means none.
 TokenizerSpec tokenizer_spec(const GgufFile& file);
 
 struct EncodeOptions {
@@ -67,7 +71,10 @@ struct DecodeOptions {
 /// User-defined tokens are recognised wherever they are written, control tokens when asked; where several
 /// fit, the leftmost, and of these the longest, is taken.
 ///
-/// Immutable; may be shared by threads. Encoding n bytes costs O(n log n).
+/// What a token is, its text decides where the file does not say or says otherwise: a token that is known to
+/// end a turn is a control token, and so is one written <|like this|> that is said to be plain text.
+///
+/// Immutable; may be shared by threads. Encoding n bytes costs O(n log n), whatever the vocabulary.
 class Tokenizer {
  public:
   /// Throws `Error` for an unknown model or split rule and for a vocabulary that contradicts itself.
@@ -77,6 +84,11 @@ class Tokenizer {
   Tokenizer& operator=(Tokenizer&&) noexcept;
 
   std::vector<TokenId> encode(std::string_view text, EncodeOptions options = {}) const;
+
+  /// A prompt as its template laid it out: what the template wrote may be control tokens, what comes from
+  /// outside never is, nor a token of both, nor a user-defined token that looks like a marker of turns or
+  /// stands in the template. Never adds BOS.
+  std::vector<TokenId> encode(const PromptText& prompt) const;
 
   /// The text of `ids`; the space prefix that `encode` puts in is taken out again. The bytes need not be
   /// UTF-8 when the ids were not made from it. Throws `Error` for an id outside the vocabulary.
@@ -98,7 +110,7 @@ class Tokenizer {
   TokenType type(TokenId id) const;
   bool is_special(TokenId id) const;  ///< control or unknown
 
-  /// Whether the model stops with this token: EOS, EOT, and control tokens known to end a turn or a text.
+  /// Whether the model stops with this token: EOS, EOT, EOM, and tokens known to end a turn or a text.
   bool is_end_of_generation(TokenId id) const;
 
   /// The byte values that text loses on the way; empty for a complete vocabulary.

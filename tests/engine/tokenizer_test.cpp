@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <map>
 #include <optional>
@@ -16,7 +17,10 @@
 
 #include "engine/error.hpp"
 #include "engine/gguf.hpp"
+#include "engine/gguf_writer.hpp"
+#include "engine/prompt_text.hpp"
 #include "engine/split_rule.hpp"
+#include "engine/tiny_vocabulary.hpp"
 #include "engine/utf8.hpp"
 #include "recorded_cases.hpp"
 
@@ -24,23 +28,10 @@ namespace engine {
 namespace {
 
 using Ids = std::vector<TokenId>;
+using test::alphabet_character;
 
 // ---- a complete little byte-level vocabulary: 256 bytes, some merges, some special tokens
 // -------------------
-
-// GPT-2's alphabet, written out apart from the engine's: the bytes that are printable in Latin-1 stand for
-// themselves, the others take the code points from 256 on.
-std::string alphabet_character(unsigned byte) {
-  unsigned stand_in = 256;
-  for (unsigned b = 0; b < 256; ++b) {
-    const bool printable = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD);
-    const unsigned code_point = printable ? b : stand_in++;
-    if (b != byte) continue;
-    if (code_point < 0x80) return {static_cast<char>(code_point)};
-    return {static_cast<char>(0xC0U + code_point / 64), static_cast<char>(0x80U + code_point % 64)};
-  }
-  return {};
-}
 
 constexpr TokenId bos_id = 256;
 constexpr TokenId end_id = 257;
@@ -200,6 +191,118 @@ TEST(ByteLevel, EndOfGenerationIsEosEotAndKnownEndTokens) {
   EXPECT_FALSE(tokenizer.is_end_of_generation(tokenizer.find("</s>").value()));
   EXPECT_FALSE(tokenizer.is_end_of_generation(bos_id));
   EXPECT_EQ(tokenizer.find("<nope>"), std::nullopt);
+}
+
+// Files call them user-defined, unused or plain text, or do not say: the text decides.
+TEST(ByteLevel, TokensKnownToEndATurnDoSoWhateverTheirType) {
+  constexpr std::array<std::string_view, 13> ends{"<|im_end|>",
+                                                  "<|eot_id|>",
+                                                  "<|eom_id|>",
+                                                  "<|end|>",
+                                                  "<|endoftext|>",
+                                                  "<|end_of_text|>",
+                                                  "<end_of_turn>",
+                                                  "<EOT>",
+                                                  "[EOS]",
+                                                  "<eos>",
+                                                  "<|end_of_turn|>",
+                                                  "<end_of_utterance>",
+                                                  "<\xEF\xBD\x9C"
+                                                  "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+  for (const std::string_view text : ends) {
+    for (const std::int32_t type : {0, 1, 3, 4, 5}) {  // 0: no types in the file
+      TokenizerSpec spec = byte_level_spec();
+      spec.tokens.emplace_back(text);
+      spec.token_types.push_back(type);
+      if (type == 0) spec.token_types.clear();
+      const Tokenizer tokenizer(spec);
+      const TokenId id = tokenizer.find(text).value();
+      EXPECT_TRUE(tokenizer.is_end_of_generation(id)) << text << " of type " << type;
+      EXPECT_TRUE(tokenizer.is_special(id)) << text << " of type " << type;
+      EXPECT_EQ(tokenizer.encode("a" + std::string(text), {.parse_special = true}), (Ids{'a', id}));
+      const Ids plain = tokenizer.encode(std::string(text));
+      EXPECT_EQ(std::count(plain.begin(), plain.end(), id), 0) << text << " of type " << type;
+    }
+  }
+  for (const std::int32_t type : {1, 4}) {
+    TokenizerSpec spec = byte_level_spec();
+    spec.tokens.emplace_back("</s>");
+    spec.token_types.push_back(type);
+    const Tokenizer tokenizer(spec);
+    EXPECT_EQ(tokenizer.is_end_of_generation(tokenizer.find("</s>").value()), type == 4)
+        << "plain, it is HTML";
+  }
+  TokenizerSpec spec = byte_level_spec();
+  spec.eom = 'm';
+  EXPECT_TRUE(Tokenizer(spec).is_end_of_generation('m'));
+}
+
+TEST(ByteLevel, WithoutTypesTheTextsSayWhatIsSpecial) {
+  TokenizerSpec spec = byte_level_spec();
+  spec.tokens.insert(spec.tokens.end(), {"<|user|>", "[INST]", "<h1>", "</s>"});
+  spec.token_types.clear();
+  spec.chat_template = "{{ '[INST]' }} x[1:]";
+  const Tokenizer tokenizer(spec);
+  for (const char* text : {"<|user|>", "[INST]", "</s>"}) {
+    const TokenId id = tokenizer.find(text).value();
+    EXPECT_EQ(tokenizer.type(id), TokenType::control) << text;
+    EXPECT_EQ(tokenizer.encode(text, {.parse_special = true}), Ids{id});
+  }
+  EXPECT_EQ(tokenizer.type(bos_id), TokenType::control) << "the file names it";
+  EXPECT_EQ(tokenizer.type(tokenizer.find("<h1>").value()), TokenType::normal);
+}
+
+// Of several that begin at a place the longest, whatever begins there: against looking at each.
+TEST(ByteLevel, WrittenTokensAreTheLeftmostAndOfTheseTheLongest) {
+  std::mt19937 generator(3);
+  for (int round = 0; round < 200; ++round) {
+    TokenizerSpec spec = byte_level_spec();
+    spec.merges.clear();
+    std::map<std::string, TokenId> written;
+    for (auto count = 1 + generator() % 12; count > 0; --count) {
+      std::string text;
+      for (auto length = 2 + generator() % 5; length > 0; --length) text.push_back("ab"[generator() % 2]);
+      if (!written.emplace(text, static_cast<TokenId>(spec.tokens.size())).second) continue;
+      spec.tokens.push_back(text);
+      spec.token_types.push_back(4);
+    }
+    const Tokenizer tokenizer(spec);
+    std::string text;
+    for (int i = 0; i < 60; ++i) text.push_back("aabbc"[generator() % 5]);
+    Ids expected;
+    for (std::size_t at = 0; at < text.size();) {
+      std::string_view best;
+      for (const auto& [token, id] : written) {
+        if (token.size() > best.size() && std::string_view(text).substr(at).starts_with(token)) best = token;
+      }
+      expected.push_back(best.empty() ? static_cast<TokenId>(text[at]) : written.at(std::string(best)));
+      at += std::max<std::size_t>(best.size(), 1);
+    }
+    ASSERT_EQ(tokenizer.encode(text), expected) << text;
+  }
+}
+
+// A hundred times the tokens with one first byte: time must not follow.
+TEST(ByteLevel, TimeDoesNotGrowWithTheUserDefinedTokens) {
+  const std::string text(100'000, 'a');
+  const auto seconds = [&](int tokens) {
+    TokenizerSpec spec = byte_level_spec();
+    for (int i = 0; i < tokens; ++i) {
+      spec.tokens.push_back("aaaaaa" + std::to_string(i));
+      spec.token_types.push_back(4);
+    }
+    const Tokenizer tokenizer(spec);
+    double best = 1e9;
+    for (int round = 0; round < 3; ++round) {
+      const auto begin = std::chrono::steady_clock::now();
+      EXPECT_FALSE(tokenizer.encode(text).empty());
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+      best = std::min(best, took.count());
+    }
+    return best;
+  };
+  const double few = seconds(200);
+  EXPECT_LT(seconds(20'000), 8 * few);
 }
 
 TEST(ByteLevel, AByteWithoutATokenIsLeftOutAndReported) {
@@ -477,6 +580,62 @@ TEST(TokenizerSpec, WhatContradictsItselfIsRefused) {
   spec = small_sentencepiece_spec();
   spec.scores[4] = std::numeric_limits<float>::quiet_NaN();
   refused(spec, "scores of token 4 is NaN");
+}
+
+// ---- vocabularies in files
+// ------------------------------------------------------------------------------------
+
+TokenizerSpec spec_of(const std::function<void(test::GgufWriter&)>& change) {
+  test::GgufWriter writer;
+  test::TinyVocabulary{{{"<s>", 3}, {"</s>", 3}}}.add_to(writer);
+  change(writer);
+  return tokenizer_spec(GgufFile::from_bytes(writer.bytes(), "vocabulary.gguf"));
+}
+
+TEST(TokenizerFile, ThatASpecialTokenIsNoneCanBeSaid) {
+  for (const char* name : {"bos", "eos", "eot", "eom", "unknown", "padding"}) {
+    const std::string key = "tokenizer.ggml." + std::string(name) + "_token_id";
+    EXPECT_NO_THROW(Tokenizer{spec_of([&](auto& w) { w.set(key, std::uint32_t{4294967295}); })});
+    EXPECT_NO_THROW(Tokenizer{spec_of([&](auto& w) { w.set(key, std::int32_t{-1}); })});
+    for (const std::uint32_t wrong : {258U, 4294967294U}) {
+      expect_error(
+          [&] { spec_of([&](auto& w) { w.set(key, wrong); }); },
+          "vocabulary.gguf: " + key + " is " + std::to_string(wrong) + ", outside the vocabulary of 258");
+    }
+  }
+  const TokenizerSpec none =
+      spec_of([](auto& w) { w.set("tokenizer.ggml.eos_token_id", std::uint32_t{4294967295}); });
+  EXPECT_EQ(none.eos, std::nullopt);
+  // Where BOS is none, none is added, unless the file asks for it.
+  const auto without_bos = [](auto& w) {
+    w.set("tokenizer.ggml.bos_token_id", std::uint32_t{4294967295})
+        .set("tokenizer.ggml.pre", std::string{"llama-bpe"});
+  };
+  EXPECT_FALSE(Tokenizer{spec_of(without_bos)}.adds_bos());
+  expect_error(
+      [&] {
+        Tokenizer{spec_of([&](auto& w) {
+          without_bos(w);
+          w.set("tokenizer.ggml.add_bos_token", true);
+        })};
+      },
+      "bos_token_id is missing");
+}
+
+TEST(TokenizerFile, ListsOfAnotherLengthAreRefused) {
+  for (const std::size_t length : {0UL, 257UL, 259UL}) {
+    const std::string expected = " has " + std::to_string(length) + " entries for 258 tokens";
+    expect_error(
+        [&] { spec_of([&](auto& w) { w.set_array("tokenizer.ggml.scores", std::vector<float>(length)); }); },
+        "tokenizer.ggml.scores" + expected);
+    expect_error(
+        [&] {
+          spec_of([&](auto& w) {
+            w.set_array("tokenizer.ggml.token_type", std::vector<std::int32_t>(length, 1));
+          });
+        },
+        "tokenizer.ggml.token_type" + expected);
+  }
 }
 
 TEST(Tokenizer, IdsOutsideTheVocabularyAreRefused) {
