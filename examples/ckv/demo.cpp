@@ -77,7 +77,10 @@ struct Question {
 
 Question ask(const DemoArguments& arguments, const LoadedModel& loaded) {
   if (!arguments.prompt_file.empty()) {
-    const std::string text = message_text(read_text_file(arguments.prompt_file), arguments.question);
+    const std::string text =
+        message_text(checked_text(read_text_file(arguments.prompt_file),
+                                  fmt::format("--prompt-file '{}'", arguments.prompt_file.string())),
+                     checked_text(arguments.question, "--question"));
     return {.tokens = encode_prompt(loaded, chat_prompt(loaded, text)),
             .needle = std::nullopt,
             .text = arguments.question,

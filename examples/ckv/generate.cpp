@@ -222,10 +222,15 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
 void generate(const GenerateArguments& arguments) {
   const Compression how = compression_of(arguments);
   const std::string text =
-      arguments.prompt_option->count() > 0 ? arguments.prompt : read_text_file(arguments.prompt_file);
+      arguments.prompt_option->count() > 0
+          ? checked_text(arguments.prompt, "--prompt")
+          : checked_text(read_text_file(arguments.prompt_file),
+                         fmt::format("--prompt-file '{}'", arguments.prompt_file.string()));
+  const std::string question = checked_text(arguments.question, "--question");
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
-  const std::vector<TokenId> prompt = encode_prompt(
-      loaded, arguments.raw ? text : chat_prompt(loaded, message_text(text, arguments.question)));
+  const std::vector<TokenId> prompt =
+      arguments.raw ? encode_prompt(loaded, text)
+                    : encode_prompt(loaded, chat_prompt(loaded, message_text(text, question)));
   const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
   check_calibration(arguments.heads, arguments.errors, shape);
   check_budget(how, shape, prompt.size());

@@ -176,7 +176,9 @@ Haystack Haystack::from_bible() {
   return haystack;
 }
 
-Haystack Haystack::from_file(const std::filesystem::path& path) { return Haystack{read_text_file(path)}; }
+Haystack Haystack::from_file(const std::filesystem::path& path) {
+  return Haystack{checked_text(read_text_file(path), fmt::format("the text '{}'", path.string()))};
+}
 
 Haystack Haystack::from(const std::filesystem::path& path) {
   return path.empty() ? from_bible() : from_file(path);
@@ -209,8 +211,8 @@ compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::stri
   return *found;
 }
 
-std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
-                 std::string_view question, std::size_t tokens, double start) {
+engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+                        std::string_view question, std::size_t tokens, double start) {
   const auto sentences = haystack.sentences();
   const auto skipped = static_cast<std::size_t>(std::floor(start * static_cast<double>(sentences.size())));
   std::vector<std::pair<std::size_t, std::string_view>> places;  // sentences before a fact, ascending
@@ -248,7 +250,7 @@ std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<
     }
     const std::string& sentence = sentences[skipped + ends.size()];
     const std::size_t length =
-        loaded.tokenizer.encode(" " + sentence, {.add_bos = false, .parse_special = true}).size();
+        loaded.tokenizer.encode(" " + sentence, {.add_bos = false, .parse_special = false}).size();
     if (bare + count + length > tokens) {
       break;
     }
@@ -275,9 +277,10 @@ std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<
 NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
                            const NeedlePlace& place) {
   const Hidden hidden{.fact = needle.fact, .depth = place.depth};
-  const std::string text = hide(loaded, haystack, {&hidden, 1}, needle.question, place.tokens, place.start);
+  const engine::PromptText text =
+      hide(loaded, haystack, {&hidden, 1}, needle.question, place.tokens, place.start);
   NeedlePrompt prompt{.tokens = encode_prompt(loaded, text), .needle = {}};
-  prompt.needle = token_span(loaded, text, prompt.tokens, needle.fact);
+  prompt.needle = token_span(loaded, text.text(), prompt.tokens, needle.fact);
   return prompt;
 }
 

@@ -84,8 +84,8 @@ struct Hidden {
 
 /// The text of such a prompt with any number of facts: haystack from `start` on with each fact between two
 /// sentences, at most `tokens` tokens with the question and the template. Throws as needle_prompt.
-std::string hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
-                 std::string_view question, std::size_t tokens, double start);
+engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+                        std::string_view question, std::size_t tokens, double start);
 
 /// Where `part` of `text` stands among the tokens of `text`; part must occur in it.
 /// Throws engine::Error where it cannot be found.

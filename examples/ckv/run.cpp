@@ -183,9 +183,30 @@ std::string message_text(std::string_view text, std::string_view question) {
   return question.empty() ? std::string(text) : fmt::format("{}\n\n{}", text, question);
 }
 
-std::string chat_prompt(const LoadedModel& loaded, const std::string& message) {
+engine::PromptText chat_prompt(const LoadedModel& loaded, const std::string& message) {
   const engine::ChatMessage user{.role = "user", .content = message};
-  return engine::ChatTemplate{loaded.tokenizer}.render({&user, 1});
+  return engine::ChatTemplate{loaded.tokenizer}.lay_out({&user, 1});
+}
+
+std::string checked_text(std::string text, std::string_view from) {
+  if (text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF")) {
+    throw engine::Error(
+        fmt::format("{} is UTF-16, by its byte-order mark; give UTF-8: iconv -f UTF-16 -t UTF-8", from));
+  }
+  if (const std::size_t nul = text.find('\0'); nul != std::string::npos) {
+    throw engine::Error(
+        fmt::format("{} holds a NUL, its byte {}; give text in UTF-8, and what is UTF-16 through iconv -f "
+                    "UTF-16 -t UTF-8",
+                    from, nul + 1));
+  }
+  if (text.starts_with("\xEF\xBB\xBF")) {
+    text.erase(0, 3);
+  }
+  return text;
+}
+
+std::vector<TokenId> encode_prompt(const LoadedModel& loaded, const engine::PromptText& prompt) {
+  return loaded.tokenizer.encode(prompt);
 }
 
 std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text) {

@@ -102,10 +102,17 @@ const compresskv::Retained& compress_layer(Compressor& compressor, engine::Layer
 }
 
 /// A user's message as the model's chat template lays it out, ready for the answer.
-std::string chat_prompt(const LoadedModel& loaded, const std::string& message);
+engine::PromptText chat_prompt(const LoadedModel& loaded, const std::string& message);
+
+/// A user's text without the byte-order mark that some editors put first. Throws engine::Error where it is no
+/// UTF-8 but UTF-16, or holds NUL; `from` names it in the message: an option, a file.
+std::string checked_text(std::string text, std::string_view from);
 
 /// A text with a question under it, as one message; without a question the text alone.
 std::string message_text(std::string_view text, std::string_view question);
+
+/// Tokens of a laid out prompt: the template's markers become control tokens, a message's never.
+std::vector<TokenId> encode_prompt(const LoadedModel& loaded, const engine::PromptText& prompt);
 
 /// Tokens of a text that holds its special tokens already.
 std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text);

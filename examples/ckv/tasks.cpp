@@ -186,7 +186,7 @@ TaskPrompt hidden_prompt(const LoadedModel& loaded, const Haystack& haystack, co
   for (const std::string& fact : facts) {
     hidden.push_back({.fact = fact, .depth = hidden.empty() ? place.depth : draw.share()});
   }
-  const std::string text = hide(loaded, haystack, hidden, question, place.length, 0.9 * draw.share());
+  const engine::PromptText text = hide(loaded, haystack, hidden, question, place.length, 0.9 * draw.share());
   return {.tokens = encode_prompt(loaded, text), .expect = std::move(expect)};
 }
 
@@ -245,7 +245,7 @@ TaskPrompt tracking(const LoadedModel& loaded, const Haystack& haystack, const P
     const double step = (1.0 - place.depth) / static_cast<double>(facts.size());
     hidden.push_back({.fact = facts[i], .depth = place.depth + step * static_cast<double>(i)});
   }
-  const std::string text =
+  const engine::PromptText text =
       hide(loaded, haystack, hidden, fmt::format("What is the special magic number of {}?", keys[2]),
            place.length, 0.9 * draw.share());
   return {.tokens = encode_prompt(loaded, text), .expect = {number}};
@@ -257,8 +257,19 @@ std::vector<TokenId> next_turn(const LoadedModel& loaded, const std::string& mes
   const std::array<engine::ChatMessage, 3> messages = {{{.role = "user", .content = "?"},
                                                         {.role = "assistant", .content = "!"},
                                                         {.role = "user", .content = message}}};
-  const std::size_t first = chat.render(std::span(messages).first(1)).size() + 1;
-  return encode_prompt(loaded, chat.render(messages).substr(first));
+  const std::string asked = chat.render(std::span(messages).first(1));
+  const engine::PromptText all = chat.lay_out(messages);
+  // Some templates write an answer with a blank before it.
+  const std::size_t answer = all.text().find('!', asked.size());
+  const bool goes_on = all.text().starts_with(asked) && answer != std::string::npos &&
+                       all.text().find_first_not_of(" \n", asked.size()) == answer;
+  if (!goes_on) {
+    throw engine::Error(
+        "the model's chat template writes a turn otherwise once there is another one; a task of two turns "
+        "needs "
+        "one that goes on");
+  }
+  return encode_prompt(loaded, all.substr(answer + 1));
 }
 
 TaskPrompt two_turns(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
