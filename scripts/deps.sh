@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the build, the tests and the demo need and is not there yet.
+# Installs what the build, the tests and the demo need and is not there yet; with --fuzz what the fuzzers need besides.
 # As root on Debian or Ubuntu it uses apt-get; anywhere else it only says what is missing. Quick when nothing is.
 set -euo pipefail
 
@@ -26,6 +26,13 @@ needed=(
   'ca-certificates | any:                  | CA certificates'
 )
 
+if [[ "${1:-}" == --fuzz ]]; then
+  needed+=(
+    'clang           | command:clang++       | clang++ 14 or newer'
+    "libclang-rt-dev | fuzzer:               | clang's runtimes, libFuzzer among them"
+  )
+fi
+
 trim() { local text="$1"; text="${text#"${text%%[![:space:]]*}"}"; printf '%s' "${text%"${text##*[![:space:]]}"}"; }
 
 # Whether the probe finds it: "command:g++", "module:eigen3", "python:ensurepip"; "any:" cannot be probed.
@@ -34,6 +41,8 @@ present() {
   case "$1" in
     command:*) command -v "$what" >/dev/null ;;
     module:*) pkg-config --exists "$what" 2>/dev/null ;;
+    fuzzer:*) [[ -f "$(clang++ -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null)" ]] ||
+      ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a >/dev/null 2>&1 ;;
     python:*) python3 -c "import venv, $what" 2>/dev/null ;;
     *) true ;;
   esac
