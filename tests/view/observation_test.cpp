@@ -4,7 +4,11 @@
 #include <compresskv/view/attention_matrix.hpp>
 #include <compresskv/view/observation.hpp>
 #include <compresskv/view/query_window.hpp>
+#include <compresskv/view/recent_queries.hpp>
+#include <cstddef>
+#include <initializer_list>
 #include <limits>
+#include <string_view>
 #include <vector>
 
 #include "reference/errors.hpp"
@@ -61,6 +65,118 @@ TEST(QueryWindow, RejectsWhatItCannotRead) {
         [&] { make({.query_heads = 1, .queries = 1, .head_dim = 8, .scale = scale}); },
         {"QueryWindow: scale is ", "finite and above 0"});
   }
+}
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float nan_value = std::numeric_limits<float>::quiet_NaN();
+
+TEST(QueryWindow, RejectsNumbersThatGiveNoAttention) {
+  std::vector<float> queries(64);
+  std::vector<float> sinks{0.5F, -infinity, -3.0F, 1e30F};
+  QueryShape good{.query_heads = 4, .queries = 2, .head_dim = 8, .soft_cap = 30.0F, .sinks = sinks};
+  const auto both = [&](const QueryShape& shape, std::initializer_list<std::string_view> says) {
+    expect_error<ArgumentError>([&] { QueryWindow(queries.data(), shape); }, says);
+    expect_error<ArgumentError>([&] { RecentQueries<float>{shape}; }, says);
+  };
+  EXPECT_NO_THROW(QueryWindow(queries.data(), good));
+  EXPECT_NO_THROW(RecentQueries<float>{good});
+  for (const float bad : {nan_value, -nan_value, infinity, -infinity, -1.0F}) {
+    QueryShape shape = good;
+    shape.soft_cap = bad;
+    both(shape, {"soft_cap is ", "finite and above 0 (0 stands for none)"});
+    shape = good;
+    shape.scale = bad;
+    both(shape, {"scale is ", "finite and above 0"});
+  }
+  for (const float bad : {nan_value, -nan_value, infinity}) {
+    sinks[2] = bad;
+    both(good, {"sink of query head 2 is ", "-infinity for none"});
+  }
+}
+
+TEST(QueryWindow, RejectsStridesThatLayQueriesOverEachOther) {
+  std::vector<float> queries(64);
+  const QueryShape shape{.query_heads = 4, .queries = 2, .head_dim = 8};
+  const auto both = [&](const QueryStrides& strides, std::initializer_list<std::string_view> says) {
+    expect_error<ArgumentError>([&] { QueryWindow(queries.data(), shape, strides); }, says);
+    RecentQueries<float> recent(shape);
+    expect_error<ArgumentError>([&] { recent.append(queries.data(), 2, strides); }, says);
+    EXPECT_EQ(recent.size(), 0U);
+  };
+  both({}, {"stride is 0", "covers 8 units"});
+  both({.head = 16}, {"query stride is 0"});
+  both({.head = 15, .query = 8}, {"head stride is 15", "covers 16"});
+  both({.head = 8, .query = 31}, {"query stride is 31", "covers 32"});
+  const std::size_t huge = std::size_t{1} << 62U;
+  both({.head = huge, .query = 8}, {"head stride 4611686018427387904 times 4", "does not fit in memory"});
+  both({.head = 8, .query = huge}, {"query stride 4611686018427387904 times 2"});
+  // Of one head the stride is never used.
+  EXPECT_NO_THROW(
+      QueryWindow(queries.data(), {.query_heads = 1, .queries = 8, .head_dim = 8}, {.head = 0, .query = 8}));
+}
+
+// Each product wraps to 0 or to a size that could be.
+TEST(Observation, RejectsSizesWhoseProductWraps) {
+  std::vector<float> memory(64);
+  constexpr std::size_t half = std::size_t{1} << 32U;
+  for (const QueryShape& shape :
+       {QueryShape{.query_heads = half, .queries = half, .head_dim = 8},
+        QueryShape{.query_heads = 4, .queries = half, .head_dim = half},
+        QueryShape{.query_heads = half, .queries = 8, .head_dim = half + 1},
+        QueryShape{.query_heads = 1, .queries = 1, .head_dim = std::size_t{1} << 61U}}) {
+    expect_error<ArgumentError>([&] { QueryWindow(memory.data(), shape); },
+                                {"QueryWindow: ", " heads of ", " queries of ", "do not fit in memory"});
+    expect_error<ArgumentError>([&] { RecentQueries<float>{shape}; },
+                                {"RecentQueries: ", " heads of ", " queries of ", "do not fit in memory"});
+  }
+  constexpr std::size_t most = half - 1;
+  expect_error<ArgumentError>(
+      [&] { AttentionMatrix(memory.data(), {.query_heads = half, .queries = half, .tokens = 10}); },
+      {"AttentionMatrix: 4294967296 heads of 4294967296 queries of 10 tokens do not fit in memory"});
+  expect_error<ArgumentError>(
+      [&] { AttentionMatrix(memory.data(), {.query_heads = 1, .queries = half, .tokens = most}); },
+      {"AttentionMatrix: 1 heads of 4294967296 queries of 4294967295 tokens"});
+  expect_error<ArgumentError>(
+      [&] { AttentionSums(memory.data(), {.query_heads = half, .queries = 8, .tokens = most}); },
+      {"AttentionSums: 4294967296 heads"});
+  EXPECT_NO_THROW(AttentionSums(memory.data(), {.query_heads = 8, .queries = most * most, .tokens = most}))
+      << "queries of sums take no room";
+}
+
+TEST(Observation, RejectsMoreTokensThanPositionsCount) {
+  std::vector<float> memory(64);
+  const AttentionShape shape{.query_heads = 1, .queries = 1, .tokens = std::size_t{1} << 32U};
+  expect_error<ArgumentError>([&] { AttentionMatrix(memory.data(), shape); },
+                              {"AttentionMatrix: shape has 4294967296 tokens", "at most 4294967295"});
+  expect_error<ArgumentError>([&] { AttentionSums(memory.data(), shape); },
+                              {"AttentionSums: shape has 4294967296 tokens", "at most 4294967295"});
+}
+
+/// An observation of a user's own, which no constructor of ours has checked.
+struct OwnQueries {
+  using element = float;
+  float scale_is = 1.0F;
+  float cap = 0.0F;
+  float sink = -infinity;
+  std::size_t query_heads() const { return 4; }
+  std::size_t queries() const { return 8; }
+  std::size_t head_dim() const { return 8; }
+  float scale() const { return scale_is; }
+  float soft_cap() const { return cap; }
+  float sink_logit(std::size_t head) const { return head == 3 ? sink : 0.0F; }
+  Run<const float> query_run(std::size_t) const { return {}; }
+};
+
+TEST(Observation, OfAUsersOwnIsCheckedToo) {
+  const ModelShape shape{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 8};
+  const auto check = [&](const OwnQueries& queries) { detail::check_observation(queries, shape, 20, 8); };
+  EXPECT_NO_THROW(check({}));
+  for (const float bad : {nan_value, -nan_value, infinity}) {
+    expect_error<ArgumentError>([&] { check({.scale_is = bad}); }, {"observation: scale is ", "finite"});
+    expect_error<ArgumentError>([&] { check({.cap = bad}); }, {"observation: soft_cap is ", "finite"});
+    expect_error<ArgumentError>([&] { check({.sink = bad}); }, {"observation: sink of query head 3 is "});
+  }
+  expect_error<ArgumentError>([&] { check({.scale_is = 0.0F}); }, {"observation: scale is 0"});
 }
 
 TEST(AttentionMatrix, RunsAreTheHeadsRows) {

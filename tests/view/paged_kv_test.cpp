@@ -5,6 +5,7 @@
 
 #include <compresskv/compresskv.hpp>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -204,6 +205,72 @@ TEST(PagedKv, CopyOnWriteRejectsBlocksThatAreNotFree) {
   expect_error<ArgumentError>([&] { view.copies_needed(Selection::shared_by_heads(Rows{22})); },
                               {"keeps row 22"});
   EXPECT_EQ(table, Blocks(6, -7)) << "nothing was written";
+  expect_error<ArgumentError>([&] { view.copy_on_write(selection, unused, s.pool.table); },
+                              {"copy_on_write's table is the view's own", "give another"});
+}
+
+// A table as engines keep it: one row of as many entries as a sequence may ever need.
+TEST(PagedKv, EntriesBehindTheRowsAreNotLookedAt) {
+  constexpr std::int32_t lowest = std::numeric_limits<std::int32_t>::min();
+  constexpr std::int32_t highest = std::numeric_limits<std::int32_t>::max();
+  Rows kept(10);
+  std::iota(kept.begin(), kept.end(), 12U);
+  const Selection selection = Selection::shared_by_heads(kept);
+  for (const Blocks& tail :
+       {Blocks{}, Blocks(9, -1), Blocks(9, 0), Blocks{lowest, highest, 14, 14}, Blocks{0, 1, 2, 3, 4}}) {
+    for (const bool ragged : {false, true}) {
+      SCOPED_TRACE(testing::PrintToString(tail));
+      Sequence s(4);
+      const Blocks used = s.pool.table;
+      s.pool.table.insert(s.pool.table.end(), tail.begin(), tail.end());
+      s.pool.table.insert(s.pool.table.end(), used.begin(), used.end());  // stale: once this sequence's own
+      if (ragged) {  // the longest head decides, whatever `rows` says
+        s.pool.shape.rows = 1000;
+        s.pool.set_rows({22, 22});
+      }
+      s.pool.references.assign(s.pool.shape.pool_blocks, 2);
+      for (const std::int32_t block : used) {
+        s.pool.references[static_cast<std::size_t>(block)] = 1;
+      }
+      const auto view = s.pool.view();
+      EXPECT_FALSE(view.shared(6)) << "of an entry that nothing uses";
+      EXPECT_EQ(view.copies_needed(selection), 0U);
+      Compressor compressor{s.plan};
+      compressor.begin(22);
+      const Retained& retained = compressor.compact(0, view, selection);
+      EXPECT_TRUE(s.pool.holds(s.cache.compacted([&](std::size_t) { return kept; }), used, {10, 10}));
+      const auto free = view.free_blocks(retained);
+      EXPECT_EQ(Blocks(free.begin(), free.end()), Blocks(used.begin() + 3, used.end())) << "none of the tail";
+    }
+  }
+}
+
+TEST(PagedKv, CopyOnWriteTakesAndWritesOnlyWhatTheRowsNeed) {
+  Sequence s(4);
+  const Blocks used = s.pool.table;
+  s.pool.references.assign(s.pool.shape.pool_blocks, 0);
+  for (const std::int32_t block : used) {
+    s.pool.references[static_cast<std::size_t>(block)] = 2;
+  }
+  Blocks unused;
+  for (std::int32_t block = 0; static_cast<std::size_t>(block) < s.pool.shape.pool_blocks; ++block) {
+    if (s.pool.references[static_cast<std::size_t>(block)] == 0) {
+      unused.push_back(block);
+    }
+  }
+  // The tail names the very blocks that are free: stale entries of a sequence that gave them back.
+  s.pool.table.insert(s.pool.table.end(), unused.begin(), unused.end());
+  const Rows rows{2, 4, 6, 8, 10};
+  const Selection selection = Selection::shared_by_heads(rows);
+  const auto view = s.pool.view();
+  ASSERT_EQ(view.copies_needed(selection), 2U);
+  Blocks table(8, -7);
+  Compressor compressor{s.plan};
+  compressor.begin(22);
+  compressor.gather(0, view, selection, view.copy_on_write(selection, unused, table));
+  EXPECT_TRUE(s.pool.holds(s.cache.compacted([&](std::size_t) { return rows; }), table, {5, 5}));
+  EXPECT_TRUE(s.pool.holds(s.cache, used, {22, 22})) << "the other sequence reads what it read";
+  EXPECT_EQ(table[6], -7) << "an entry a block of the rows, and no more";
 }
 
 TEST(PagedKv, RejectsWhatIsNoCache) {
@@ -228,6 +295,28 @@ TEST(PagedKv, RejectsWhatIsNoCache) {
   shape = good;
   shape.rows = 13;
   expect_error<ArgumentError>([&] { make(shape, table); }, {"PagedKv: 13 rows in use, only 12 allocated"});
+  shape = good;
+  shape.block_rows = std::size_t{1} << 63U;  // twice as many would be no rows at all
+  expect_error<ArgumentError>(
+      [&] {
+        make(shape, {4, 0});
+      },
+      {"PagedKv keys: 2 KV heads of 9223372036854775808"});
+  shape.block_rows = std::numeric_limits<std::size_t>::max();
+  expect_error<ArgumentError>([&] { make(shape, {4, 0}); }, {"do not fit in memory"});
+  shape = good;
+  shape.rows = std::size_t{1} << 32U;
+  shape.block_rows = std::size_t{1} << 31U;
+  expect_error<ArgumentError>([&] { make(shape, table); },
+                              {"PagedKv: 4294967296 rows in use", "at most 4294967295"});
+  shape = good;
+  shape.rows = std::numeric_limits<std::size_t>::max() - 1;  // rounding up to blocks would wrap
+  expect_error<ArgumentError>([&] { make(shape, table); }, {"18446744073709551614 rows in use"});
+  shape = good;
+  shape.pool_blocks = std::size_t{1} << 31U;
+  shape.value_block_stride = std::size_t{1} << 33U;
+  expect_error<ArgumentError>([&] { make(shape, table); },
+                              {"PagedKv values: block stride 8589934592 times 2147483648", "in memory"});
   expect_error<ArgumentError>([&] { make(good, {}); }, {"the block table is empty"});
   expect_error<ArgumentError>([&] { make(good, {4, 5, 2}); }, {"block 5 is outside the pool of 5 blocks"});
   expect_error<ArgumentError>([&] { make(good, {4, -1, 2}); }, {"block -1 is outside the pool"});

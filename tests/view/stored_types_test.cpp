@@ -262,5 +262,26 @@ TEST(StoredTypes, Int8RejectsBuffersThatAreTooSmall) {
       {"Int8Kv: shape has 0 KV heads"});
 }
 
+TEST(StoredTypes, Int8AsksForTheScalesThatItsRowsHave) {
+  std::vector<std::int8_t> data(1000);
+  std::vector<float> parameters(25);
+  const auto make = [&](std::size_t count, std::size_t heads, std::size_t allocated) {
+    const auto some = std::span(parameters).first(count);
+    const Int8Rows of_each{.data = data, .scales = some, .zeros = some};
+    Int8Kv(of_each, of_each, {.kv_heads = heads, .rows = 5, .head_dim = 8, .allocated_rows = allocated},
+           layout::token_head_dim);
+  };
+  // [kv_head][row] of 20 allocated rows: nothing lies behind the rows of the last head.
+  EXPECT_NO_THROW(make(25, 2, 20));
+  expect_error<ArgumentError>([&] { make(24, 2, 20); },
+                              {"Int8Kv: keys have 24 scales", "2 KV heads of 20 rows need 25 of each"});
+  // Products that wrap: 2 * 2^63 is 0, and so are the bytes of 2 * 2^61.
+  expect_error<ArgumentError>(
+      [&] { make(0, 2, std::size_t{1} << 63U); },
+      {"Int8Kv: 2 KV heads of 9223372036854775808 rows", "scales do not fit in memory"});
+  expect_error<ArgumentError>([&] { make(25, 2, std::size_t{1} << 61U); }, {"do not fit in memory"});
+  expect_error<ArgumentError>([&] { make(25, (std::size_t{1} << 61U) + 1, 8); }, {"do not fit in memory"});
+}
+
 }  // namespace
 }  // namespace compresskv

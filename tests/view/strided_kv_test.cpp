@@ -4,6 +4,7 @@
 #include <compresskv/view/strided_kv.hpp>
 #include <limits>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "reference/cache.hpp"
@@ -198,6 +199,86 @@ TEST(StridedKv, RejectsStridesBeyondMemory) {
   expect_error<ArgumentError>(
       [&] { StridedKv<float>(buffer.data(), buffer.data(), shape, layout::Strides{.head = huge, .row = 8}); },
       {"head stride", "times 2", "does not fit in memory"});
+}
+
+// Each product wraps to 0 or to a size that the buffer has.
+TEST(StridedKv, RejectsSizesWhoseProductWraps) {
+  std::vector<float> buffer(1000);
+  const auto make = [&](std::size_t allocated, std::size_t head_dim, std::size_t kv_heads, auto layout) {
+    const KvShape shape{.kv_heads = kv_heads, .rows = 5, .head_dim = head_dim, .allocated_rows = allocated};
+    StridedKv(std::span(buffer), std::span(buffer), shape, layout);
+  };
+  const auto refused = [&](std::size_t allocated, std::size_t head_dim, std::size_t kv_heads) {
+    const auto each = [&](auto layout) {
+      expect_error<ArgumentError>([&] { make(allocated, head_dim, kv_heads, layout); },
+                                  {"StridedKv keys: " + std::to_string(kv_heads) + " KV heads of " +
+                                       std::to_string(allocated) + " rows of " + std::to_string(head_dim),
+                                   "do not fit in memory"});
+    };
+    each(layout::head_token_dim);
+    each(layout::token_head_dim);
+    each(layout::head_dim_token);
+    each(layout::SplitDim{2});
+  };
+  refused((std::size_t{1} << 61U) + 5, 8, 2);  // rows * head_dim = 40
+  refused(std::size_t{1} << 60U, 8, 2);        // twice that is 0
+  refused(5, std::size_t{1} << 62U, 2);        // head_dim * kv_heads * rows
+  refused(5, 8, (std::size_t{1} << 61U) + 2);  // kv_heads * head_dim = 16
+  refused(std::size_t{1} << 61U, 1, 1);        // bytes: a fourth of it are units
+  // Bare strides ask for no allocated rows: what stands there is not looked at.
+  EXPECT_NO_THROW(make(std::numeric_limits<std::size_t>::max(), 8, 2, layout::Strides{.head = 8, .row = 16}));
+  // A pointer alone may be as large as memory, and no larger.
+  const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
+  const std::size_t most = detail::max_bytes / sizeof(float) - 5 * 8;
+  EXPECT_NO_THROW(StridedKv(buffer.data(), buffer.data(), shape, layout::Strides{.head = most, .row = 8}));
+  expect_error<ArgumentError>(
+      [&] { StridedKv(buffer.data(), buffer.data(), shape, layout::Strides{.head = most + 1, .row = 8}); },
+      {"StridedKv keys: head stride 2305843009213693912 times 2 does not fit in memory"});
+}
+
+TEST(StridedKv, RejectsMoreRowsThanPositionsCount) {
+  std::vector<float> buffer(10);
+  std::vector<std::size_t> lengths{1, std::size_t{1} << 32U};
+  const auto make = [&](const KvShape& shape) {
+    StridedKv(buffer.data(), buffer.data(), shape, layout::head_token_dim);
+  };
+  EXPECT_NO_THROW(make({.kv_heads = 1, .rows = 4294967295U, .head_dim = 1}));
+  EXPECT_NO_THROW(make({.kv_heads = 1, .rows = 1, .head_dim = 1, .allocated_rows = std::size_t{1} << 33U}));
+  expect_error<ArgumentError>([&] { make({.kv_heads = 1, .rows = std::size_t{1} << 32U, .head_dim = 1}); },
+                              {"StridedKv: 4294967296 rows in use", "32 bits", "at most 4294967295"});
+  expect_error<ArgumentError>([&] { make({.kv_heads = 2, .head_dim = 1, .head_rows = lengths}); },
+                              {"StridedKv: 4294967296 rows in use"});
+}
+
+TEST(StridedKv, RejectsSplitsThatAreNone) {
+  std::vector<float> buffer(1000);
+  const KvShape shape{.kv_heads = 2, .rows = 5, .head_dim = 8};
+  for (const std::size_t x : {std::size_t{0}, std::size_t{12}, std::size_t{1} << 63U}) {
+    expect_error<ArgumentError>([&] { StridedKv(buffer.data(), buffer.data(), shape, layout::SplitDim{x}); },
+                                {"SplitDim: x is " + std::to_string(x), "must divide the 8 units of a row"});
+  }
+  EXPECT_NO_THROW(StridedKv(buffer.data(), buffer.data(), shape, layout::SplitDim{8}));
+}
+
+/// A view of a user's own with any number of rows.
+struct OwnKv : StridedKv<float> {
+  std::size_t rows_are;
+  std::size_t rows(std::size_t kv_head) const { return kv_head == 1 ? rows_are : 5; }
+};
+
+TEST(KvView, OfAUsersOwnHasRowsThatPositionsCount) {
+  std::vector<float> buffer(1000);
+  const StridedKv base{buffer.data(), buffer.data(), KvShape{.kv_heads = 2, .rows = 5, .head_dim = 8},
+                       layout::head_token_dim};
+  const ModelShape model{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 8};
+  EXPECT_NO_THROW(detail::check_view(OwnKv{base, 4294967295U}, model));
+  for (const std::size_t rows : {std::size_t{0}, std::size_t{1} << 32U}) {
+    expect_error<ArgumentError>(
+        [&] {
+          detail::check_view(OwnKv{base, rows}, model);
+        },
+        {"kv view has " + std::to_string(rows) + " rows of KV head 1", "at most 4294967295"});
+  }
 }
 
 TEST(KvView, IsCheckedAgainstTheModel) {

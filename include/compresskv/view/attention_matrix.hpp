@@ -5,6 +5,7 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/sizes.hpp"
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -16,6 +17,21 @@ struct AttentionShape {
   std::size_t queries = 0;  ///< the last so many queries; all S of them or only the window's
   std::size_t tokens = 0;   ///< S, one column a cached row
 };
+
+namespace detail {
+
+/// Throws ArgumentError on a zero size, or sizes that no array of `counts` can have.
+inline void check_attention_shape(const char* what, const AttentionShape& shape, bool fits) {
+  require(shape.query_heads > 0 && shape.queries > 0 && shape.tokens > 0, what, ": shape has ",
+          shape.query_heads, " heads, ", shape.queries, " queries, ", shape.tokens,
+          " tokens: each must be at least 1");
+  require(shape.tokens <= max_rows, what, ": shape has ", shape.tokens,
+          " tokens, positions are held in 32 bits: at most ", max_rows);
+  require(fits, what, ": ", shape.query_heads, " heads of ", shape.queries, " queries of ", shape.tokens,
+          " tokens do not fit in memory");
+}
+
+}  // namespace detail
 
 /// Attention probabilities (after softmax) of the last queries over all cached rows: models
 /// `AttentionObservation`. With it the keys are not read at all.
@@ -29,9 +45,9 @@ class AttentionMatrix {
       : probabilities_(probabilities), shape_(shape) {
     detail::require(probabilities != nullptr,
                     "AttentionMatrix: probabilities is null: give the attention weights");
-    detail::require(shape.query_heads > 0 && shape.queries > 0 && shape.tokens > 0,
-                    "AttentionMatrix: shape has ", shape.query_heads, " heads, ", shape.queries, " queries, ",
-                    shape.tokens, " tokens: each must be at least 1");
+    detail::check_attention_shape(
+        "AttentionMatrix", shape,
+        detail::fits_in_memory(sizeof(T), {shape.query_heads, shape.queries, shape.tokens}));
   }
 
   std::size_t query_heads() const { return shape_.query_heads; }
@@ -59,9 +75,9 @@ class AttentionSums {
   /// Throws ArgumentError on null or a zero size.
   AttentionSums(const float* sums, const AttentionShape& shape) : sums_(sums), shape_(shape) {
     detail::require(sums != nullptr, "AttentionSums: sums is null: give the summed attention weights");
-    detail::require(shape.query_heads > 0 && shape.queries > 0 && shape.tokens > 0,
-                    "AttentionSums: shape has ", shape.query_heads, " heads, ", shape.queries, " queries, ",
-                    shape.tokens, " tokens: each must be at least 1");
+    // Summed over already: the queries take no room.
+    detail::check_attention_shape("AttentionSums", shape,
+                                  detail::fits_in_memory(sizeof(float), {shape.query_heads, shape.tokens}));
   }
 
   std::size_t query_heads() const { return shape_.query_heads; }

@@ -2,10 +2,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 
+#include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/sizes.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/layout.hpp"
 #include "compresskv/view/placement.hpp"
@@ -16,9 +17,9 @@ namespace compresskv {
 /// int8 rows of all KV heads, with one scale and one zero point a token and head at `[kv_head][row]`:
 /// element = scale * (quant - zero).
 struct Int8Rows {
-  std::span<std::int8_t> data;
-  std::span<float> scales;
-  std::span<float> zeros;
+  Borrowed<std::int8_t> data = {};
+  Borrowed<float> scales = {};
+  Borrowed<float> zeros = {};
 };
 
 /// Keys and values as `Int8Rows`: models `KvView` with one run a KV head. Rows move with their scale and zero
@@ -47,7 +48,11 @@ class Int8Kv {
   template <class L>
   detail::Placement place(const L& layout) {
     detail::check_kv_shape("Int8Kv", shape_);
-    const std::size_t parameters = shape_.kv_heads * shape_.allocated_rows;
+    detail::require(detail::fits_in_memory(sizeof(float), {shape_.kv_heads, shape_.allocated_rows}),
+                    "Int8Kv: ", shape_.kv_heads, " KV heads of ", shape_.allocated_rows,
+                    " rows: so many scales do not fit in memory");
+    // Those behind the rows of the last head are not read.
+    const std::size_t parameters = (shape_.kv_heads - 1) * shape_.allocated_rows + shape_.rows;
     for (const Int8Rows* rows : {&keys_, &values_}) {
       const char* name = rows == &keys_ ? "keys" : "values";
       detail::require(rows->scales.size() >= parameters && rows->zeros.size() >= parameters, "Int8Kv: ", name,
@@ -59,11 +64,11 @@ class Int8Kv {
         .kv_heads = shape_.kv_heads, .rows = shape_.allocated_rows, .units = shape_.head_dim};
     layout::Extents used = allocated;
     used.rows = shape_.rows;
-    const layout::Strides strides = layout::strides_of(layout, allocated);
+    const layout::Strides strides = detail::checked_strides("Int8Kv", layout, allocated, 1);
     detail::require(strides.chunk == 0 || strides.chunk >= shape_.head_dim, "Int8Kv: chunks of ",
                     strides.chunk, " units: int8 rows lie side by side");
-    detail::Placement("Int8Kv values", strides, used, values_.data.size());
-    return detail::Placement("Int8Kv keys", strides, used, keys_.data.size());
+    detail::Placement("Int8Kv values", strides, used, values_.data.size(), 1);
+    return detail::Placement("Int8Kv keys", strides, used, keys_.data.size(), 1);
   }
 
   Run<AffineInt8> run(const Int8Rows& rows_of, std::size_t kv_head) const {

@@ -7,6 +7,7 @@
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/sizes.hpp"
 #include "compresskv/view/run.hpp"
 
 namespace compresskv {
@@ -136,6 +137,11 @@ void check_view(const V& view, const ModelShape& shape) {
   require(shape.kv_row_bytes == 0 || shape.kv_row_bytes == kv_row_bytes(view), "kv view has ",
           kv_row_bytes(view), " bytes a K and V row, ModelShape::kv_row_bytes is ", shape.kv_row_bytes,
           ": a budget in bytes would not be met; make them agree");
+  for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+    const std::size_t rows = view.rows(head);
+    require(rows > 0 && rows <= max_rows, "kv view has ", rows, " rows of KV head ", head,
+            ": at least 1 and, as positions are held in 32 bits, at most ", max_rows);
+  }
 }
 
 /// Throws, as the view says it, where rows [first, last) of a KV head must not be written.

@@ -3,6 +3,8 @@
 #include <concepts>
 #include <cstddef>
 
+#include "compresskv/core/error.hpp"
+
 namespace compresskv::layout {
 
 /// Where the units of a row lie: side by side, or in chunks a stride apart (see `Run`). A unit is an element,
@@ -46,7 +48,11 @@ struct HeadDimToken {
 /// `[kv_head][dim / x][row][x]`: the split layout of paged key pools; `x` must divide the units of a row.
 struct SplitDim {
   std::size_t x = 8;
+  /// Throws ArgumentError where `x` is 0 or beyond a row.
   constexpr Strides operator()(const Extents& e) const {
+    if (x == 0 || x > e.units) {
+      detail::fail<ArgumentError>("SplitDim: x is ", x, ", must divide the ", e.units, " units of a row");
+    }
     return {.head = e.rows * e.units, .row = x, .chunk = x, .chunk_stride = e.rows * x};
   }
 };

@@ -7,6 +7,7 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/finite.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -83,6 +84,19 @@ float sink_logit(const O& observation, std::size_t head) {
   return -std::numeric_limits<float>::infinity();
 }
 
+/// Throws ArgumentError unless a scale is finite and above 0, and a soft cap finite and not below 0.
+inline void check_logit_numbers(const char* what, float scale, float soft_cap) {
+  require(is_finite(scale) && scale > 0.0F, what, ": scale is ", scale, ", must be finite and above 0");
+  require(is_finite(soft_cap) && soft_cap >= 0.0F, what, ": soft_cap is ", soft_cap,
+          ", must be finite and above 0 (0 stands for none)");
+}
+
+/// Throws ArgumentError on a sink that leaves no weights: NaN or +infinity.
+inline void check_sink(const char* what, float sink, std::size_t head) {
+  require(is_finite(sink) || (!is_nan(sink) && sink < 0.0F), what, ": sink of query head ", head, " is ",
+          sink, ", must be a logit, or -infinity for none");
+}
+
 /// Throws ArgumentError when `observation` does not show `window` queries of a layer of `rows` cached rows.
 template <Observation O>
 void check_observation(const O& observation, const ModelShape& shape, std::size_t rows, std::size_t window) {
@@ -98,6 +112,10 @@ void check_observation(const O& observation, const ModelShape& shape, std::size_
   if constexpr (QueryObservation<O>) {
     require(observation.head_dim() == shape.head_dim, "queries have ", observation.head_dim(),
             " elements, the plan's head_dim is ", shape.head_dim);
+    check_logit_numbers("observation", static_cast<float>(observation.scale()), soft_cap(observation));
+    for (std::size_t head = 0; head < shape.query_heads; ++head) {
+      check_sink("observation", sink_logit(observation, head), head);
+    }
   } else {
     require(observation.tokens() == rows, "attention has ", observation.tokens(), " columns, the layer has ",
             rows, " rows: give one column a cached row");

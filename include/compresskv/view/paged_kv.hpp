@@ -5,9 +5,11 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <type_traits>
 
+#include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/retained.hpp"
@@ -30,7 +32,7 @@ struct PagedShape {
   std::size_t key_block_stride = 0;
   std::size_t value_block_stride = 0;
   /// Ragged caches: rows in use of each KV head, in place of `rows`. Must outlive the view.
-  std::span<const std::size_t> head_rows = {};
+  Borrowed<const std::size_t> head_rows = {};
 };
 
 /// Keys and values in pools of blocks, which a table strings together: models `KvView` with one run a block.
@@ -48,38 +50,38 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   using value_element = Value;
 
   /// Pools of unknown size, large enough for `pool_blocks` blocks; `table` names those of this sequence in
-  /// row order and, like `references` (empty: nothing is shared), must outlive the view. Throws ArgumentError
-  /// on null, a zero size, a table too short, a block out of range or named twice, references that are not
-  /// one a block, or strides that lay rows over each other. Cost: a pass over the table for each 65,536
-  /// blocks of the pool.
+  /// row order and, like `references` (empty: nothing is shared), must outlive the view. Entries behind those
+  /// that the rows need are never looked at. Throws ArgumentError on null, a zero size, a table too short, a
+  /// block out of range or named twice, references that are not one a block, or strides that lay rows over
+  /// each other. Cost: a pass over the table for each 65,536 blocks of the pool.
   template <layout::Layout KeyLayout, layout::Layout ValueLayout>
-  PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
+  PagedKv(Key* keys, Value* values, const PagedShape& shape, Borrowed<const std::int32_t> table,
           const KeyLayout& key_layout, const ValueLayout& value_layout,
-          std::span<const std::int32_t> references = {})
-      : PagedKv(std::span(keys, detail::unknown_size / sizeof(Key)),
-                std::span(values, detail::unknown_size / sizeof(Value)), shape, table, key_layout,
-                value_layout, references) {}
+          Borrowed<const std::int32_t> references = {})
+      : PagedKv(Borrowed<Key>(keys, detail::unknown_size<Key>),
+                Borrowed<Value>(values, detail::unknown_size<Value>), shape, table, key_layout, value_layout,
+                references) {}
   template <layout::Layout L>
-  PagedKv(Key* keys, Value* values, const PagedShape& shape, std::span<const std::int32_t> table,
-          const L& layout, std::span<const std::int32_t> references = {})
+  PagedKv(Key* keys, Value* values, const PagedShape& shape, Borrowed<const std::int32_t> table,
+          const L& layout, Borrowed<const std::int32_t> references = {})
       : PagedKv(keys, values, shape, table, layout, layout, references) {}
 
   /// Pools of known size: also throws where they are too small for `pool_blocks` blocks.
   template <layout::Layout KeyLayout, layout::Layout ValueLayout>
-  PagedKv(std::span<Key> keys, std::span<Value> values, const PagedShape& shape,
-          std::span<const std::int32_t> table, const KeyLayout& key_layout, const ValueLayout& value_layout,
-          std::span<const std::int32_t> references = {})
+  PagedKv(Borrowed<Key> keys, Borrowed<Value> values, const PagedShape& shape,
+          Borrowed<const std::int32_t> table, const KeyLayout& key_layout, const ValueLayout& value_layout,
+          Borrowed<const std::int32_t> references = {})
       : keys_(keys.data()),
         values_(values.data()),
         shape_(checked(keys.data(), values.data(), shape, table, references)),
-        table_(table),
+        table_(table.first(blocks_of(shape_.rows))),
         references_(references),
         key_placement_(place<Key>("PagedKv keys", shape_, key_layout, keys.size(), shape.key_block_stride)),
         value_placement_(
             place<Value>("PagedKv values", shape_, value_layout, values.size(), shape.value_block_stride)) {}
   template <layout::Layout L>
-  PagedKv(std::span<Key> keys, std::span<Value> values, const PagedShape& shape,
-          std::span<const std::int32_t> table, const L& layout, std::span<const std::int32_t> references = {})
+  PagedKv(Borrowed<Key> keys, Borrowed<Value> values, const PagedShape& shape,
+          Borrowed<const std::int32_t> table, const L& layout, Borrowed<const std::int32_t> references = {})
       : PagedKv(keys, values, shape, table, layout, layout, references) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
@@ -97,12 +99,14 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
                                 rows_of_run(kv_head, i));
   }
 
-  /// Whether another sequence uses the i-th block of the table too.
-  bool shared(std::size_t i) const { return !references_.empty() && references_[block(i)] > 1; }
+  /// Whether another sequence uses the i-th block of the rows too.
+  bool shared(std::size_t i) const {
+    return i < table_.size() && !references_.empty() && references_[block(i)] > 1;
+  }
 
   /// Throws ArgumentError where rows [first, last) lie in a shared block.
   void check_writable(std::size_t kv_head, std::size_t first, std::size_t last) const {
-    const std::size_t from = std::max(first, untouched_rows_);
+    const std::size_t from = (std::max)(first, untouched_rows_);
     for (std::size_t i = from / shape_.block_rows; from < last && i < blocks_of(last); ++i) {
       if (shared(i)) {  // asked first: where nothing is shared there are no references to name
         detail::fail<ArgumentError>("PagedKv: block ", table_[i], " (rows from ", i * shape_.block_rows,
@@ -112,15 +116,14 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
     }
   }
 
-  /// Blocks of the table that no KV head uses after a compression: the engine may give them back to the pool
-  /// (where they are shared, drop its reference).
+  /// Blocks of the view's rows that no KV head uses after a compression: the engine may give them back to the
+  /// pool (where they are shared, drop its reference).
   std::span<const std::int32_t> free_blocks(const Retained& retained) const {
     std::size_t longest = 0;
     for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-      longest = std::max(longest, retained.rows(head));
+      longest = (std::max)(longest, retained.rows(head));
     }
-    const std::size_t used = blocks_of(longest);
-    return table_.first(blocks_of(shape_.rows)).subspan(std::min(used, blocks_of(shape_.rows)));
+    return table_.subspan((std::min)(blocks_of(longest), table_.size()));
   }
 
   /// Free blocks that `copy_on_write` needs for `selection`: one for each shared block that would be written.
@@ -135,8 +138,8 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   /// untouched.
   ///
   /// `free_blocks` are `copies_needed(selection)` blocks that no sequence uses; `table` receives the new
-  /// table, as long as the old one, and must outlive the result. Throws ArgumentError where they do not fit;
-  /// nothing is written then.
+  /// table, one entry a block of the rows, and must outlive the result; through the old one the rows are
+  /// still read. Throws ArgumentError where they do not fit; nothing is written then.
   PagedKv copy_on_write(const Selection& selection, std::span<const std::int32_t> free_blocks,
                         std::span<std::int32_t> table) const {
     const std::size_t needed = copies_needed(selection);
@@ -144,6 +147,11 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
                     " free blocks, got ", free_blocks.size(), ": ask copies_needed() first");
     detail::require(table.size() >= table_.size(), "PagedKv: copy_on_write's table has room for ",
                     table.size(), " blocks, the old one has ", table_.size());
+    detail::require(
+        !std::less<>{}(table.data(), table_.data() + table_.size()) ||
+            !std::less<>{}(table_.data(), table.data() + table_.size()),
+        "PagedKv: copy_on_write's table is the view's own, through which the rows are still read: "
+        "give another");
     for (std::size_t i = 0; i < needed; ++i) {
       check_block(free_blocks[i], shape_.pool_blocks);
       detail::require(std::find(table_.begin(), table_.end(), free_blocks[i]) == table_.end() &&
@@ -155,9 +163,9 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
     }
     std::copy(table_.begin(), table_.end(), table.begin());
     std::size_t next = 0;
-    std::size_t first_written = blocks_of(shape_.rows);
+    std::size_t first_written = table_.size();
     for_each_written_block(selection, [&](std::size_t i) {
-      first_written = std::min(first_written, i);
+      first_written = (std::min)(first_written, i);
       if (shared(i)) {
         table[i] = free_blocks[next++];
       }
@@ -178,11 +186,15 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
     KvShape rows{.kv_heads = shape.kv_heads,
                  .rows = shape.rows,
                  .head_dim = shape.head_dim,
-                 .allocated_rows = table.size() * shape.block_rows,
                  .head_rows = shape.head_rows};
     detail::require(!table.empty(), "PagedKv: the block table is empty: give the sequence's blocks");
     detail::check_kv_shape("PagedKv", rows);
     shape.rows = rows.rows;
+    const std::size_t blocks = blocks_of(shape.rows, shape.block_rows);
+    detail::require(blocks <= table.size(), "PagedKv: ", shape.rows, " rows in use, only ",
+                    table.size() * shape.block_rows, " allocated: ", blocks, " blocks of ", shape.block_rows,
+                    " rows are needed, the table has ", table.size());
+    table = table.first(blocks);
     detail::require(references.empty() || references.size() == shape.pool_blocks,
                     "PagedKv: ", references.size(), " references for a pool of ", shape.pool_blocks,
                     " blocks: give one count a block");
@@ -223,8 +235,8 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
     const layout::Extents block{.kv_heads = shape.kv_heads,
                                 .rows = shape.block_rows,
                                 .units = detail::units_of_row<T>(what, shape.head_dim)};
-    return detail::Placement(what, layout::strides_of(layout, block), block, size,
-                             {.count = shape.pool_blocks, .stride = block_stride});
+    return detail::Placement(what, detail::checked_strides(what, layout, block, sizeof(T)), block, size,
+                             sizeof(T), {.count = shape.pool_blocks, .stride = block_stride});
   }
 
   /// Calls `visit(i)` for each block of the table that moving the selected rows would write, ascending.
@@ -237,10 +249,10 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
       const auto kept = selection.rows(head);
       const std::size_t moved = detail::first_moved(kept);
       if (moved < kept.size()) {
-        first = std::min(first, moved);
+        first = (std::min)(first, moved);
       }
       // A copy takes the rows of the heads that stay in place along: its blocks serve all heads.
-      last = std::max(last, kept.size());
+      last = (std::max)(last, kept.size());
     }
     for (std::size_t i = first / shape_.block_rows; i < blocks_of(last); ++i) {
       visit(i);
@@ -248,21 +260,29 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   }
 
   std::size_t block(std::size_t i) const { return static_cast<std::size_t>(table_[i]); }
-  std::size_t blocks_of(std::size_t rows) const { return (rows + shape_.block_rows - 1) / shape_.block_rows; }
+  static std::size_t blocks_of(std::size_t rows, std::size_t block_rows) {
+    return rows / block_rows + (rows % block_rows == 0 ? 0 : 1);
+  }
+  std::size_t blocks_of(std::size_t rows) const { return blocks_of(rows, shape_.block_rows); }
   std::size_t rows_of_run(std::size_t kv_head, std::size_t i) const {
-    return std::min(shape_.block_rows, rows(kv_head) - i * shape_.block_rows);
+    return (std::min)(shape_.block_rows, rows(kv_head) - i * shape_.block_rows);
   }
 
   Key* keys_;
   Value* values_;
   PagedShape shape_;
-  std::span<const std::int32_t> table_;
+  std::span<const std::int32_t> table_;  // the blocks that the rows need, and no more
   std::span<const std::int32_t> references_;
   detail::Placement key_placement_;
   detail::Placement value_placement_;
   std::size_t untouched_rows_ =
       0;  // rows before it are not written by the selection that this view was made for
 };
+
+template <class Key, class Value, class... A>
+PagedKv(Key*, Value*, A&&...) -> PagedKv<Key, Value>;
+template <class Key, class Value, class... A>
+PagedKv(std::span<Key>, std::span<Value>, A&&...) -> PagedKv<Key, Value>;
 
 static_assert(KvView<PagedKv<float>> && KvView<PagedKv<BlockQ8_0, Eigen::half>>);
 

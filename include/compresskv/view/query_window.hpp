@@ -1,13 +1,16 @@
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <limits>
-#include <span>
 
+#include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/sizes.hpp"
 #include "compresskv/view/observation.hpp"
+#include "compresskv/view/placement.hpp"
 #include "compresskv/view/run.hpp"
 
 namespace compresskv {
@@ -23,8 +26,8 @@ struct QueryShape {
   /// Tokens further back get no attention and are never an error.
   std::size_t sliding_window = 0;
   /// Logit of an extra softmax column a query head, as in gpt-oss: it takes weight and gives none; empty:
-  /// none.
-  std::span<const float> sinks = {};
+  /// none. Must outlive what keeps the shape.
+  Borrowed<const float> sinks = {};
 };
 
 /// Distances in elements between neighbouring heads and queries; elements of a query lie side by side.
@@ -33,6 +36,31 @@ struct QueryStrides {
   std::size_t query = 0;
 };
 
+namespace detail {
+
+/// Fills in what the shape leaves out: the scale. Throws ArgumentError on a zero size, sizes that do not fit
+/// in memory, and on numbers that give no attention.
+inline void check_query_shape(const char* what, QueryShape& shape, std::size_t element_bytes) {
+  require(shape.query_heads > 0 && shape.queries > 0 && shape.head_dim > 0, what, ": shape has ",
+          shape.query_heads, " heads, ", shape.queries, " queries, head_dim ", shape.head_dim,
+          ": each must be at least 1");
+  require(fits_in_memory(element_bytes, {shape.query_heads, shape.queries, shape.head_dim}), what, ": ",
+          shape.query_heads, " heads of ", shape.queries, " queries of ", shape.head_dim,
+          " elements do not fit in memory");
+  // By its bits: where the compiler may forget signed zeros and NaN, a comparison does not tell them apart.
+  if (is_finite(shape.scale) && shape.scale == 0.0F) {
+    shape.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  }
+  check_logit_numbers(what, shape.scale, shape.soft_cap);
+  require(shape.sinks.empty() || shape.sinks.size() == shape.query_heads, what, ": ", shape.sinks.size(),
+          " sinks for ", shape.query_heads, " query heads: give one a head");
+  for (std::size_t head = 0; head < shape.sinks.size(); ++head) {
+    check_sink(what, shape.sinks[head], head);
+  }
+}
+
+}  // namespace detail
+
 /// The last queries of the prompt, after rotary embedding, in the engine's own memory: models
 /// `QueryObservation`. The last query belongs to the last row of the cache.
 template <Element T>
@@ -40,27 +68,18 @@ class QueryWindow {
  public:
   using element = T;
 
-  /// Queries at `[query_head][query][dim]`. Throws ArgumentError on null, a zero size or a scale that is not
-  /// positive and finite.
+  /// Queries at `[query_head][query][dim]`. Throws ArgumentError on null, a zero size, a scale that is not
+  /// positive and finite, sinks that are no logits, or strides that lay queries over each other.
   QueryWindow(const T* queries, const QueryShape& shape)
       : QueryWindow(queries, shape, {.head = shape.queries * shape.head_dim, .query = shape.head_dim}) {}
 
   QueryWindow(const T* queries, const QueryShape& shape, const QueryStrides& strides)
       : queries_(queries), shape_(shape), strides_(strides) {
     detail::require(queries != nullptr, "QueryWindow: queries is null: give the window's queries");
-    detail::require(shape.query_heads > 0 && shape.queries > 0 && shape.head_dim > 0,
-                    "QueryWindow: shape has ", shape.query_heads, " heads, ", shape.queries,
-                    " queries, head_dim ", shape.head_dim, ": each must be at least 1");
-    detail::require(std::isfinite(shape.scale) && shape.scale >= 0.0F, "QueryWindow: scale is ", shape.scale,
-                    ", must be finite and above 0 (0 stands for 1 / sqrt(head_dim))");
-    detail::require(std::isfinite(shape.soft_cap) && shape.soft_cap >= 0.0F, "QueryWindow: soft_cap is ",
-                    shape.soft_cap, ", must be finite and above 0 (0 stands for none)");
-    detail::require(shape.sinks.empty() || shape.sinks.size() == shape.query_heads,
-                    "QueryWindow: ", shape.sinks.size(), " sinks for ", shape.query_heads,
-                    " query heads: give one a head");
-    if (shape_.scale == 0.0F) {
-      shape_.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
-    }
+    detail::check_query_shape("QueryWindow", shape_, sizeof(T));
+    std::array<detail::Axis, 2> axes = {detail::Axis{"query", strides.query, shape.queries},
+                                        detail::Axis{"head", strides.head, shape.query_heads}};
+    detail::reach_without_overlap("QueryWindow", axes, shape.head_dim, detail::max_bytes / sizeof(T));
   }
 
   std::size_t query_heads() const { return shape_.query_heads; }

@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <span>
 
+#include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/sizes.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/layout.hpp"
 #include "compresskv/view/placement.hpp"
@@ -22,26 +24,29 @@ struct KvShape {
   /// Rows that the memory has room for, where the layout's strides depend on it; 0: as many as `rows`.
   std::size_t allocated_rows = 0;
   /// Ragged caches: rows in use of each KV head, in place of `rows`. Must outlive the view.
-  std::span<const std::size_t> head_rows = {};
+  Borrowed<const std::size_t> head_rows = {};
 };
 
 namespace detail {
 
 /// Fills in what the shape leaves out: allocated rows, and `rows` of a ragged cache (its longest head).
-/// Throws ArgumentError on a zero size, a wrong number of lengths, or more rows than are allocated.
+/// Throws ArgumentError on a zero size, a wrong number of lengths, or more rows than are allocated or than
+/// positions can count.
 inline void check_kv_shape(const char* what, KvShape& shape) {
   require(shape.head_rows.empty() || shape.head_rows.size() == shape.kv_heads, what, ": ",
           shape.head_rows.size(), " head_rows for ", shape.kv_heads, " KV heads: give one length a head");
   for (std::size_t head = 0; head < shape.head_rows.size(); ++head) {
     require(shape.head_rows[head] > 0, what, ": head_rows of KV head ", head,
             " is 0: each head has at least one row");
-    shape.rows = head == 0 ? shape.head_rows[0] : std::max(shape.rows, shape.head_rows[head]);
+    shape.rows = head == 0 ? shape.head_rows[0] : (std::max)(shape.rows, shape.head_rows[head]);
   }
   require(shape.kv_heads > 0 && shape.rows > 0 && shape.head_dim > 0, what, ": shape has ", shape.kv_heads,
           " KV heads, ", shape.rows, " rows, head_dim ", shape.head_dim, ": each must be at least 1");
   shape.allocated_rows = shape.allocated_rows == 0 ? shape.rows : shape.allocated_rows;
   require(shape.rows <= shape.allocated_rows, what, ": ", shape.rows, " rows in use, only ",
           shape.allocated_rows, " allocated");
+  require(shape.rows <= max_rows, what, ": ", shape.rows,
+          " rows in use, positions are held in 32 bits: at most ", max_rows);
 }
 
 }  // namespace detail
@@ -65,15 +70,15 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
   StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& key_layout,
             const ValueLayout& value_layout)
-      : StridedKv(std::span(keys, detail::unknown_size / sizeof(Key)),
-                  std::span(values, detail::unknown_size / sizeof(Value)), shape, key_layout, value_layout) {}
+      : StridedKv(Borrowed<Key>(keys, detail::unknown_size<Key>),
+                  Borrowed<Value>(values, detail::unknown_size<Value>), shape, key_layout, value_layout) {}
 
   /// Buffers of known size: also throws where a row would leave its buffer.
   template <layout::Layout KeyLayout = layout::Strides>
-  StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& layout)
+  StridedKv(Borrowed<Key> keys, Borrowed<Value> values, const KvShape& shape, const KeyLayout& layout)
       : StridedKv(keys, values, shape, layout, layout) {}
   template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
-  StridedKv(std::span<Key> keys, std::span<Value> values, const KvShape& shape, const KeyLayout& key_layout,
+  StridedKv(Borrowed<Key> keys, Borrowed<Value> values, const KvShape& shape, const KeyLayout& key_layout,
             const ValueLayout& value_layout)
       : keys_(keys.data()),
         values_(values.data()),
@@ -109,7 +114,8 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
                                     .units = detail::units_of_row<T>(what, shape.head_dim)};
     layout::Extents used = allocated;
     used.rows = shape.rows;
-    return detail::Placement(what, layout::strides_of(layout, allocated), used, size);
+    return detail::Placement(what, detail::checked_strides(what, layout, allocated, sizeof(T)), used, size,
+                             sizeof(T));
   }
 
   Key* keys_;
