@@ -412,9 +412,9 @@ void Tokenizer::Impl::check_spec() const {
   if (!spec.token_types.empty()) check_length("tokenizer.ggml.token_type", spec.token_types.size());
   for (std::size_t token = 0; token < spec.token_types.size(); ++token) {
     const std::int32_t type = spec.token_types[token];
-    if (type < 1 || type > 6) {
+    if (type < 0 || type > 6) {
       throw Error("tokenizer.ggml.token_type of token " + std::to_string(token) + " is " +
-                  std::to_string(type) + "; it must be from 1 (normal) to 6 (byte)");
+                  std::to_string(type) + "; it must be from 0 (not said) to 6 (byte)");
     }
   }
   if (spec.model == "llama") {
@@ -443,16 +443,19 @@ void Tokenizer::Impl::check_spec() const {
 void Tokenizer::Impl::settle_types() {
   types.resize(spec.tokens.size());
   markers_in_template_ = bracketed_in(spec.chat_template);
-  const bool has_types = !spec.token_types.empty();
+  // Nothing but plain text says as little as no types at all.
+  const bool has_types = std::any_of(spec.token_types.begin(), spec.token_types.end(),
+                                     [](std::int32_t type) { return type > 1; });
   for (std::size_t token = 0; token < types.size(); ++token) {
     const std::string& text = spec.tokens[token];
-    types[token] = has_types ? static_cast<TokenType>(spec.token_types[token]) : TokenType::normal;
+    const bool is_untyped = !has_types || spec.token_types[token] == 0;
+    types[token] = is_untyped ? TokenType::normal : static_cast<TokenType>(spec.token_types[token]);
     const bool is_plain = types[token] == TokenType::normal;
-    if (!has_types && spec.unk == static_cast<TokenId>(token)) {
+    if (is_untyped && spec.unk == static_cast<TokenId>(token)) {
       types[token] = TokenType::unknown;
-    } else if (!has_types && !byte_level_ && byte_of_fallback_token(text)) {
+    } else if (is_untyped && !byte_level_ && byte_of_fallback_token(text)) {
       types[token] = TokenType::byte;
-    } else if (!has_types && is_marker(text, markers_in_template_)) {
+    } else if (is_untyped && is_marker(text, markers_in_template_)) {
       types[token] = TokenType::control;
     } else if (is_plain && is_barred(text)) {
       types[token] = TokenType::control;
@@ -801,6 +804,10 @@ TokenizerSpec tokenizer_spec(const GgufFile& file) {
       .add_bos = file.find<bool>("tokenizer.ggml.add_bos_token"),
       .add_space_prefix = file.find<bool>("tokenizer.ggml.add_space_prefix"),
       .chat_template = file.find<std::string>("tokenizer.chat_template").value_or("")};
+  if (spec.model == "gpt2" && !file.has("tokenizer.ggml.merges")) {
+    throw Error(file.name() +
+                ": tokenizer.ggml.merges is missing; without it every text falls into single bytes");
+  }
   const std::size_t tokens = spec.tokens.size();
   check_entries(file, "tokenizer.ggml.scores", tokens);
   check_entries(file, "tokenizer.ggml.token_type", tokens);

@@ -31,7 +31,7 @@ struct TokenizerSpec {
   std::string pre{};                        ///< split rule of "gpt2" vocabularies; "llama" ones have none
   std::vector<std::string> tokens{};        ///< [token]
   std::vector<float> scores{};              ///< [token], "llama" only: higher merges first
-  std::vector<std::int32_t> token_types{};  ///< [token], as TokenType; empty: what the texts look like
+  std::vector<std::int32_t> token_types{};  ///< [token], as TokenType; 0 or empty: what the texts look like
   std::vector<std::string> merges{};        ///< "gpt2" only: "left right", best first
   std::optional<TokenId> bos{};
   std::optional<TokenId> eos{};

@@ -210,11 +210,10 @@ TEST(ByteLevel, TokensKnownToEndATurnDoSoWhateverTheirType) {
                                                   "<\xEF\xBD\x9C"
                                                   "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
   for (const std::string_view text : ends) {
-    for (const std::int32_t type : {0, 1, 3, 4, 5}) {  // 0: no types in the file
+    for (const std::int32_t type : {0, 1, 3, 4, 5}) {  // 0: not said
       TokenizerSpec spec = byte_level_spec();
       spec.tokens.emplace_back(text);
       spec.token_types.push_back(type);
-      if (type == 0) spec.token_types.clear();
       const Tokenizer tokenizer(spec);
       const TokenId id = tokenizer.find(text).value();
       EXPECT_TRUE(tokenizer.is_end_of_generation(id)) << text << " of type " << type;
@@ -240,16 +239,18 @@ TEST(ByteLevel, TokensKnownToEndATurnDoSoWhateverTheirType) {
 TEST(ByteLevel, WithoutTypesTheTextsSayWhatIsSpecial) {
   TokenizerSpec spec = byte_level_spec();
   spec.tokens.insert(spec.tokens.end(), {"<|user|>", "[INST]", "<h1>", "</s>"});
-  spec.token_types.clear();
   spec.chat_template = "{{ '[INST]' }} x[1:]";
-  const Tokenizer tokenizer(spec);
-  for (const char* text : {"<|user|>", "[INST]", "</s>"}) {
-    const TokenId id = tokenizer.find(text).value();
-    EXPECT_EQ(tokenizer.type(id), TokenType::control) << text;
-    EXPECT_EQ(tokenizer.encode(text, {.parse_special = true}), Ids{id});
+  for (const std::int32_t type : {-1, 0, 1}) {  // no types, none said, all said to be plain
+    spec.token_types.assign(type < 0 ? 0 : spec.tokens.size(), type);
+    const Tokenizer tokenizer(spec);
+    for (const char* text : {"<|user|>", "[INST]", "</s>"}) {
+      const TokenId id = tokenizer.find(text).value();
+      EXPECT_EQ(tokenizer.type(id), TokenType::control) << text;
+      EXPECT_EQ(tokenizer.encode(text, {.parse_special = true}), Ids{id});
+    }
+    EXPECT_EQ(tokenizer.type(bos_id), TokenType::control) << "the file names it";
+    EXPECT_EQ(tokenizer.type(tokenizer.find("<h1>").value()), TokenType::normal);
   }
-  EXPECT_EQ(tokenizer.type(bos_id), TokenType::control) << "the file names it";
-  EXPECT_EQ(tokenizer.type(tokenizer.find("<h1>").value()), TokenType::normal);
 }
 
 // Of several that begin at a place the longest, whatever begins there: against looking at each.
@@ -620,6 +621,16 @@ TEST(TokenizerFile, ThatASpecialTokenIsNoneCanBeSaid) {
         })};
       },
       "bos_token_id is missing");
+}
+
+TEST(TokenizerFile, AByteLevelVocabularyWithoutMergesIsRefused) {
+  expect_error(
+      [] {
+        spec_of([](auto& w) {
+          std::erase_if(w.metadata, [](const auto& entry) { return entry.first.ends_with("merges"); });
+        });
+      },
+      "tokenizer.ggml.merges is missing");
 }
 
 TEST(TokenizerFile, ListsOfAnotherLengthAreRefused) {
