@@ -162,8 +162,8 @@ class Sequence {
   void truncate(std::size_t position);
 
   /// The same for any position. `rows_left(layer, kv_head)` says how many rows, the first ones, stay: those
-  /// at positions before `position`. After `compressor.truncate(position)` that is
-  /// `kept.rows(kv_head) + (position - kept.next_position())` of `kept = compressor.retained(layer)`. Throws
+  /// at positions before `position`: what `compressor.truncate(position)` returns says it,
+  /// `held.rows(layer, kv_head)`. Throws
   /// Error before anything changes, for more rows than a KV head holds too.
   void truncate(std::size_t position, const std::function<std::size_t(int layer, int kv_head)>& rows_left);
 
