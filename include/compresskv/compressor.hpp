@@ -13,7 +13,7 @@
 
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
-#include "compresskv/core/finite.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/positions.hpp"
 #include "compresskv/core/protection.hpp"

@@ -7,7 +7,7 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
-#include "compresskv/core/finite.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/view/run.hpp"
 

@@ -1,13 +1,14 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <limits>
 
 #include "compresskv/core/borrowed.hpp"
+#include "compresskv/core/default_scale.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/sizes.hpp"
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/placement.hpp"
@@ -49,7 +50,7 @@ inline void check_query_shape(const char* what, QueryShape& shape, std::size_t e
           " elements do not fit in memory");
   // By its bits: where the compiler may forget signed zeros and NaN, a comparison does not tell them apart.
   if (is_finite(shape.scale) && shape.scale == 0.0F) {
-    shape.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+    shape.scale = default_scale(shape.head_dim);
   }
   check_logit_numbers(what, shape.scale, shape.soft_cap);
   require(shape.sinks.empty() || shape.sinks.size() == shape.query_heads, what, ": ", shape.sinks.size(),

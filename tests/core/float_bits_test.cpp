@@ -1,4 +1,4 @@
-#include "compresskv/core/finite.hpp"
+#include "compresskv/core/float_bits.hpp"
 
 #include <gtest/gtest.h>
 
