@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +13,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/positions.hpp"
 #include "compresskv/core/protection.hpp"
@@ -22,6 +22,7 @@
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/kernel/row_moves.hpp"
 #include "compresskv/kernel/window_attention.hpp"
@@ -472,6 +473,7 @@ class Compressor {
   /// Makes of a layer's own scores those carried to it, what came before decayed and its own; and what is
   /// carried on from it, into `pending_by_position_`.
   void carry(std::size_t layer, const Scores<granularity>& scores) {
+    const detail::PlainFloats plain;
     const float decay = plan_->scorer().decay();
     pending_by_position_.resize(by_position_.size());
     std::transform(by_position_.begin(), by_position_.end(), pending_by_position_.begin(),
@@ -480,7 +482,7 @@ class Compressor {
     Retained::Cursor positions = layers_[layer].cursor();
     for (std::size_t t = 0; t < own.size(); ++t) {
       const std::size_t position = positions.seek(t);
-      own[t] = std::fma(decay, by_position_[position], own[t]);
+      own[t] = kernel::fused(decay, by_position_[position], own[t]);
       pending_by_position_[position] = own[t];
     }
   }

@@ -1,11 +1,13 @@
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <numeric>
 #include <span>
 
 #include "compresskv/core/budget.hpp"
+#include "compresskv/core/error.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/shape.hpp"
 
@@ -18,6 +20,19 @@ struct Allowance {
   std::size_t window = 0;     ///< w
   std::size_t tokens = 0;     ///< S
 };
+
+/// `per_layer * layers`. Throws ArgumentError where that is beyond 64 bits, or less than the windows.
+inline std::size_t total_rows(const Allowance& allowance, std::size_t layers) {
+  std::size_t total = 0;
+  detail::require(!__builtin_mul_overflow(allowance.per_layer, layers, &total), "budget is ",
+                  allowance.per_layer, " rows a layer, of ", layers,
+                  " layers: their sum is beyond 64 bits; a layer has at most the prompt's ",
+                  allowance.tokens);
+  const std::size_t window = (std::min)(allowance.window, allowance.tokens);
+  detail::require(allowance.per_layer >= window, "budget is ", allowance.per_layer,
+                  " rows a layer, the window alone is ", window, ": give at least the window");
+  return total;
+}
 
 /// A way to turn a total into one capacity a layer.
 ///

@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <span>
 
 #include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/round.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 
@@ -39,9 +41,9 @@ class Cake {
   explicit Cake(Budget budget) : Cake(budget, Options{}) {}
   /// Throws ArgumentError for a tau that is not positive.
   Cake(Budget budget, const Options& options) : budget_(budget), options_(options) {
-    detail::require(options.tau1 > 0.0 && std::isfinite(options.tau1), "tau1 is ", options.tau1,
+    detail::require(detail::is_finite(options.tau1) && options.tau1 > 0.0, "tau1 is ", options.tau1,
                     ", must be finite and above 0");
-    detail::require(options.tau2 > 0.0 && std::isfinite(options.tau2), "tau2 is ", options.tau2,
+    detail::require(detail::is_finite(options.tau2) && options.tau2 > 0.0, "tau2 is ", options.tau2,
                     ", must be finite and above 0");
   }
 
@@ -53,20 +55,28 @@ class Cake {
     std::fill(capacities.begin(), capacities.end(), allowance.per_layer);
   }
 
-  /// P of a layer.
+  /// P of a layer. Throws ArgumentError where it is beyond float64: tau too small.
   template <class Kv, class O, class X>
   double preference(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor) const {
+    const detail::PlainFloats plain;
     double entropy = 0.0;
     double deviation = 0.0;
     kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
       kernel::window_moments<kernel::Entropies::yes>(
           in, heads, workspace, executor, [&](std::uint32_t, const kernel::WindowMoments& moments) {
-            entropy = std::accumulate(moments.entropies.begin(), moments.entropies.end(), entropy);
-            deviation = std::accumulate(moments.deviations.begin(), moments.deviations.end(), deviation);
+            for (std::size_t t = 0; t < moments.entropies.size(); ++t) {
+              entropy += static_cast<double>(moments.entropies[t]);
+              deviation += static_cast<double>(moments.deviations[t]);
+            }
           });
     });
     const double variance = in.window < 2 ? 0.0 : deviation / static_cast<double>(in.window - 1);
-    return std::pow(std::max(entropy, 0.0), 1.0 / options_.tau1) * std::pow(variance, 1.0 / options_.tau2);
+    const double preference = std::pow(entropy < 0.0 ? 0.0 : entropy, 1.0 / options_.tau1) *
+                              std::pow(variance, 1.0 / options_.tau2);
+    detail::require(detail::is_finite(preference), "preference of layer ", in.layer, " is ", preference,
+                    " (entropy ", entropy, ", tau1 ", options_.tau1, ", variance ", variance, ", tau2 ",
+                    options_.tau2, "): raise tau1 or tau2");
+    return preference;
   }
 
   /// Shares `total` rows among the layers that have arrived, one for each preference. `least` is what each
@@ -80,12 +90,24 @@ class Cake {
                     " are ", needed, " rows, the budget has ", total,
                     ": raise the budget, or protect fewer tokens");
     std::copy(capacities.begin(), capacities.end(), most.begin());
-    const double sum_of_preferences = std::accumulate(preferences.begin(), preferences.end(), 0.0);
+    double sum = 0.0;
+    double largest = 0.0;
+    for (const double& preference : preferences) {
+      sum += preference;
+      largest = largest < preference ? preference : largest;
+    }
+    // Where their sum is beyond float64, their shares are not.
+    const double unit = detail::is_finite(sum) ? 1.0 : largest;
+    sum = 0.0;
+    for (const double& preference : preferences) {
+      sum += preference / unit;
+    }
     for (std::size_t l = 0; l < capacities.size(); ++l) {
-      const double share = sum_of_preferences > 0.0 ? preferences[l] / sum_of_preferences
-                                                    : 1.0 / static_cast<double>(capacities.size());
+      const double share =
+          sum > 0.0 ? preferences[l] / unit / sum : 1.0 / static_cast<double>(capacities.size());
       const double rows = detail::round_half_even(share * static_cast<double>(total));
-      capacities[l] = std::clamp(static_cast<std::size_t>(rows), least[l], most[l]);
+      const bool all = !(rows < static_cast<double>(most[l]));
+      capacities[l] = all ? most[l] : (std::max)(static_cast<std::size_t>(rows), least[l]);
     }
     walk_to_total(
         capacities, total, [&](std::size_t l) { return least[l]; }, [&](std::size_t l) { return most[l]; });
@@ -99,3 +121,5 @@ class Cake {
 static_assert(Allocator<Cake>);
 
 }  // namespace compresskv::budget
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <numeric>
 #include <optional>
@@ -12,6 +11,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/round.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::budget {
 
@@ -64,22 +64,25 @@ class ErrorAware {
   /// Throws ArgumentError when the user's own bounds exclude the mean: `min_rows > p` or `max_rows < p`.
   void allocate(const Allowance& allowance, std::span<std::size_t> capacities) const {
     const std::size_t mean = allowance.per_layer;
+    const std::size_t layers = capacities.size();
+    const std::size_t total = total_rows(allowance, layers);
     detail::require(options_.min_rows.value_or(0) <= mean, "min_rows is ", options_.min_rows.value_or(0),
                     ", the budget is ", mean,
                     " rows a layer: the minimum of all layers exceeds the total; lower it");
     detail::require(options_.max_rows.value_or(mean) >= mean, "max_rows is ",
                     options_.max_rows.value_or(mean), ", the budget is ", mean,
                     " rows a layer: the layers cannot hold the total; raise it");
-    const std::size_t min = std::max(options_.min_rows.value_or(std::min<std::size_t>(32, mean)),
-                                     std::min(allowance.window, allowance.tokens));
-    const std::size_t max = std::min(options_.max_rows.value_or(3 * mean), allowance.tokens);
-    const std::size_t layers = capacities.size();
-    const std::size_t total = mean * layers;
+    const std::size_t tokens = allowance.tokens;
+    const std::size_t min = (std::max)(options_.min_rows.value_or((std::min)(std::size_t{32}, mean)),
+                                       (std::min)(allowance.window, tokens));
+    const std::size_t max =
+        (std::min)(options_.max_rows.value_or(mean < tokens / 3 ? 3 * mean : tokens), tokens);
     const auto spare = static_cast<double>(total - min * layers);
     std::size_t sum = 0;
     for (std::size_t layer = 0; layer < layers; ++layer) {
       const double share = detail::round_half_even(errors_[layer] * spare);
-      capacities[layer] = std::clamp(min + static_cast<std::size_t>(share), min, max);
+      const bool most = share >= static_cast<double>(max - min);
+      capacities[layer] = most ? max : min + static_cast<std::size_t>(share);
       sum += capacities[layer];
     }
     // Ties in the error go to the lower layer in both directions, as the orders are stable.
@@ -92,8 +95,8 @@ class ErrorAware {
         }
         const std::size_t movable = grow ? max - capacities[layer] : capacities[layer] - min;
         const std::size_t missing = grow ? total - sum : sum - total;
-        const std::size_t step =
-            options_.walk == Walk::rounds ? std::min<std::size_t>(1, movable) : std::min(missing, movable);
+        const std::size_t step = options_.walk == Walk::rounds ? (std::min)(std::size_t{1}, movable)
+                                                               : (std::min)(missing, movable);
         capacities[layer] = grow ? capacities[layer] + step : capacities[layer] - step;
         sum = grow ? sum + step : sum - step;
       }
@@ -111,3 +114,5 @@ class ErrorAware {
 static_assert(Allocator<ErrorAware>);
 
 }  // namespace compresskv::budget
+
+#include "compresskv/core/strict_float_end.hpp"

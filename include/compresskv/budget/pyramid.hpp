@@ -1,13 +1,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <span>
 
 #include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/round.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::budget {
 
@@ -34,7 +35,7 @@ class Pyramid {
   explicit Pyramid(Budget budget) : Pyramid(budget, Options{}) {}
   /// Throws ArgumentError for a beta below 1: the pyramid would stand on its head.
   Pyramid(Budget budget, const Options& options) : budget_(budget), options_(options) {
-    detail::require(std::isfinite(options.beta) && options.beta >= 1.0, "beta is ", options.beta,
+    detail::require(detail::is_finite(options.beta) && options.beta >= 1.0, "beta is ", options.beta,
                     ", must be at least 1");
   }
 
@@ -43,7 +44,8 @@ class Pyramid {
 
   void allocate(const Allowance& allowance, std::span<std::size_t> capacities) const {
     const std::size_t layers = capacities.size();
-    const std::size_t window = std::min(allowance.window, allowance.tokens);
+    const std::size_t total = total_rows(allowance, layers);
+    const std::size_t window = (std::min)(allowance.window, allowance.tokens);
     if (layers == 1) {
       capacities[0] = allowance.per_layer;
       return;
@@ -62,12 +64,11 @@ class Pyramid {
     }
     for (std::size_t l = 0; l < layers; ++l) {
       const double rows = max - static_cast<double>(l) * ((max - min) / static_cast<double>(layers - 1));
-      capacities[l] =
-          std::clamp(static_cast<std::size_t>(detail::round_half_even(std::max(rows, 0.0))) + window, window,
-                     allowance.tokens);
+      const double rounded = detail::round_half_even(rows < 0.0 ? 0.0 : rows);
+      capacities[l] = rounded < evictable ? static_cast<std::size_t>(rounded) + window : allowance.tokens;
     }
     walk_to_total(
-        capacities, allowance.per_layer * layers, [&](std::size_t) { return window; },
+        capacities, total, [&](std::size_t) { return window; },
         [&](std::size_t) { return allowance.tokens; });
   }
 
@@ -75,7 +76,7 @@ class Pyramid {
   void released(const Allowance& allowance, std::size_t window, std::span<std::size_t> capacities) const {
     const std::size_t base = allowance.per_layer - window;
     const std::size_t evictable = allowance.tokens - window;
-    std::size_t min = base / static_cast<std::size_t>(options_.beta);
+    std::size_t min = options_.beta < 0x1p64 ? base / static_cast<std::size_t>(options_.beta) : 0;
     std::size_t max = 2 * base - min;
     if (max >= evictable) {
       max = evictable;
@@ -94,3 +95,5 @@ class Pyramid {
 static_assert(Allocator<Pyramid>);
 
 }  // namespace compresskv::budget
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -11,7 +11,10 @@
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::calibrate {
 
@@ -51,8 +54,9 @@ class EvictionErrorAccumulator {
   /// Throws ArgumentError when there is no layer, or epsilon is not finite and above 0.
   EvictionErrorAccumulator(std::size_t layers, Options options) : options_(options), steps_(layers, 0) {
     compresskv::detail::require(layers > 0, "eviction error accumulator needs at least one layer, got 0");
-    compresskv::detail::require(options.epsilon > 0.0 && std::isfinite(options.epsilon), "epsilon is ",
-                                options.epsilon, ", must be finite and above 0: leave it at 1e-5");
+    compresskv::detail::require(compresskv::detail::is_finite(options.epsilon) && options.epsilon > 0.0,
+                                "epsilon is ", options.epsilon,
+                                ", must be finite and above 0: leave it at 1e-5");
   }
 
   explicit EvictionErrorAccumulator(std::size_t layers) : EvictionErrorAccumulator(layers, Options{}) {}
@@ -73,7 +77,9 @@ class EvictionErrorAccumulator {
   /// cache. Throws ArgumentError when no run is open, the layer does not exist, the outputs are empty or
   /// of different length, or a value is not finite.
   void add(std::size_t layer, std::span<const float> full, std::span<const float> compressed) {
+    using compresskv::detail::is_finite;
     using compresskv::detail::require;
+    const compresskv::detail::PlainFloats plain;
     require(open_, "add outside a run: call begin_run first");
     require(layer < steps_.size(), "layer is ", layer, ", the model has layers 0 to ", steps_.size() - 1);
     require(!full.empty() && full.size() == compressed.size(), "outputs of layer ", layer, " have ",
@@ -88,10 +94,14 @@ class EvictionErrorAccumulator {
       norm += whole * whole;
     }
     // Squares of floats cannot overflow a double, so a sum that is not finite means an element that is not.
-    if (!std::isfinite(difference) || !std::isfinite(norm)) {
+    if (!is_finite(difference) || !is_finite(norm)) {
       reject_element(layer, full, compressed);
     }
-    open_run_.errors[layer] += std::sqrt(difference) / (std::sqrt(norm) + options_.epsilon);
+    const double error =
+        open_run_.errors[layer] + std::sqrt(difference) / (std::sqrt(norm) + options_.epsilon);
+    require(is_finite(error), "error of layer ", layer, " is beyond float64, epsilon is ", options_.epsilon,
+            ": leave it at 1e-5");
+    open_run_.errors[layer] = error;
     ++steps_[layer];
   }
 
@@ -120,8 +130,8 @@ class EvictionErrorAccumulator {
     require(run.errors.size() == steps_.size(), "run ", run.run, " of data set '", run.data_set, "' has ",
             run.errors.size(), " errors, must have ", steps_.size(), ": one a layer");
     for (std::size_t layer = 0; layer < run.errors.size(); ++layer) {
-      require(std::isfinite(run.errors[layer]) && run.errors[layer] >= 0.0, "run ", run.run, " of data set '",
-              run.data_set, "' has the error ", run.errors[layer], " of layer ", layer,
+      require(compresskv::detail::is_finite(run.errors[layer]) && run.errors[layer] >= 0.0, "run ", run.run,
+              " of data set '", run.data_set, "' has the error ", run.errors[layer], " of layer ", layer,
               ": errors are finite and not negative");
     }
     std::map<std::size_t, EvictionRun>& runs = data_sets_[run.data_set];
@@ -211,10 +221,10 @@ class EvictionErrorAccumulator {
   [[noreturn]] static void reject_element(std::size_t layer, std::span<const float> full,
                                           std::span<const float> compressed) {
     for (std::size_t i = 0; i < full.size(); ++i) {
-      compresskv::detail::require(std::isfinite(full[i]), "full output of layer ", layer, " element ", i,
-                                  " is ", full[i], ": outputs must be finite");
-      compresskv::detail::require(std::isfinite(compressed[i]), "compressed output of layer ", layer,
-                                  " element ", i, " is ", compressed[i], ": outputs must be finite");
+      compresskv::detail::require(compresskv::detail::is_finite(full[i]), "full output of layer ", layer,
+                                  " element ", i, " is ", full[i], ": outputs must be finite");
+      compresskv::detail::require(compresskv::detail::is_finite(compressed[i]), "compressed output of layer ",
+                                  layer, " element ", i, " is ", compressed[i], ": outputs must be finite");
     }
     compresskv::detail::fail<ArgumentError>("outputs of layer ", layer, " have no finite norm");
   }
@@ -229,3 +239,5 @@ class EvictionErrorAccumulator {
 };
 
 }  // namespace compresskv::calibrate
+
+#include "compresskv/core/strict_float_end.hpp"

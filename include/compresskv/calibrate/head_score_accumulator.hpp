@@ -11,9 +11,12 @@
 #include "compresskv/calibrate/answer_span.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/view/kv_view.hpp"
@@ -118,17 +121,22 @@ class HeadScoreAccumulator {
   void add_attention(std::size_t layer, std::size_t head, std::span<const float> row) {
     using compresskv::detail::require;
     check_row(layer, head, row.size());
+    const compresskv::detail::PlainFloats plain;
     const std::size_t index = layer * heads_ + head;
     double mass = 0.0;
     for (std::size_t position = answer_.first; position < answer_.last; ++position) {
-      const float weight = row[position];
+      const float& weight = row[position];
       // Rounding in half precision may pass 1 by a little; logits, and NaN, do not get through.
-      require(weight >= 0.0F && weight <= 1.01F, "attention weight of layer ", layer, " head ", head,
-              " at position ", position, " is ", weight, ": give probabilities, after the softmax");
+      require(compresskv::detail::is_finite(weight) && weight >= 0.0F && weight <= 1.01F,
+              "attention weight of layer ", layer, " head ", head, " at position ", position, " is ", weight,
+              ": give probabilities, after the softmax");
       mass += static_cast<double>(weight);
     }
     mass_[index] = mass;
-    largest_[index] = static_cast<std::size_t>(std::max_element(row.begin(), row.end()) - row.begin());
+    const auto below = [](const float& a, const float& b) {
+      return compresskv::detail::ordered(a) < compresskv::detail::ordered(b);
+    };
+    largest_[index] = static_cast<std::size_t>(std::max_element(row.begin(), row.end(), below) - row.begin());
     seen_[index] = true;
     ++rows_;
   }
@@ -183,6 +191,7 @@ class HeadScoreAccumulator {
                                               missing % heads_, " (", rows_, " of ", seen_.size(),
                                               " heads came): call add_attention for every head first");
     }
+    const compresskv::detail::PlainFloats plain;
     const auto times = std::count(answer_tokens_.begin(), answer_tokens_.end(), generated);
     for (std::size_t i = 0; times > 0 && i < mass_.size(); ++i) {
       scores_.once_per_occurrence[i] += static_cast<double>(times) * mass_[i];
@@ -218,8 +227,8 @@ class HeadScoreAccumulator {
       require(scores->size() == expected, "run ", run.run, " has ", scores->size(), " scores, must have ",
               expected, run.counted ? ": one a head of every layer" : ", as it did not count");
       for (std::size_t i = 0; i < scores->size(); ++i) {
-        require(std::isfinite((*scores)[i]), "run ", run.run, " has the score ", (*scores)[i], " of layer ",
-                i / heads_, " head ", i % heads_, ": every score must be finite");
+        require(compresskv::detail::is_finite((*scores)[i]), "run ", run.run, " has the score ", (*scores)[i],
+                " of layer ", i / heads_, " head ", i % heads_, ": every score must be finite");
       }
     }
     counted_runs_ += run.counted ? 1 : 0;
@@ -323,3 +332,5 @@ class HeadScoreAccumulator {
 };
 
 }  // namespace compresskv::calibrate
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/shape.hpp"
 
 namespace compresskv {
@@ -18,7 +20,7 @@ class Budget {
 
   /// Share of the prompt **kept**, in (0, 1]. Throws ArgumentError outside.
   static Budget kept_ratio(double share) {
-    detail::require(share > 0.0 && share <= 1.0, "budget ratio is ", share,
+    detail::require(detail::is_finite(share) && share > 0.0 && share <= 1.0, "budget ratio is ", share,
                     ", must be in (0, 1]: it is the share of the cache that is kept");
     return Budget{Unit::ratio, share, 0};
   }
@@ -31,10 +33,12 @@ class Budget {
   /// window, or bytes are asked for without `shape.kv_row_bytes`. A ratio never falls below the window.
   std::size_t resolve(std::size_t prompt_tokens, std::size_t window, const ModelShape& shape) const {
     if (unit_ == Unit::ratio) {
-      const auto kept = static_cast<std::size_t>(std::floor(share_ * static_cast<double>(prompt_tokens)));
-      return std::min(std::max(window, kept), prompt_tokens);
+      const double kept = std::floor(share_ * static_cast<double>(prompt_tokens));
+      // As float64 the largest numbers of tokens are rounded, up to what no integer holds.
+      const std::size_t rows = kept < 0x1p64 ? static_cast<std::size_t>(kept) : prompt_tokens;
+      return (std::min)((std::max)(window, rows), prompt_tokens);
     }
-    return std::min(fixed_rows(window, shape), prompt_tokens);
+    return (std::min)(fixed_rows(window, shape), prompt_tokens);
   }
 
   /// What can be checked before a prompt is known; same errors as `resolve`.
@@ -59,11 +63,17 @@ class Budget {
         shape.kv_row_bytes > 0,
         "a budget in bytes needs ModelShape::kv_row_bytes, which is 0: set it to the bytes of one K "
         "and one V row of one KV head");
-    const std::uint64_t row = static_cast<std::uint64_t>(shape.layers) * shape.kv_heads * shape.kv_row_bytes;
+    const std::uint64_t row = shape.token_bytes();
+    detail::require(row > 0, "a budget in bytes needs a model: ModelShape has ", shape.layers, " layers of ",
+                    shape.kv_heads, " KV heads");
     const auto rows = static_cast<std::size_t>(amount_ / row);
-    detail::require(rows >= window, "budget of ", amount_, " bytes is ", rows, " rows a layer (one row over ",
-                    shape.layers, " layers is ", row, " bytes), the window alone is ", window,
-                    ": give at least ", row * window, " bytes");
+    if (rows < window) {
+      std::uint64_t least = 0;
+      const bool wraps = __builtin_mul_overflow(row, window, &least);
+      detail::fail<ArgumentError>("budget of ", amount_, " bytes is ", rows, " rows a layer (one row over ",
+                                  shape.layers, " layers is ", row, " bytes), the window alone is ", window,
+                                  ": give at least ", wraps ? "2^64" : std::to_string(least), " bytes");
+    }
     return rows;
   }
 

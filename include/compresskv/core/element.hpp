@@ -17,10 +17,10 @@ float > || std::same_as<std::remove_const_t<T>, Eigen::half> ||
     std::same_as<std::remove_const_t<T>, Eigen::bfloat16>;
 
 /// Exact: every half and every bfloat16 is a float32.
-inline float to_float(float value) { return value; }
-inline float to_float(Eigen::half value) { return static_cast<float>(value); }
-inline float to_float(Eigen::bfloat16 value) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(value)) << 16U);
+[[gnu::always_inline]] inline float to_float(float value) { return value; }
+[[gnu::always_inline]] inline float to_float(Eigen::half value) { return static_cast<float>(value); }
+[[gnu::always_inline]] inline float to_float(Eigen::bfloat16 value) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(value)) << 16U);
 }
 
 /// ggml's Q8_0: 32 elements `scale * quants[i]`, 34 bytes.

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -10,7 +9,10 @@
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv {
 
@@ -19,7 +21,8 @@ namespace compresskv {
 class HeadScores {
  public:
   /// `runs[layer * heads + head]` holds that head's scores in the order of the runs.
-  /// Throws ArgumentError when sizes do not fit, a head has no run, or a score is not finite.
+  /// Throws ArgumentError when sizes do not fit, a head has no run, or a score or a head's sum of them is not
+  /// finite.
   HeadScores(std::size_t layers, std::size_t heads, std::vector<std::vector<double>> runs)
       : heads_(heads), runs_(std::move(runs)) {
     detail::require(layers > 0 && heads > 0, "head scores need at least one layer and one head, got ", layers,
@@ -29,10 +32,13 @@ class HeadScores {
     for (std::size_t i = 0; i < runs_.size(); ++i) {
       detail::require(!runs_[i].empty(), "head scores of layer ", i / heads, " head ", i % heads,
                       " are empty: no calibration run counted");
-      for (const double score : runs_[i]) {
-        detail::require(std::isfinite(score), "head scores of layer ", i / heads, " head ", i % heads,
+      for (const double& score : runs_[i]) {
+        detail::require(detail::is_finite(score), "head scores of layer ", i / heads, " head ", i % heads,
                         " hold ", score, ": every score must be finite");
       }
+      const double sum = sum_of(runs_[i]);
+      detail::require(detail::is_finite(sum), "head scores of layer ", i / heads, " head ", i % heads,
+                      " add up to ", sum, ": their mean is beyond float64; divide all scores by one number");
     }
   }
 
@@ -47,7 +53,7 @@ class HeadScores {
   /// Mean over the counted runs, added in run order.
   double mean(std::size_t layer, std::size_t head) const {
     const auto scores = runs(layer, head);
-    return std::accumulate(scores.begin(), scores.end(), 0.0) / static_cast<double>(scores.size());
+    return sum_of(scores) / static_cast<double>(scores.size());
   }
 
   /// Each layer's heads by falling mean; equal means: the lower head first.
@@ -77,8 +83,19 @@ class HeadScores {
   friend bool operator==(const HeadScores&, const HeadScores&) = default;
 
  private:
+  static double sum_of(std::span<const double> scores) {
+    const detail::PlainFloats plain;
+    double sum = 0.0;
+    for (const double& score : scores) {
+      sum += score;
+    }
+    return sum;
+  }
+
   std::size_t heads_;
   std::vector<std::vector<double>> runs_;
 };
 
 }  // namespace compresskv
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv {
 
@@ -77,14 +80,25 @@ class LayerErrors {
  private:
   static void normalise(std::vector<double>& errors, const std::string& name) {
     detail::require(!errors.empty(), "layer errors of '", name, "' are empty: give one error a layer");
+    const detail::PlainFloats plain;
     double sum = 0.0;
+    double largest = 0.0;
     for (std::size_t layer = 0; layer < errors.size(); ++layer) {
-      detail::require(std::isfinite(errors[layer]) && errors[layer] >= 0.0, "layer error of '", name,
+      detail::require(detail::is_finite(errors[layer]) && errors[layer] >= 0.0, "layer error of '", name,
                       "' layer ", layer, " is ", errors[layer], ": errors are finite and not negative");
       sum += errors[layer];
+      largest = largest < errors[layer] ? errors[layer] : largest;
     }
-    detail::require(sum > 0.0 && std::isfinite(sum), "layer errors of '", name, "' sum to ", sum,
+    detail::require(sum > 0.0, "layer errors of '", name, "' sum to ", sum,
                     ": at least one layer must have an error above 0");
+    if (!detail::is_finite(sum)) {
+      // Their sum is beyond float64, their shares are not.
+      sum = 0.0;
+      for (double& error : errors) {
+        error /= largest;
+        sum += error;
+      }
+    }
     // What is normalised already, up to rounding, stays as it is: errors read back from a file equal those
     // that were written.
     const double rounding = 4.0 * std::numeric_limits<double>::epsilon() * static_cast<double>(errors.size());
@@ -101,3 +115,5 @@ class LayerErrors {
 };
 
 }  // namespace compresskv
+
+#include "compresskv/core/strict_float_end.hpp"

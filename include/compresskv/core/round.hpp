@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "compresskv/core/strict_float_begin.hpp"
+
 namespace compresskv::detail {
 
 /// Halves go to the even neighbour. std::nearbyint would follow the engine's rounding mode.
@@ -15,3 +17,5 @@ inline double round_half_even(double value) {
 }
 
 }  // namespace compresskv::detail
+
+#include "compresskv/core/strict_float_end.hpp"

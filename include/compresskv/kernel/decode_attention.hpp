@@ -2,13 +2,15 @@
 
 #include <algorithm>
 #include <cassert>
-#include <cmath>
 #include <cstddef>
 #include <span>
 
 #include "compresskv/core/element.hpp"
+#include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/code_path.hpp"
 #include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/view/kv_view.hpp"
@@ -21,7 +23,7 @@ namespace portable {
 inline float dot_row(const float* query, const float* key, std::size_t head_dim) {
   Lanes lanes{};
   for (std::size_t e = 0; e < head_dim; ++e) {
-    lanes[e % lane_count] = std::fma(query[e], key[e], lanes[e % lane_count]);
+    lanes[e % lane_count] = fused(query[e], key[e], lanes[e % lane_count]);
   }
   return kernel::fold(lanes);
 }
@@ -29,7 +31,7 @@ inline float dot_row(const float* query, const float* key, std::size_t head_dim)
 template <Element T>
 void add_row(const T* value, float weight, std::size_t first, std::size_t count, float* out) {
   for (std::size_t e = first; e < count; ++e) {
-    out[e] = std::fma(weight, to_float(value[e]), out[e]);
+    out[e] = fused(weight, to_float(value[e]), out[e]);
   }
 }
 
@@ -110,6 +112,7 @@ float dot_row(const Run<const T>& keys, std::size_t index, const float* query, s
 template <KvView V>
 void decode_attention(const V& kv, std::size_t kv_head, const float* query, float scale,
                       std::span<float> scratch, std::span<float> attention, float* out) {
+  const compresskv::detail::PlainFloats plain;
   const std::size_t head_dim = kv.head_dim();
   const std::size_t padded = round_up_to_lanes(head_dim);
   const std::size_t rows = kv.rows(kv_head);
@@ -146,3 +149,5 @@ void decode_attention(const V& kv, std::size_t kv_head, const float* query, floa
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "compresskv/core/element.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/view/run.hpp"
 
 namespace compresskv::kernel {
@@ -40,3 +41,5 @@ inline void decode_row(const Run<const AffineInt8>& run, std::size_t index, std:
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstddef>
 
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/view/kv_view.hpp"
 
@@ -31,3 +32,5 @@ inline double key_norm(const float* key, std::size_t head_dim) {
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

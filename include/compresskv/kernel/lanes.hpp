@@ -1,7 +1,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <cstddef>
 
 #include "compresskv/core/element.hpp"
@@ -9,6 +8,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::kernel {
 
@@ -48,13 +49,15 @@ namespace avx2 {
 
 /// Lanes 0..7 and 8..15 folded, in the order of `fold`.
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline float fold(__m256 low, __m256 high) {
-  const __m256 eight = _mm256_add_ps(low, high);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  const __m256 eight = low + high;
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return _mm_cvtss_f32(two + _mm_shuffle_ps(two, two, 1));
 }
 
 }  // namespace avx2
 #endif
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -11,12 +10,15 @@
 #include "compresskv/core/element.hpp"
 #include "compresskv/kernel/code_path.hpp"
 #include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 #include "compresskv/view/run.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::kernel {
 
@@ -182,8 +184,8 @@ inline void dot(const detail::KeyRows<float>& keys, const QueryBlock& queries, f
       float even = 0.0F;
       float odd = 0.0F;
       for (std::size_t p = 0; p < queries.places(); ++p) {
-        even = std::fma(query[p * 2 * abreast], key[2 * p], even);
-        odd = std::fma(query[p * 2 * abreast + 1], key[2 * p + 1], odd);
+        even = fused(query[p * 2 * abreast], key[2 * p], even);
+        odd = fused(query[p * 2 * abreast + 1], key[2 * p + 1], odd);
       }
       out[q * out_stride + k] = (even + odd) * scale;
     }
@@ -261,13 +263,13 @@ namespace avx2 {
 [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline void store(const __m256* sums, float scale,
                                                                        float* out, std::size_t out_stride) {
   // In each 128 bits: two queries with the first key, then the same two with the second.
-  const __m256 keys01 = _mm256_add_ps(_mm256_shuffle_ps(sums[0], sums[1], _MM_SHUFFLE(2, 0, 2, 0)),
-                                      _mm256_shuffle_ps(sums[0], sums[1], _MM_SHUFFLE(3, 1, 3, 1)));
-  const __m256 keys23 = _mm256_add_ps(_mm256_shuffle_ps(sums[2], sums[3], _MM_SHUFFLE(2, 0, 2, 0)),
-                                      _mm256_shuffle_ps(sums[2], sums[3], _MM_SHUFFLE(3, 1, 3, 1)));
+  const __m256 keys01 = _mm256_shuffle_ps(sums[0], sums[1], _MM_SHUFFLE(2, 0, 2, 0)) +
+                        _mm256_shuffle_ps(sums[0], sums[1], _MM_SHUFFLE(3, 1, 3, 1));
+  const __m256 keys23 = _mm256_shuffle_ps(sums[2], sums[3], _MM_SHUFFLE(2, 0, 2, 0)) +
+                        _mm256_shuffle_ps(sums[2], sums[3], _MM_SHUFFLE(3, 1, 3, 1));
   const __m256 factor = _mm256_set1_ps(scale);
-  const __m256 even = _mm256_mul_ps(_mm256_shuffle_ps(keys01, keys23, _MM_SHUFFLE(2, 0, 2, 0)), factor);
-  const __m256 odd = _mm256_mul_ps(_mm256_shuffle_ps(keys01, keys23, _MM_SHUFFLE(3, 1, 3, 1)), factor);
+  const __m256 even = _mm256_shuffle_ps(keys01, keys23, _MM_SHUFFLE(2, 0, 2, 0)) * factor;
+  const __m256 odd = _mm256_shuffle_ps(keys01, keys23, _MM_SHUFFLE(3, 1, 3, 1)) * factor;
   _mm_storeu_ps(out, _mm256_castps256_ps128(even));
   _mm_storeu_ps(out + out_stride, _mm256_castps256_ps128(odd));
   _mm_storeu_ps(out + 2 * out_stride, _mm256_extractf128_ps(even, 1));
@@ -391,19 +393,15 @@ namespace avx512 {
 /// As avx2::store, for eight queries.
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline void store(
     const __m512* sums, float scale, float* out, std::size_t out_stride) {
-  const __m512 keys01 =
-      _mm512_add_ps(_mm512_maskz_shuffle_ps(0xFFFF, sums[0], sums[1], _MM_SHUFFLE(2, 0, 2, 0)),
-                    _mm512_maskz_shuffle_ps(0xFFFF, sums[0], sums[1], _MM_SHUFFLE(3, 1, 3, 1)));
-  const __m512 keys23 =
-      _mm512_add_ps(_mm512_maskz_shuffle_ps(0xFFFF, sums[2], sums[3], _MM_SHUFFLE(2, 0, 2, 0)),
-                    _mm512_maskz_shuffle_ps(0xFFFF, sums[2], sums[3], _MM_SHUFFLE(3, 1, 3, 1)));
+  const __m512 keys01 = _mm512_maskz_shuffle_ps(0xFFFF, sums[0], sums[1], _MM_SHUFFLE(2, 0, 2, 0)) +
+                        _mm512_maskz_shuffle_ps(0xFFFF, sums[0], sums[1], _MM_SHUFFLE(3, 1, 3, 1));
+  const __m512 keys23 = _mm512_maskz_shuffle_ps(0xFFFF, sums[2], sums[3], _MM_SHUFFLE(2, 0, 2, 0)) +
+                        _mm512_maskz_shuffle_ps(0xFFFF, sums[2], sums[3], _MM_SHUFFLE(3, 1, 3, 1));
   alignas(64) float rows[32];
   const __m512 factor = _mm512_set1_ps(scale);
-  _mm512_store_ps(
-      rows, _mm512_mul_ps(_mm512_maskz_shuffle_ps(0xFFFF, keys01, keys23, _MM_SHUFFLE(2, 0, 2, 0)), factor));
-  _mm512_store_ps(
-      rows + 16,
-      _mm512_mul_ps(_mm512_maskz_shuffle_ps(0xFFFF, keys01, keys23, _MM_SHUFFLE(3, 1, 3, 1)), factor));
+  _mm512_store_ps(rows, _mm512_maskz_shuffle_ps(0xFFFF, keys01, keys23, _MM_SHUFFLE(2, 0, 2, 0)) * factor);
+  _mm512_store_ps(rows + 16,
+                  _mm512_maskz_shuffle_ps(0xFFFF, keys01, keys23, _MM_SHUFFLE(3, 1, 3, 1)) * factor);
 #pragma GCC unroll 4
   for (std::size_t q = 0; q < 4; ++q) {
     _mm_storeu_ps(out + 2 * q * out_stride, _mm_load_ps(rows + 4 * q));
@@ -671,3 +669,5 @@ void logits(const Run<const T>& keys, std::size_t first, std::size_t count, cons
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,16 +1,18 @@
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cstddef>
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/kernel/code_path.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::kernel {
 
@@ -37,7 +39,7 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
     std::size_t j = t < reach ? 0 : t - reach;
     float value = in[j];
     while (++j < end) {
-      value = pool == Pool::average ? value + in[j] : std::max(value, in[j]);
+      value = pool == Pool::average ? value + in[j] : (value < in[j] ? in[j] : value);
     }
     out[t] += pool == Pool::average ? value / static_cast<float>(width) : value;
   }
@@ -62,15 +64,15 @@ template <Pool pool, std::size_t registers>
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < registers; ++i) {
       const __m256 next = _mm256_loadu_ps(from + j + 8 * i);
-      // Of equal numbers the second operand, as std::max keeps the first.
-      values[i] = pool == Pool::average ? _mm256_add_ps(values[i], next) : _mm256_max_ps(next, values[i]);
+      // Of equal numbers the second operand, as the portable path keeps the first.
+      values[i] = pool == Pool::average ? values[i] + next : _mm256_max_ps(next, values[i]);
     }
   }
   const __m256 divisor = _mm256_set1_ps(static_cast<float>(width));
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < registers; ++i) {
-    const __m256 value = pool == Pool::average ? _mm256_div_ps(values[i], divisor) : values[i];
-    _mm256_storeu_ps(out + t + 8 * i, _mm256_add_ps(_mm256_loadu_ps(out + t + 8 * i), value));
+    const __m256 value = pool == Pool::average ? values[i] / divisor : values[i];
+    _mm256_storeu_ps(out + t + 8 * i, _mm256_loadu_ps(out + t + 8 * i) + value);
   }
 }
 
@@ -84,6 +86,16 @@ template <Pool pool>
   }
   for (; t + 8 <= last; t += 8) {
     add_pooled_at<pool, 1>(in, width, t, out);
+  }
+  return t;
+}
+
+/// Divides as many as fill registers; returns where it stopped.
+[[gnu::target("avx2,fma")]] inline std::size_t divide(std::span<float> sums, float count) {
+  const __m256 divisor = _mm256_set1_ps(count);
+  std::size_t t = 0;
+  for (; t + 8 <= sums.size(); t += 8) {
+    _mm256_storeu_ps(&sums[t], _mm256_loadu_ps(&sums[t]) / divisor);
   }
   return t;
 }
@@ -105,11 +117,21 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
   portable::add_pooled(in, pool, width, done, in.size(), out);
 }
 
-/// Sums to means: each divided by `count`, in registers also where the compiler makes none of a loop (g++ 12
-/// at -O2).
+/// Sums to means: each divided by `count`.
 inline void divide(std::span<float> sums, std::size_t count) {
-  Eigen::Map<Eigen::ArrayXf>(sums.data(), static_cast<Eigen::Index>(sums.size())) /=
-      static_cast<float>(count);
+  const compresskv::detail::PlainFloats plain;
+  const auto divisor = static_cast<float>(count);
+  std::size_t t = 0;
+#if defined(__x86_64__)
+  if (uses(CodePath::avx2)) {
+    t = avx2::divide(sums, divisor);
+  }
+#endif
+  for (; t < sums.size(); ++t) {
+    sums[t] /= divisor;
+  }
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -7,6 +7,9 @@
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -32,19 +35,20 @@ struct Rotary {
 
   /// Throws ArgumentError where it does not fit rows of `head_dim` elements.
   void validate(std::size_t head_dim) const {
+    using compresskv::detail::is_finite;
     using compresskv::detail::require;
     const std::size_t rotated = dims == 0 ? head_dim : dims;
     require(rotated % 2 == 0 && rotated <= head_dim, "Rotary: dims is ", rotated,
             ", must be even and at most head_dim ", head_dim);
-    require(std::isfinite(base) && base > 0.0, "Rotary: base is ", base, ", must be finite and above 0");
-    require(std::isfinite(position_scale) && position_scale > 0.0, "Rotary: position_scale is ",
-            position_scale, ", must be finite and above 0");
+    require(is_finite(base) && base > 0.0, "Rotary: base is ", base, ", must be finite and above 0");
+    require(is_finite(position_scale) && position_scale > 0.0, "Rotary: position_scale is ", position_scale,
+            ", must be finite and above 0");
     require(frequency_factors.empty() || frequency_factors.size() == rotated / 2,
             "Rotary: ", frequency_factors.size(), " frequency factors for ", rotated / 2,
             " pairs: give one a pair");
     for (std::size_t j = 0; j < frequency_factors.size(); ++j) {
-      require(std::isfinite(frequency_factors[j]) && frequency_factors[j] > 0.0F, "Rotary: frequency factor ",
-              j, " is ", frequency_factors[j], ", must be finite and above 0");
+      require(is_finite(frequency_factors[j]) && frequency_factors[j] > 0.0F, "Rotary: frequency factor ", j,
+              " is ", frequency_factors[j], ", must be finite and above 0");
     }
   }
 };
@@ -55,6 +59,7 @@ struct Rotary {
 template <Element T>
 void rotate_row(const Run<T>& run, std::size_t index, std::size_t head_dim, const Rotary& rotary,
                 double distance, float* buffer) {
+  const compresskv::detail::PlainFloats plain;
   decode_row(Run<const T>(run), index, head_dim, buffer);
   const std::size_t dims = rotary.dims == 0 ? head_dim : rotary.dims;
   const std::size_t pairs = dims / 2;
@@ -82,3 +87,5 @@ void rotate_row(const Run<T>& run, std::size_t index, std::size_t head_dim, cons
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,12 +1,13 @@
 #pragma once
 
-#include <cmath>
 #include <cstddef>
-#include <limits>
 #include <numbers>
 
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/code_path.hpp"
 #include "compresskv/kernel/exp2.hpp"
+#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 
 namespace compresskv::kernel {
@@ -35,7 +36,7 @@ struct ScaledRows {
 namespace portable {
 
 inline float row_max(const float* row, std::size_t count) {
-  float max = -std::numeric_limits<float>::infinity();
+  float max = compresskv::detail::minus_infinity;
   for (std::size_t t = 0; t < count; ++t) {
     max = row[t] > max ? row[t] : max;
   }
@@ -50,7 +51,7 @@ inline void exp2_tail(float* row, std::size_t first, std::size_t count, float sh
 }
 
 /// What is taken off a row's logits. Of one without any but -inf and NaN, nothing: -inf then still gives 0.
-inline float shift_of(float max) { return max == -std::numeric_limits<float>::infinity() ? 0.0F : max; }
+inline float shift_of(float max) { return compresskv::detail::is_minus_infinity(max) ? 0.0F : max; }
 
 inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = row_max(row, count);
@@ -63,16 +64,15 @@ inline void soft_cap(float* row, std::size_t first, std::size_t count, float cap
   const float inverse = 1.0F / cap;
   for (std::size_t t = first; t < count; ++t) {
     // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), so that one exp2 serves all code paths.
-    // Fused with nothing, so that no compiler fuses the product with exp2's first step on some path.
-    const float decay = exp2(std::fma(-2.0F * log2_e, std::fabs(row[t] * inverse), 0.0F));
-    row[t] = std::copysign(cap * ((1.0F - decay) / (1.0F + decay)), row[t]);
+    const float decay = exp2(-2.0F * log2_e * __builtin_fabsf(row[t] * inverse));
+    row[t] = __builtin_copysignf(cap * ((1.0F - decay) / (1.0F + decay)), row[t]);
   }
 }
 
 inline void add_scaled(const ScaledRows& rows, std::size_t first, std::size_t tokens, float* sums) {
   for (std::size_t i = 0; i < rows.count; ++i) {
     for (std::size_t t = first; t < tokens; ++t) {
-      sums[t] = std::fma(rows.row(i)[t], rows.factor(i), sums[t]);
+      sums[t] = fused(rows.row(i)[t], rows.factor(i), sums[t]);
     }
   }
 }
@@ -83,7 +83,7 @@ inline void add_scaled(const ScaledRows& rows, std::size_t first, std::size_t to
 namespace avx2 {
 
 [[gnu::target("avx2,fma")]] inline float row_max(const float* row, std::size_t count) {
-  __m256 max0 = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  __m256 max0 = _mm256_set1_ps(compresskv::detail::minus_infinity);
   __m256 max1 = max0;
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
@@ -106,12 +106,12 @@ namespace avx2 {
   __m256 high = low;
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m256 e0 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t), shifts));
-    const __m256 e1 = avx2::exp2(_mm256_sub_ps(_mm256_loadu_ps(row + t + 8), shifts));
+    const __m256 e0 = avx2::exp2(_mm256_loadu_ps(row + t) - shifts);
+    const __m256 e1 = avx2::exp2(_mm256_loadu_ps(row + t + 8) - shifts);
     _mm256_storeu_ps(row + t, e0);
     _mm256_storeu_ps(row + t + 8, e1);
-    low = _mm256_add_ps(low, e0);
-    high = _mm256_add_ps(high, e1);
+    low = low + e0;
+    high = high + e1;
   }
   Lanes lanes;
   _mm256_storeu_ps(lanes.data(), low);
@@ -127,11 +127,9 @@ namespace avx2 {
   std::size_t t = 0;
   for (; t + 8 <= count; t += 8) {
     const __m256 logit = _mm256_loadu_ps(row + t);
-    const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_mul_ps(logit, inverse));
-    const __m256 decay =
-        avx2::exp2(_mm256_fmadd_ps(_mm256_set1_ps(-2.0F * log2_e), magnitude, _mm256_setzero_ps()));
-    const __m256 capped = _mm256_mul_ps(_mm256_set1_ps(cap),
-                                        _mm256_div_ps(_mm256_sub_ps(one, decay), _mm256_add_ps(one, decay)));
+    const __m256 magnitude = _mm256_andnot_ps(sign, logit * inverse);
+    const __m256 decay = avx2::exp2(_mm256_set1_ps(-2.0F * log2_e) * magnitude);
+    const __m256 capped = _mm256_set1_ps(cap) * ((one - decay) / (one + decay));
     _mm256_storeu_ps(row + t, _mm256_or_ps(capped, _mm256_and_ps(sign, logit)));
   }
   portable::soft_cap(row, t, count, cap);
@@ -182,9 +180,9 @@ namespace avx512 {
   __m512 sums = _mm512_setzero_ps();
   std::size_t t = 0;
   for (; t + lane_count <= count; t += lane_count) {
-    const __m512 e = avx512::exp2(_mm512_sub_ps(_mm512_loadu_ps(row + t), shifts));
+    const __m512 e = avx512::exp2(_mm512_loadu_ps(row + t) - shifts);
     _mm512_storeu_ps(row + t, e);
-    sums = _mm512_add_ps(sums, e);
+    sums = sums + e;
   }
   Lanes lanes;
   _mm512_storeu_ps(lanes.data(), sums);
@@ -237,3 +235,5 @@ inline void add_scaled(const float* row, float factor, std::size_t tokens, float
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -4,10 +4,19 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <span>
 
+#include "compresskv/core/float_bits.hpp"
+
 namespace compresskv::kernel {
+
+/// Whether score `a` comes before score `b`: the higher one. A strict weak order of all floats, NaN too,
+/// under any compiler flags; -0 equals 0.
+struct Above {
+  constexpr bool operator()(const float& a, const float& b) const {
+    return compresskv::detail::ordered(a) > compresskv::detail::ordered(b);
+  }
+};
 
 namespace detail {
 
@@ -24,12 +33,13 @@ inline std::size_t copy_candidates(std::span<const float> scores, std::size_t co
     // Half as many again as the sample should have, and some more: one that misleads is rare.
     const std::size_t rank = count * 3 / (step * 2) + 16;
     const auto pivot_at = values.begin() + static_cast<std::ptrdiff_t>(rank);
-    std::nth_element(values.begin(), pivot_at, values.begin() + sampled, std::greater<>());
-    const float pivot = *pivot_at;
+    std::nth_element(values.begin(), pivot_at, values.begin() + sampled, Above{});
+    const std::int32_t pivot = compresskv::detail::ordered(*pivot_at);
     std::size_t candidates = 0;
-    for (const float score : scores) {
+    for (const float& score : scores) {
       values[candidates] = score;
-      candidates += score >= pivot ? 1 : 0;  // no branch: which scores are high is not foreseen
+      // No branch: which scores are high is not foreseen.
+      candidates += compresskv::detail::ordered(score) >= pivot ? 1 : 0;
     }
     if (candidates >= count) {
       return candidates;
@@ -43,27 +53,31 @@ inline std::size_t copy_candidates(std::span<const float> scores, std::size_t co
 
 /// Indices of the `out.size()` highest scores, ascending; equal scores: the lower index wins.
 ///
-/// Scores must not be NaN. `scratch` has room for all scores. Cost: linear on average, no full sort; where a
-/// small share is chosen, two passes over all scores and some over what a sample leaves.
+/// NaN counts as beyond the infinity of its sign. `scratch` has room for all scores. Cost: linear on average,
+/// no full sort; where a small share is chosen, two passes over all scores and some over what a sample
+/// leaves.
 inline void top_k(std::span<const float> scores, std::span<float> scratch, std::span<std::uint32_t> out) {
+  using compresskv::detail::ordered;
   assert(out.size() <= scores.size() && scratch.size() >= scores.size());
   if (out.empty()) {
     return;
   }
   const std::span<float> values = scratch.first(detail::copy_candidates(scores, out.size(), scratch));
   const auto last_kept = values.begin() + static_cast<std::ptrdiff_t>(out.size()) - 1;
-  std::nth_element(values.begin(), last_kept, values.end(), std::greater<>());
-  const float threshold = *last_kept;
-  const auto above = static_cast<std::size_t>(
-      std::count_if(values.begin(), last_kept, [&](float score) { return score > threshold; }));
+  std::nth_element(values.begin(), last_kept, values.end(), Above{});
+  const std::int32_t threshold = ordered(*last_kept);
+  const auto above = static_cast<std::size_t>(std::count_if(
+      values.begin(), last_kept, [&](const float& score) { return ordered(score) > threshold; }));
   std::size_t equal = out.size() - above;
   std::size_t kept = 0;
-  for (std::size_t t = 0; kept < out.size(); ++t) {
-    if (scores[t] > threshold || (scores[t] == threshold && equal > 0)) {
-      equal -= scores[t] == threshold ? 1 : 0;
+  for (std::size_t t = 0; kept < out.size() && t < scores.size(); ++t) {
+    const std::int32_t score = ordered(scores[t]);
+    if (score > threshold || (score == threshold && equal > 0)) {
+      equal -= score == threshold ? 1 : 0;
       out[kept++] = static_cast<std::uint32_t>(t);
     }
   }
+  assert(kept == out.size());
 }
 
 }  // namespace compresskv::kernel

@@ -2,18 +2,22 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
 #include <span>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/logits.hpp"
 #include "compresskv/kernel/softmax.hpp"
@@ -76,12 +80,53 @@ inline AtOnce at_once(const ModelShape& shape, std::size_t row_bytes, std::size_
   return {.queries = arrays < sums + 1 ? 1 : arrays - sums};
 }
 
-[[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::span<const float> values) {
-  auto bad = std::find_if_not(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
-  bad = bad == values.end() ? values.begin() : bad;  // no logit but -inf: all of them are to blame
-  compresskv::detail::fail<ScoreError>(
-      "score of layer ", layer, " query head ", head, " token ", bad - values.begin(),
-      " is not finite: the keys or queries hold NaN or infinite values; the cache was left as it is");
+/// The first that is NaN or infinite; all of them where none is.
+inline std::size_t first_not_finite(std::span<const float> values) {
+  std::size_t t = 0;
+  while (t < values.size() && compresskv::detail::is_finite(values[t])) {
+    ++t;
+  }
+  return t;
+}
+
+[[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::size_t token,
+                                         std::string_view why) {
+  compresskv::detail::fail<ScoreError>("score of layer ", layer, " query head ", head, " token ", token,
+                                       " is not finite: ", why, "; the cache was left as it is");
+}
+
+/// Whether rows from `first` on hold numbers alone.
+template <class Run>
+bool rows_are_finite(const Run& run, std::size_t first, std::size_t row_size) {
+  std::vector<float> row(row_size);
+  for (std::size_t r = first; r < run.rows; ++r) {
+    decode_row(run, r, row_size, row.data());
+    if (first_not_finite(row) < row_size) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// Throws for a head whose logits, `row` of them, are not all numbers or all -inf. Keys and queries are read
+/// again, to tell values that are no numbers from products that are none.
+template <class Kv, QueryObservation O>
+[[noreturn]] void fail_of_logits(const LayerInput<Kv, O>& in, std::size_t head, std::span<const float> row) {
+  const std::size_t bad = first_not_finite(row);
+  const std::size_t kv_head = head / in.shape.group();
+  const auto queries = in.observation.query_run(head);
+  bool finite =
+      rows_are_finite(queries, queries.rows - std::min(queries.rows, in.rows[kv_head]), in.shape.head_dim);
+  for (std::size_t i = 0; finite && i < in.kv.run_count(kv_head); ++i) {
+    const Run<const typename Kv::key_element> keys = in.kv.key_run(kv_head, i);
+    finite = rows_are_finite(keys, 0, in.shape.head_dim);
+  }
+  // No logit but -inf: all of them are to blame.
+  fail_not_finite(in.layer, head, bad < row.size() ? bad : 0,
+                  finite
+                      ? "keys and queries are finite, but their products times the scale are beyond float32: "
+                        "check the scale, or make queries or keys smaller"
+                      : "the keys or queries hold NaN or infinite values");
 }
 
 /// Logits of rows [first, first + count) of one KV head, across its runs.
@@ -116,7 +161,7 @@ inline bool join_tiles(std::span<float> maxima, std::span<float> sums, float sin
   for (std::size_t i = 0; i < sums.size(); ++i) {
     sums[i] = share * maxima[i] / total;
   }
-  return std::isfinite(total) && total > 0.0F;
+  return compresskv::detail::is_finite(total) && total > 0.0F;
 }
 
 /// First row that the query of row `own` sees: all before it, or a sliding window of positions.
@@ -149,8 +194,8 @@ QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_
     if (pairs) {
       // Halves of a register lane: exact, since the query was bfloat16.
       for (std::size_t e = 0; e < width; ++e) {
-        query[e] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(query[2 * e]) >> 16U |
-                                        std::bit_cast<std::uint32_t>(query[2 * e + 1]));
+        query[e] = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, query[2 * e]) >> 16U |
+                                                 __builtin_bit_cast(std::uint32_t, query[2 * e + 1]));
       }
     }
     QueryBlock::put(q, query, width, memory.data());
@@ -199,6 +244,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     const std::size_t looked_at = std::min(evictable, visible);
     const QueryBlock block = query_block(in, heads, observers, begin, now, queries);
     executor.parallel_for(tiles(visible), [&](std::size_t i) {
+      const compresskv::detail::PlainFloats plain_here;
       const std::size_t first = i * tile;
       const std::size_t last = std::min(first + tile, visible);
       logits_of_rows(in.kv, kv_head, first, last - first, block, scale, key_rows.data() + i * key_buffer,
@@ -224,10 +270,11 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
       if (!join_tiles(maxima.subspan(q * tiles(rows), tiles(visible)),
                       factors.subspan(q * tiles(rows), tiles(visible)),
                       log2_e * compresskv::detail::sink_logit(in.observation, head))) {
-        fail_not_finite(in.layer, head, logits.subspan(q * stride, own_row(q) + 1));
+        fail_of_logits(in, head, logits.subspan(q * stride, own_row(q) + 1));
       }
     }
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
+      const compresskv::detail::PlainFloats plain_here;
       const std::size_t first = i * tile;
       const std::size_t tokens = std::min(tile, looked_at - first);
       for (std::size_t q = 0; q < now;) {
@@ -275,13 +322,24 @@ void add_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> h
   }
 }
 
-/// Throws where what the engine computed is not finite. From queries nothing can be: their rows are checked.
+/// Throws where what the engine computed is not finite, or gives nothing that is. From queries nothing can
+/// be: their rows are checked.
 template <class Kv, Observation O>
 void check_finite(const LayerInput<Kv, O>& in, std::uint32_t head, std::span<const float> values) {
   if constexpr (!QueryObservation<O>) {
-    if (!std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); })) {
-      fail_not_finite(in.layer, head, values);
+    const std::size_t bad = first_not_finite(values);
+    if (bad == values.size()) {
+      return;
     }
+    bool finite = false;
+    if constexpr (AttentionObservation<O>) {
+      finite = rows_are_finite(in.observation.attention_run(head), 0, in.observation.tokens());
+    }
+    fail_not_finite(in.layer, head, bad,
+                    finite
+                        ? "the attention given is finite, but holds a negative weight, or weights too large "
+                          "to add up: give probabilities, after the softmax"
+                        : "the attention given holds NaN or infinite values");
   }
 }
 
@@ -324,6 +382,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
 template <class Kv, Observation O, Executor X, class PerHead>
 void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, PerHead&& per_head) {
+  const compresskv::detail::PlainFloats plain;
   detail::for_head_groups(
       in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_at_once) {
         const std::size_t evictable = in.evictable(group[0] / in.shape.group());
@@ -372,6 +431,7 @@ void window_moments(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
   static_assert(!SumsObservation<O>,
                 "this scorer needs the window's rows apart: give queries or an attention matrix, not sums");
   constexpr std::size_t arrays = entropies == Entropies::yes ? 3 : 2;
+  const compresskv::detail::PlainFloats plain;
   detail::for_head_groups(
       in, heads, in.window, arrays, [&](auto group, std::size_t observers, std::size_t queries_at_once) {
         const std::size_t evictable = in.evictable(group[0] / in.shape.group());
@@ -431,3 +491,5 @@ void attention_sums_of_all_heads(const LayerInput<Kv, O>& in, std::size_t observ
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"

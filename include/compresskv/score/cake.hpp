@@ -1,15 +1,17 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -39,7 +41,7 @@ class Cake {
   /// Throws ArgumentError for no window, an even pooling width or a gamma that is negative or not finite.
   explicit Cake(const Options& options) : options_(options) {
     detail::require(options.window > 0, "window is 0: at least the last query must observe");
-    detail::require(std::isfinite(options.gamma) && options.gamma >= 0.0F, "gamma is ", options.gamma,
+    detail::require(detail::is_finite(options.gamma) && options.gamma >= 0.0F, "gamma is ", options.gamma,
                     ", must be finite and not negative");
     kernel::check_pool_width(options.pool_width);
   }
@@ -59,7 +61,7 @@ class Cake {
           in, heads, workspace, executor, [&](std::uint32_t head, const kernel::WindowMoments& moments) {
             const std::span<float> value = workspace.take(Workspace::Slot::pooled, moments.means.size());
             for (std::size_t t = 0; t < value.size(); ++t) {
-              value[t] = std::fma(factor, moments.deviations[t], moments.means[t]);
+              value[t] = kernel::fused(factor, moments.deviations[t], moments.means[t]);
             }
             kernel::add_pooled(value, kernel::Pool::average, options_.pool_width,
                                scores.row(head / in.shape.group()));
@@ -75,3 +77,5 @@ class Cake {
 static_assert(Scorer<Cake>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/policy.hpp"
@@ -48,7 +48,7 @@ class Carried {
   Carried(const HeadScores& scores, const Options& options)
       : options_(options),
         heads_(weighted(scores, options), scores.heads(), options.window, options.pool, options.pool_width) {
-    detail::require(std::isfinite(options.decay) && options.decay >= 0.0F && options.decay <= 1.0F,
+    detail::require(detail::is_finite(options.decay) && options.decay >= 0.0F && options.decay <= 1.0F,
                     "decay is ", options.decay, ", must be between 0 and 1");
   }
   template <std::same_as<HeadRanking> Ranking>
@@ -81,8 +81,7 @@ class Carried {
     for (std::size_t layer = 0; layer < layers.size(); ++layer) {
       for (const std::uint32_t head : ranking.heads(layer).first(options.heads_per_layer)) {
         layers[layer].push_back(
-            {.head = head,
-             .weight = options.equal_weights ? 1.0F : static_cast<float>(scores.mean(layer, head))});
+            {.head = head, .weight = options.equal_weights ? 1.0 : scores.mean(layer, head)});
       }
     }
     return layers;

@@ -10,6 +10,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -118,3 +119,5 @@ class GroupedRetrieval {
 static_assert(Scorer<GroupedRetrieval>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

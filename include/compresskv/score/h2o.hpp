@@ -9,6 +9,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -61,3 +62,5 @@ class H2O {
 static_assert(Scorer<H2O>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

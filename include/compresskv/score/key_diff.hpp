@@ -1,14 +1,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/key_rows.hpp"
 #include "compresskv/score/scorer.hpp"
 
@@ -47,34 +49,37 @@ class KeyDiff {
     const std::span<float> buffers =
         workspace.take(Workspace::Slot::key_rows, 2 * in.shape.kv_heads * head_dim);
     executor.parallel_for(in.shape.kv_heads, [&](std::size_t kv_head) {
+      const detail::PlainFloats plain;
       const std::span<float> row = scores.row(kv_head);
       const std::span<float> buffer = buffers.subspan(2 * kv_head * head_dim, head_dim);
       const std::span<float> mean = buffers.subspan((2 * kv_head + 1) * head_dim, head_dim);
       std::fill(mean.begin(), mean.end(), 0.0F);
-      kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t, const float* key) {
-        const auto inverse = static_cast<float>(inverse_norm(key, head_dim));
+      kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
+        // In float64: of a denormal key the inverse is beyond float32.
+        const double norm = kernel::key_norm(key, head_dim);
+        if (t < row.size() && !detail::is_finite(norm)) {
+          return;  // so that its own score is the one that is not finite
+        }
+        const double inverse = inverse_of(norm);
         for (std::size_t e = 0; e < head_dim; ++e) {
-          mean[e] = std::fma(key[e], inverse, mean[e]);
+          mean[e] += static_cast<float>(static_cast<double>(key[e]) * inverse);
         }
       });
-      const double mean_inverse = inverse_norm(mean.data(), head_dim);
+      const double mean_inverse = inverse_of(kernel::key_norm(mean.data(), head_dim));
       kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
         if (t < row.size()) {
           double dot = 0.0;
           for (std::size_t e = 0; e < head_dim; ++e) {
             dot += static_cast<double>(key[e]) * static_cast<double>(mean[e]);
           }
-          row[t] = -static_cast<float>(dot * inverse_norm(key, head_dim) * mean_inverse);
+          row[t] = -static_cast<float>(dot * inverse_of(kernel::key_norm(key, head_dim)) * mean_inverse);
         }
       });
     });
   }
 
  private:
-  static double inverse_norm(const float* key, std::size_t head_dim) {
-    const double norm = kernel::key_norm(key, head_dim);
-    return norm == 0.0 ? 0.0 : 1.0 / norm;
-  }
+  static double inverse_of(double norm) { return norm == 0.0 ? 0.0 : 1.0 / norm; }
 
   Options options_;
 };
@@ -82,3 +87,5 @@ class KeyDiff {
 static_assert(Scorer<KeyDiff>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -1,12 +1,16 @@
 #pragma once
 
 #include <cstddef>
+#include <limits>
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/key_rows.hpp"
 #include "compresskv/score/scorer.hpp"
 
@@ -16,8 +20,8 @@ namespace compresskv::score {
 ///
 ///     score[g][t] = -|| key[g][t] ||
 ///
-/// Looks at no query. Paper: Devoto et al., EMNLP 2024 (arXiv 2406.11430); METHOD.md section 4. Cost: all
-/// keys are read once.
+/// Looks at no query. A length beyond float32, of finite keys, counts as its largest number. Paper: Devoto et
+/// al., EMNLP 2024 (arXiv 2406.11430); METHOD.md section 4. Cost: all keys are read once.
 class Knorm {
  public:
   static constexpr Granularity granularity = Granularity::kv_head;
@@ -43,20 +47,28 @@ class Knorm {
     const std::size_t head_dim = in.shape.head_dim;
     const std::span<float> buffers = workspace.take(Workspace::Slot::key_rows, in.shape.kv_heads * head_dim);
     executor.parallel_for(in.shape.kv_heads, [&](std::size_t kv_head) {
+      const detail::PlainFloats plain;
       const std::span<float> row = scores.row(kv_head);
       kernel::for_each_key(in.kv, kv_head, buffers.data() + kv_head * head_dim,
                            [&](std::size_t t, const float* key) {
                              if (t < row.size()) {
-                               row[t] = -static_cast<float>(kernel::key_norm(key, head_dim));
+                               row[t] = -as_float(kernel::key_norm(key, head_dim));
                              }
                            });
     });
   }
 
  private:
+  static float as_float(double norm) {
+    constexpr double largest = (std::numeric_limits<float>::max)();
+    return static_cast<float>(detail::is_finite(norm) && norm > largest ? largest : norm);
+  }
+
   Options options_;
 };
 
 static_assert(Scorer<Knorm>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

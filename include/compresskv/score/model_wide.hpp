@@ -83,7 +83,7 @@ class ModelWide {
     Heads layers(scores.layers());
     for (const Pair& pair : std::span(pairs).first(options.heads)) {
       layers[pair.layer].push_back({.head = static_cast<std::uint32_t>(pair.head),
-                                    .weight = options.equal_weights ? 1.0F : static_cast<float>(pair.score)});
+                                    .weight = options.equal_weights ? 1.0 : pair.score});
     }
     return layers;
   }

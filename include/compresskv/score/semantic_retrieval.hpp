@@ -12,6 +12,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -119,3 +120,5 @@ class SemanticRetrieval {
 static_assert(Scorer<SemanticRetrieval>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -9,6 +9,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -63,3 +64,5 @@ class SnapKv {
 static_assert(Scorer<SnapKv>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

@@ -8,6 +8,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
@@ -45,3 +46,5 @@ class Tova {
 static_assert(Scorer<Tova>);
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

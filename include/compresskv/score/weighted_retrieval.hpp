@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/kernel/window_attention.hpp"
@@ -24,14 +27,16 @@ class WeightedRetrieval {
  public:
   struct Head {
     std::uint32_t head = 0;
-    float weight = 0.0F;
+    double weight = 0.0;
   };
 
+  /// Throws ArgumentError for no window, an even pooling width or a weight beyond float32.
   WeightedRetrieval(std::vector<std::vector<Head>> layers, std::size_t query_heads, std::size_t window,
                     kernel::Pool pool, std::size_t pool_width)
       : query_heads_(query_heads), window_(window), pool_(pool), pool_width_(pool_width) {
     detail::require(window > 0, "window is 0: at least the last query must observe");
     kernel::check_pool_width(pool_width);
+    constexpr double limit = (std::numeric_limits<float>::max)();
     for (auto& layer : layers) {
       // The order of adding is by head, so that equal sets give equal scores however they are ranked.
       std::sort(layer.begin(), layer.end(), [](const Head& a, const Head& b) { return a.head < b.head; });
@@ -39,7 +44,10 @@ class WeightedRetrieval {
       weights_.emplace_back();
       for (const Head& head : layer) {
         heads_.back().push_back(head.head);
-        weights_.back().push_back(head.weight);
+        detail::require(detail::is_finite(head.weight) && -limit <= head.weight && head.weight <= limit,
+                        "weight of layer ", heads_.size() - 1, " head ", head.head, " is ", head.weight,
+                        ", must be at most ", limit, ": divide all head scores by one number");
+        weights_.back().push_back(static_cast<float>(head.weight));
       }
     }
   }
@@ -80,3 +88,5 @@ class WeightedRetrieval {
 };
 
 }  // namespace compresskv::score
+
+#include "compresskv/core/strict_float_end.hpp"

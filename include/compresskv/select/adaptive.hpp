@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <numeric>
 #include <span>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/kernel/top_k.hpp"
 #include "compresskv/select/selector.hpp"
 
@@ -31,8 +31,8 @@ class Adaptive {
   Adaptive() = default;
   /// `safeguard` is the share that each head keeps for itself. Throws ArgumentError outside 0 to 1.
   explicit Adaptive(double safeguard) : safeguard_(safeguard) {
-    detail::require(safeguard >= 0.0 && safeguard <= 1.0, "safeguard is ", safeguard,
-                    ", must be a share of the capacity, 0 to 1");
+    detail::require(detail::is_finite(safeguard) && safeguard >= 0.0 && safeguard <= 1.0, "safeguard is ",
+                    safeguard, ", must be a share of the capacity, 0 to 1");
   }
 
   void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
@@ -59,7 +59,7 @@ class Adaptive {
       const std::size_t first = own_of(head);
       if (first < copy.size()) {
         std::nth_element(copy.begin(), copy.begin() + static_cast<std::ptrdiff_t>(first), copy.end(),
-                         std::greater<>());
+                         kernel::Above{});
         std::copy(copy.begin() + static_cast<std::ptrdiff_t>(first), copy.end(), copy.begin());
       }
       left += copy.size() - first;
@@ -74,9 +74,8 @@ class Adaptive {
     }
     if (open > 0) {
       const auto last = rest.begin() + static_cast<std::ptrdiff_t>(open) - 1;
-      std::nth_element(rest.begin(), last, rest.begin() + static_cast<std::ptrdiff_t>(left),
-                       std::greater<>());
-      share_out(scores, *last, open, counts.first(heads), skipped);
+      std::nth_element(rest.begin(), last, rest.begin() + static_cast<std::ptrdiff_t>(left), kernel::Above{});
+      share_out(scores, detail::ordered(*last), open, counts.first(heads), skipped);
     }
     const std::size_t total = std::accumulate(counts.begin(), skipped.begin(), windows);
     selection.assign_per_head(total);
@@ -91,15 +90,15 @@ class Adaptive {
   }
 
  private:
-  /// Adds to `counts` what each head gets of `open` rows: all above `threshold`, and of those equal to it the
-  /// lower rows, then the lower heads, that no head has in its own share.
-  static void share_out(const Scores<Granularity::kv_head>& scores, float threshold, std::size_t open,
+  /// Adds to `counts` what each head gets of `open` rows: all above `threshold` (as `detail::ordered` has
+  /// it), and of those equal to it the lower rows, then the lower heads, that no head has in its own share.
+  static void share_out(const Scores<Granularity::kv_head>& scores, std::int32_t threshold, std::size_t open,
                         std::span<std::size_t> counts, std::span<std::size_t> skipped) {
     std::size_t longest = 0;
     for (std::size_t head = 0; head < counts.size(); ++head) {
       const std::span<const float> row = scores.row(head);
-      const auto above = static_cast<std::size_t>(
-          std::count_if(row.begin(), row.end(), [&](float score) { return score > threshold; }));
+      const auto above = static_cast<std::size_t>(std::count_if(
+          row.begin(), row.end(), [&](const float& score) { return detail::ordered(score) > threshold; }));
       skipped[head] = counts[head] > above ? counts[head] - above : 0;
       if (above > counts[head]) {
         open -= above - counts[head];
@@ -109,7 +108,7 @@ class Adaptive {
     }
     for (std::size_t t = 0; t < longest && open > 0; ++t) {
       for (std::size_t head = 0; head < counts.size() && open > 0; ++head) {
-        if (t >= scores.tokens(head) || scores.row(head)[t] != threshold) {
+        if (t >= scores.tokens(head) || detail::ordered(scores.row(head)[t]) != threshold) {
           continue;
         }
         if (skipped[head] > 0) {
