@@ -89,6 +89,7 @@ class Cake {
     detail::require(needed <= total, "windows and protected tokens of layers 0 to ", capacities.size() - 1,
                     " are ", needed, " rows, the budget has ", total,
                     ": raise the budget, or protect fewer tokens");
+    const detail::PlainFloats plain;
     std::copy(capacities.begin(), capacities.end(), most.begin());
     double sum = 0.0;
     double largest = 0.0;
