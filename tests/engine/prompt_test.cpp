@@ -2,15 +2,19 @@
 // UTF-8 is refused.
 #include <gtest/gtest.h>
 
-#include <fstream>
+#include <algorithm>
+#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "ckv/tool.hpp"
 #include "engine/chat_template.hpp"
 #include "engine/error.hpp"
+#include "engine/gguf.hpp"
+#include "engine/model.hpp"
 #include "engine/tiny_vocabulary.hpp"
 #include "engine/tokenizer.hpp"
+#include "recorded_cases.hpp"
 
 namespace engine {
 namespace {
@@ -128,6 +132,23 @@ TEST_F(PromptFiles, Utf16AndNulAreRefusedByName) {
         arguments({more == "--raw" ? more : "--threads=1", "--prompt-file", file("h\0i\0"s)}),
         "prompt.txt' holds a NUL, its byte 2");
   }
+}
+
+// Files that were reported; equivalents made here are tests of their own.
+TEST(ReportedFiles, GiveWhatIsRight) {
+  const std::filesystem::path folder = std::filesystem::path(COMPRESSKV_SHARED_DIR) / ".." / "reported";
+  if (!std::filesystem::exists(folder / "eog_user_defined.gguf")) GTEST_SKIP() << folder << " is not there";
+  const auto open = [&](const char* name) { return GgufFile::open(folder / name); };
+  const Tokenizer tokenizer(tokenizer_spec(open("eog_user_defined.gguf")));
+  EXPECT_TRUE(tokenizer.is_end_of_generation(tokenizer.find("<|im_end|>").value()));
+  expect_error([&] { Model{open("split-00001-of-00002.gguf")}; }, "llama-gguf-split --merge");
+  EXPECT_NO_THROW(Model{open("split_whole.gguf")});
+  expect_error(
+      [&] { Model{open("vocab_rows_above_tokens.gguf")}; },
+      "vocab_rows_above_tokens.gguf: token_embd.weight has 320 rows, but the tokens of the vocabulary "
+      "(tokenizer.ggml.tokens) are 260");
+  EXPECT_DOUBLE_EQ(Model{open("yarn_attn_factor.gguf")}.rope_magnitude(),
+                   3.0 * Model{open("yarn_plain.gguf")}.rope_magnitude());
 }
 
 }  // namespace

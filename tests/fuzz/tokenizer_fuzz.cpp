@@ -46,9 +46,8 @@ engine::TokenizerSpec make_spec(const std::vector<std::string_view>& parts) {
                              .pre = std::string(settings.size() > 1 ? settings[1] : ""),
                              .chat_template = std::string(parts[3])};
   const bool has_types = settings.size() > 2;
-  if (spec.model == "gpt2") {
-    for (unsigned byte = 0; byte < 256; ++byte) spec.tokens.push_back(engine::test::alphabet_character(byte));
-  }
+  static const std::vector<std::string> alphabet = engine::test::TinyVocabulary{{}}.tokens;
+  if (spec.model == "gpt2") spec.tokens = alphabet;
   std::vector<std::int32_t> types(spec.tokens.size(), 1);
   for (const std::string_view line : split(parts[1], "\n", 1000)) {
     if (line.empty()) continue;
