@@ -1,4 +1,8 @@
 // The same command line as the cases beside this file, on what they do wrong, done right.
+#include <array>
+#include <span>
+#include <vector>
+
 #include "kv.hpp"
 #include "scorer.hpp"
 
@@ -27,5 +31,33 @@ void all_of_it(const ckv::StridedKv<float>& kv, const ckv::StridedKv<const float
 }
 
 static_assert(ckv::models_kv_view<Kv>());
+
+// What is kept may come from variables, in whatever holds elements side by side.
+void kept(std::vector<float>& keys, std::span<float> values, const std::vector<std::int32_t>& table,
+          std::array<std::int32_t, 8>& references, const std::vector<std::size_t>& head_rows,
+          const std::vector<float>& sinks, std::vector<std::int8_t>& data,
+          const std::vector<std::uint32_t>& positions) {
+  const ckv::KvShape strided{.kv_heads = 2, .head_dim = 8, .allocated_rows = 16, .head_rows = head_rows};
+  ckv::StridedKv of_both{keys, values, strided, ckv::layout::head_token_dim};
+  ckv::StridedKv of_spans{std::span(keys), std::span<const float>(values), strided, ckv::layout::Strides{},
+                          ckv::layout::head_dim_token};
+  ckv::StridedKv of_pointers{keys.data(), values.data(), strided, {}};
+  const ckv::PagedShape paged{.kv_heads = 2, .head_dim = 8, .block_rows = 4, .head_rows = head_rows};
+  ckv::PagedKv of_pools{keys, values.data(), paged, table, ckv::layout::token_head_dim, references};
+  ckv::PagedKv of_span{keys.data(),
+                       values,
+                       paged,
+                       std::span(table),
+                       ckv::layout::Strides{},
+                       ckv::layout::head_dim_token,
+                       std::span(references)};
+  const ckv::RecentQueries<float> recent{
+      ckv::QueryShape{.query_heads = 2, .queries = 8, .head_dim = 8, .sinks = sinks}};
+  recent.view();
+  const ckv::Int8Rows rows{data, keys, values};
+  ckv::Int8Kv of_int8{rows, {data, keys, values}, strided, ckv::layout::head_token_dim};
+  ckv::Compressor compressor{plan};
+  compressor.begin(64, {.positions = positions});
+}
 
 int main() {}

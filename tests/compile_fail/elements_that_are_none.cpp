@@ -1,6 +1,4 @@
-// expect: Stored
+// expect: StridedKv<Key, Value> holds float, Eigen::half, Eigen::bfloat16, BlockQ8_0 or BlockQ4_0
 #include <compresskv/compresskv.hpp>
 
-using View = compresskv::StridedKv<double>;
-
-View* view;
+std::size_t heads(const compresskv::StridedKv<double>& kv) { return kv.kv_heads(); }

@@ -2,18 +2,19 @@
 
 #include <algorithm>
 #include <bitset>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <span>
 #include <type_traits>
+#include <utility>
 
 #include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/selection.hpp"
+#include "compresskv/view/argument.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/layout.hpp"
 #include "compresskv/view/placement.hpp"
@@ -43,46 +44,68 @@ struct PagedShape {
 /// Layouts are those of `layout` within one block: `[kv_head][row][dim]`, `[row][kv_head][dim]`, transposed,
 /// or `layout::SplitDim`. Blocks may stand in any order. `references[block]` counts the sequences that use a
 /// block (prefix sharing): a block counted more than once is shared and never written.
-template <Stored Key, Stored Value = Key>
-requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) class PagedKv {
+template <class Key, class Value = Key>
+class PagedKv {
  public:
   using key_element = Key;
   using value_element = Value;
+  static_assert(
+      detail::plain_stored<Key> && detail::plain_stored<Value>,
+      "PagedKv<Key, Value> holds float, Eigen::half, Eigen::bfloat16, BlockQ8_0 or BlockQ4_0: see Stored "
+      "in compresskv/core/element.hpp");
 
-  /// Pools of unknown size, large enough for `pool_blocks` blocks; `table` names those of this sequence in
-  /// row order and, like `references` (empty: nothing is shared), must outlive the view. Entries behind those
-  /// that the rows need are never looked at. Throws ArgumentError on null, a zero size, a table too short, a
-  /// block out of range or named twice, references that are not one a block, or strides that lay rows over
-  /// each other. Cost: a pass over the table for each 65,536 blocks of the pool.
-  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
-  PagedKv(Key* keys, Value* values, const PagedShape& shape, Borrowed<const std::int32_t> table,
-          const KeyLayout& key_layout, const ValueLayout& value_layout,
+  /// `keys` and `values` are pointers to pools of unknown size, large enough for `pool_blocks` blocks, or
+  /// spans (vectors, arrays) of known size; `table`, std::int32_t, names the blocks of this sequence in row
+  /// order. Entries behind those that the rows need are never looked at. Pools, table and `references`
+  /// (empty: nothing is shared) must outlive the view. Throws ArgumentError on null, a zero size, a table too
+  /// short, a block out of range or named twice, references that are not one a block, strides that lay rows
+  /// over each other, or a pool of known size that is too small. Cost: a pass over the table for each 65,536
+  /// blocks of the pool.
+  template <class Keys, class Values, class Shape = PagedShape, class Table = Borrowed<const std::int32_t>,
+            class KeyLayout, layout::Layout ValueLayout>
+  PagedKv(Keys&& keys, Values&& values, const Shape& shape, Table&& table, const KeyLayout& key_layout,
+          const ValueLayout& value_layout, Borrowed<const std::int32_t> references = {}) {
+    constexpr bool elements = detail::points_to<Keys, Key> && detail::points_to<Values, Value>;
+    constexpr bool kept = detail::outlives<Keys&&> && detail::outlives<Values&&> && detail::outlives<Table&&>;
+    constexpr bool shapes = std::is_convertible_v<const Shape&, PagedShape>;
+    constexpr bool tables = std::is_convertible_v<Table, Borrowed<const std::int32_t>>;
+    constexpr bool layouts = layout::Layout<KeyLayout>;
+    static_assert(
+        elements,
+        "keys and values come first, as pointers or spans of the view's elements: float, Eigen::half, "
+        "Eigen::bfloat16, BlockQ8_0 or BlockQ4_0; reinterpret_cast raw bits to the type that they are");
+    static_assert(shapes || !elements,
+                  "the third argument is a PagedShape: PagedKv{keys, values, shape, table, layout}");
+    static_assert(
+        tables || !shapes || !elements,
+        "the block table comes fourth, as std::int32_t: PagedKv{keys, values, shape, table, layout}");
+    static_assert(kept || !tables || !shapes || !elements,
+                  "keys, values and the block table are not copied: give variables that outlive the view");
+    static_assert(
+        layouts || !tables || !shapes || !elements,
+        "the layout comes fifth: PagedKv{keys, values, shape, table, layout} takes layout::head_token_dim, "
+        "token_head_dim, head_dim_token, SplitDim, Strides or a function of layout::Extents");
+    if constexpr (elements && kept && shapes && tables && layouts) {
+      const Borrowed<Key> key_pool = detail::memory_of<Key>(std::forward<Keys>(keys));
+      const Borrowed<Value> value_pool = detail::memory_of<Value>(std::forward<Values>(values));
+      keys_ = key_pool.data();
+      values_ = value_pool.data();
+      shape_ = shape;
+      table_ = Borrowed<const std::int32_t>(std::forward<Table>(table));
+      references_ = references;
+      check();
+      key_placement_ = place<Key>("PagedKv keys", key_layout, key_pool.size(), shape_.key_block_stride);
+      value_placement_ =
+          place<Value>("PagedKv values", value_layout, value_pool.size(), shape_.value_block_stride);
+    }
+  }
+  template <class Keys, class Values, class Shape = PagedShape, class Table = Borrowed<const std::int32_t>,
+            class Layout = detail::NoLayout>
+  PagedKv(Keys&& keys, Values&& values, const Shape& shape, Table&& table, const Layout& layout = {},
           Borrowed<const std::int32_t> references = {})
-      : PagedKv(Borrowed<Key>(keys, detail::unknown_size<Key>),
-                Borrowed<Value>(values, detail::unknown_size<Value>), shape, table, key_layout, value_layout,
+      : PagedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, std::forward<Table>(table),
+                layout, std::conditional_t<layout::Layout<Layout>, const Layout&, layout::Strides>(layout),
                 references) {}
-  template <layout::Layout L>
-  PagedKv(Key* keys, Value* values, const PagedShape& shape, Borrowed<const std::int32_t> table,
-          const L& layout, Borrowed<const std::int32_t> references = {})
-      : PagedKv(keys, values, shape, table, layout, layout, references) {}
-
-  /// Pools of known size: also throws where they are too small for `pool_blocks` blocks.
-  template <layout::Layout KeyLayout, layout::Layout ValueLayout>
-  PagedKv(Borrowed<Key> keys, Borrowed<Value> values, const PagedShape& shape,
-          Borrowed<const std::int32_t> table, const KeyLayout& key_layout, const ValueLayout& value_layout,
-          Borrowed<const std::int32_t> references = {})
-      : keys_(keys.data()),
-        values_(values.data()),
-        shape_(checked(keys.data(), values.data(), shape, table, references)),
-        table_(table.first(blocks_of(shape_.rows))),
-        references_(references),
-        key_placement_(place<Key>("PagedKv keys", shape_, key_layout, keys.size(), shape.key_block_stride)),
-        value_placement_(
-            place<Value>("PagedKv values", shape_, value_layout, values.size(), shape.value_block_stride)) {}
-  template <layout::Layout L>
-  PagedKv(Borrowed<Key> keys, Borrowed<Value> values, const PagedShape& shape,
-          Borrowed<const std::int32_t> table, const L& layout, Borrowed<const std::int32_t> references = {})
-      : PagedKv(keys, values, shape, table, layout, layout, references) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
   std::size_t head_dim() const { return shape_.head_dim; }
@@ -177,32 +200,31 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   }
 
  private:
-  static PagedShape checked(const void* keys, const void* values, PagedShape shape,
-                            std::span<const std::int32_t> table, std::span<const std::int32_t> references) {
-    detail::require(keys != nullptr && values != nullptr, "PagedKv: ", keys == nullptr ? "keys" : "values",
+  /// Fills in what the shape leaves out, and cuts the table to what the rows need.
+  void check() {
+    detail::require(keys_ != nullptr && values_ != nullptr, "PagedKv: ", keys_ == nullptr ? "keys" : "values",
                     " is null: give the layer's pool");
-    detail::require(shape.block_rows > 0 && shape.pool_blocks > 0, "PagedKv: blocks of ", shape.block_rows,
-                    " rows in pools of ", shape.pool_blocks, " blocks: each must be at least 1");
-    KvShape rows{.kv_heads = shape.kv_heads,
-                 .rows = shape.rows,
-                 .head_dim = shape.head_dim,
-                 .head_rows = shape.head_rows};
-    detail::require(!table.empty(), "PagedKv: the block table is empty: give the sequence's blocks");
+    detail::require(shape_.block_rows > 0 && shape_.pool_blocks > 0, "PagedKv: blocks of ", shape_.block_rows,
+                    " rows in pools of ", shape_.pool_blocks, " blocks: each must be at least 1");
+    detail::require(!table_.empty(), "PagedKv: the block table is empty: give the sequence's blocks");
+    KvShape rows{.kv_heads = shape_.kv_heads,
+                 .rows = shape_.rows,
+                 .head_dim = shape_.head_dim,
+                 .head_rows = shape_.head_rows};
     detail::check_kv_shape("PagedKv", rows);
-    shape.rows = rows.rows;
-    const std::size_t blocks = blocks_of(shape.rows, shape.block_rows);
-    detail::require(blocks <= table.size(), "PagedKv: ", shape.rows, " rows in use, only ",
-                    table.size() * shape.block_rows, " allocated: ", blocks, " blocks of ", shape.block_rows,
-                    " rows are needed, the table has ", table.size());
-    table = table.first(blocks);
-    detail::require(references.empty() || references.size() == shape.pool_blocks,
-                    "PagedKv: ", references.size(), " references for a pool of ", shape.pool_blocks,
+    shape_.rows = rows.rows;
+    const std::size_t blocks = blocks_of(shape_.rows);
+    detail::require(blocks <= table_.size(), "PagedKv: ", shape_.rows, " rows in use, only ",
+                    table_.size() * shape_.block_rows, " allocated: ", blocks, " blocks of ",
+                    shape_.block_rows, " rows are needed, the table has ", table_.size());
+    table_ = table_.first(blocks);
+    detail::require(references_.empty() || references_.size() == shape_.pool_blocks,
+                    "PagedKv: ", references_.size(), " references for a pool of ", shape_.pool_blocks,
                     " blocks: give one count a block");
-    for (const std::int32_t block : table) {
-      check_block(block, shape.pool_blocks);
+    for (const std::int32_t block : table_) {
+      check_block(block, shape_.pool_blocks);
     }
-    check_once_each(table);
-    return shape;
+    check_once_each(table_);
   }
 
   /// One pass over the table for each 65,536 blocks up to the highest: a set of bits on the stack, as a view
@@ -229,14 +251,14 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
                     " is outside the pool of ", pool_blocks, " blocks");
   }
 
-  template <Stored T, class L>
-  static detail::Placement place(const char* what, const PagedShape& shape, const L& layout, std::size_t size,
-                                 std::size_t block_stride) {
-    const layout::Extents block{.kv_heads = shape.kv_heads,
-                                .rows = shape.block_rows,
-                                .units = detail::units_of_row<T>(what, shape.head_dim)};
+  template <class T, class L>
+  detail::Placement place(const char* what, const L& layout, std::size_t size,
+                          std::size_t block_stride) const {
+    const layout::Extents block{.kv_heads = shape_.kv_heads,
+                                .rows = shape_.block_rows,
+                                .units = detail::units_of_row<T>(what, shape_.head_dim)};
     return detail::Placement(what, detail::checked_strides(what, layout, block, sizeof(T)), block, size,
-                             sizeof(T), {.count = shape.pool_blocks, .stride = block_stride});
+                             sizeof(T), {.count = shape_.pool_blocks, .stride = block_stride});
   }
 
   /// Calls `visit(i)` for each block of the table that moving the selected rows would write, ascending.
@@ -260,16 +282,15 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   }
 
   std::size_t block(std::size_t i) const { return static_cast<std::size_t>(table_[i]); }
-  static std::size_t blocks_of(std::size_t rows, std::size_t block_rows) {
-    return rows / block_rows + (rows % block_rows == 0 ? 0 : 1);
+  std::size_t blocks_of(std::size_t rows) const {
+    return rows / shape_.block_rows + (rows % shape_.block_rows == 0 ? 0 : 1);
   }
-  std::size_t blocks_of(std::size_t rows) const { return blocks_of(rows, shape_.block_rows); }
   std::size_t rows_of_run(std::size_t kv_head, std::size_t i) const {
     return (std::min)(shape_.block_rows, rows(kv_head) - i * shape_.block_rows);
   }
 
-  Key* keys_;
-  Value* values_;
+  Key* keys_ = nullptr;
+  Value* values_ = nullptr;
   PagedShape shape_;
   std::span<const std::int32_t> table_;  // the blocks that the rows need, and no more
   std::span<const std::int32_t> references_;
@@ -279,10 +300,10 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
       0;  // rows before it are not written by the selection that this view was made for
 };
 
-template <class Key, class Value, class... A>
-PagedKv(Key*, Value*, A&&...) -> PagedKv<Key, Value>;
-template <class Key, class Value, class... A>
-PagedKv(std::span<Key>, std::span<Value>, A&&...) -> PagedKv<Key, Value>;
+template <class Keys, class Values, class Shape = PagedShape, class Table = Borrowed<const std::int32_t>,
+          class... Rest>
+PagedKv(Keys&&, Values&&, const Shape&, Table&&, Rest&&...)
+    -> PagedKv<detail::StoredIn<Keys>, detail::StoredIn<Values>>;
 
 static_assert(KvView<PagedKv<float>> && KvView<PagedKv<BlockQ8_0, Eigen::half>>);
 

@@ -54,6 +54,7 @@ inline std::size_t reach_without_overlap(std::string_view what, std::span<Axis> 
 /// Strides of one buffer, checked once: rows do not overlap and the last one is inside.
 class Placement {
  public:
+  Placement() = default;
   /// `what` names the buffer in messages; `size` is its units of `unit_bytes`, or `max_bytes / unit_bytes`
   /// where it is not known. In a pool, `strides` and `extents` are those of one of its `blocks`, which may
   /// also lie between each other's heads.
@@ -120,9 +121,5 @@ layout::Strides checked_strides(std::string_view what, const L& layout, const la
           " units do not fit in memory");
   return layout::strides_of(layout, extents);
 }
-
-/// As many units as an array can have, for buffers that come as a pointer alone.
-template <class T>
-inline constexpr std::size_t unknown_size = max_bytes / sizeof(T);
 
 }  // namespace compresskv::detail

@@ -4,11 +4,14 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <type_traits>
+#include <utility>
 
 #include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/sizes.hpp"
+#include "compresskv/view/argument.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/layout.hpp"
 #include "compresskv/view/placement.hpp"
@@ -55,36 +58,60 @@ inline void check_kv_shape(const char* what, KvShape& shape) {
 ///
 /// `Key` and `Value` are the element types: `Element`s, or quantised blocks, whose strides count blocks.
 /// Layouts are those of `layout`, or any strides; keys and values may differ in both.
-template <Stored Key, Stored Value = Key>
-requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) class StridedKv {
+template <class Key, class Value = Key>
+class StridedKv {
  public:
   using key_element = Key;
   using value_element = Value;
+  static_assert(
+      detail::plain_stored<Key> && detail::plain_stored<Value>,
+      "StridedKv<Key, Value> holds float, Eigen::half, Eigen::bfloat16, BlockQ8_0 or BlockQ4_0: see Stored "
+      "in compresskv/core/element.hpp; int8 rows have the view Int8Kv");
 
-  /// Buffers of unknown size, large enough for `allocated_rows` rows of every KV head.
-  /// Throws ArgumentError on a null pointer, a zero size, more rows than are allocated, blocks that do not
-  /// divide head_dim, or strides that lay rows over each other.
-  template <layout::Layout KeyLayout = layout::Strides>
-  StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& layout)
-      : StridedKv(keys, values, shape, layout, layout) {}
-  template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
-  StridedKv(Key* keys, Value* values, const KvShape& shape, const KeyLayout& key_layout,
-            const ValueLayout& value_layout)
-      : StridedKv(Borrowed<Key>(keys, detail::unknown_size<Key>),
-                  Borrowed<Value>(values, detail::unknown_size<Value>), shape, key_layout, value_layout) {}
+  /// `keys` and `values` are pointers to buffers of unknown size, large enough for `allocated_rows` rows of
+  /// every KV head, or spans (vectors, arrays) of known size; the view owns neither.
+  /// Throws ArgumentError on null, a zero size, more rows than are allocated, blocks that do not divide
+  /// head_dim, strides that lay rows over each other, or rows that leave a buffer of known size.
+  template <class Keys, class Values, class Shape = KvShape, class KeyLayout = layout::Strides,
+            class ValueLayout = layout::Strides>
+  StridedKv(Keys&& keys, Values&& values, const Shape& shape, const KeyLayout& key_layout,
+            const ValueLayout& value_layout) {
+    constexpr bool elements = detail::points_to<Keys, Key> && detail::points_to<Values, Value>;
+    constexpr bool kept = detail::outlives<Keys&&> && detail::outlives<Values&&>;
+    constexpr bool shapes = std::is_convertible_v<const Shape&, KvShape>;
+    constexpr bool layouts = layout::Layout<KeyLayout> && layout::Layout<ValueLayout>;
+    static_assert(
+        elements,
+        "keys and values come first, as pointers or spans of the view's elements: float, Eigen::half, "
+        "Eigen::bfloat16, BlockQ8_0 or BlockQ4_0; reinterpret_cast raw bits to the type that they are");
+    static_assert(kept || !elements, "keys and values are not copied: give variables that outlive the view");
+    static_assert(shapes || !elements,
+                  "the third argument is a KvShape: StridedKv{keys, values, shape, layout}");
+    static_assert(
+        layouts || !shapes || !elements,
+        "the layout is missing or none: StridedKv{keys, values, shape, layout} takes layout::head_token_dim, "
+        "token_head_dim, head_dim_token, SplitDim, Strides or a function of layout::Extents");
+    if constexpr (elements && kept && shapes && layouts) {
+      const Borrowed<Key> key_memory = detail::memory_of<Key>(std::forward<Keys>(keys));
+      const Borrowed<Value> value_memory = detail::memory_of<Value>(std::forward<Values>(values));
+      keys_ = key_memory.data();
+      values_ = value_memory.data();
+      shape_ = shape;
+      detail::require(keys_ != nullptr && values_ != nullptr,
+                      "StridedKv: ", keys_ == nullptr ? "keys" : "values",
+                      " is null: give the layer's buffer");
+      detail::check_kv_shape("StridedKv", shape_);
+      key_placement_ = place<Key>("StridedKv keys", key_layout, key_memory.size());
+      value_placement_ = place<Value>("StridedKv values", value_layout, value_memory.size());
+    }
+  }
+  template <class Keys, class Values, class Shape = KvShape, class KvLayout = layout::Strides>
+  StridedKv(Keys&& keys, Values&& values, const Shape& shape, const KvLayout& layout)
+      : StridedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, layout, layout) {}
 
-  /// Buffers of known size: also throws where a row would leave its buffer.
-  template <layout::Layout KeyLayout = layout::Strides>
-  StridedKv(Borrowed<Key> keys, Borrowed<Value> values, const KvShape& shape, const KeyLayout& layout)
-      : StridedKv(keys, values, shape, layout, layout) {}
-  template <layout::Layout KeyLayout = layout::Strides, layout::Layout ValueLayout = layout::Strides>
-  StridedKv(Borrowed<Key> keys, Borrowed<Value> values, const KvShape& shape, const KeyLayout& key_layout,
-            const ValueLayout& value_layout)
-      : keys_(keys.data()),
-        values_(values.data()),
-        shape_(checked(keys.data(), values.data(), shape)),
-        key_placement_(place<Key>("StridedKv keys", shape_, key_layout, keys.size())),
-        value_placement_(place<Value>("StridedKv values", shape_, value_layout, values.size())) {}
+  template <class Keys, class Values, class Shape = KvShape>
+  StridedKv(Keys&& keys, Values&& values, const Shape& shape)  // does not compile, and says what is missing
+      : StridedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, detail::NoLayout{}) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
   std::size_t head_dim() const { return shape_.head_dim; }
@@ -100,39 +127,28 @@ requires(!std::same_as<Key, AffineInt8> && !std::same_as<Value, AffineInt8>) cla
   }
 
  private:
-  static KvShape checked(const void* keys, const void* values, KvShape shape) {
-    detail::require(keys != nullptr && values != nullptr, "StridedKv: ", keys == nullptr ? "keys" : "values",
-                    " is null: give the layer's buffer");
-    detail::check_kv_shape("StridedKv", shape);
-    return shape;
-  }
-
-  template <Stored T, class L>
-  static detail::Placement place(const char* what, const KvShape& shape, const L& layout, std::size_t size) {
-    const layout::Extents allocated{.kv_heads = shape.kv_heads,
-                                    .rows = shape.allocated_rows,
-                                    .units = detail::units_of_row<T>(what, shape.head_dim)};
+  template <class T, class L>
+  detail::Placement place(const char* what, const L& layout, std::size_t size) const {
+    const layout::Extents allocated{.kv_heads = shape_.kv_heads,
+                                    .rows = shape_.allocated_rows,
+                                    .units = detail::units_of_row<T>(what, shape_.head_dim)};
     layout::Extents used = allocated;
-    used.rows = shape.rows;
+    used.rows = shape_.rows;
     return detail::Placement(what, detail::checked_strides(what, layout, allocated, sizeof(T)), used, size,
                              sizeof(T));
   }
 
-  Key* keys_;
-  Value* values_;
+  Key* keys_ = nullptr;
+  Value* values_ = nullptr;
   KvShape shape_;
   detail::Placement key_placement_;
   detail::Placement value_placement_;
 };
 
-template <class Key, class Value, class L = layout::Strides>
-StridedKv(Key*, Value*, KvShape, L) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L = layout::Strides, class M = layout::Strides>
-StridedKv(Key*, Value*, KvShape, L, M) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L = layout::Strides>
-StridedKv(std::span<Key>, std::span<Value>, KvShape, L) -> StridedKv<Key, Value>;
-template <class Key, class Value, class L = layout::Strides, class M = layout::Strides>
-StridedKv(std::span<Key>, std::span<Value>, KvShape, L, M) -> StridedKv<Key, Value>;
+template <class Keys, class Values, class Shape = KvShape, class KeyLayout = layout::Strides,
+          class ValueLayout = layout::Strides>
+StridedKv(Keys&&, Values&&, const Shape&, const KeyLayout& = {}, const ValueLayout& = {})
+    -> StridedKv<detail::StoredIn<Keys>, detail::StoredIn<Values>>;
 
 static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Eigen::half, Eigen::bfloat16>> &&
               KvView<StridedKv<BlockQ8_0, BlockQ4_0>>);
