@@ -9,8 +9,9 @@ set(pkgconfig_dir "${CMAKE_INSTALL_DATADIR}/pkgconfig")
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/compresskv" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
         FILES_MATCHING PATTERN "*.hpp")
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DATADIR}/licenses/compresskv")
 
-install(TARGETS compresskv EXPORT compresskv_targets)
+install(TARGETS compresskv EXPORT compresskv_targets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(EXPORT compresskv_targets NAMESPACE compresskv:: FILE compresskv-targets.cmake DESTINATION "${package_dir}")
 if(TARGET compresskv_io)
   # A file of its own: the online part must stay usable where nlohmann_json is not installed.
@@ -26,10 +27,14 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/compresskv-config-versio
 install(FILES "${PROJECT_BINARY_DIR}/compresskv-config.cmake"
               "${PROJECT_BINARY_DIR}/compresskv-config-version.cmake" DESTINATION "${package_dir}")
 
-# The prefix is given relative to the file, so that an installed tree may be moved. An absolute
-# CMAKE_INSTALL_INCLUDEDIR cannot move with it and is written as it is.
-file(RELATIVE_PATH pkgconfig_to_prefix "/${pkgconfig_dir}" "/")
-string(REGEX REPLACE "/$" "" pkgconfig_to_prefix "${pkgconfig_to_prefix}")
+# The prefix is given relative to the file, so that an installed tree may be moved. Absolute folders cannot move with it
+# and are written as they are.
+if(IS_ABSOLUTE "${pkgconfig_dir}")
+  set(pkgconfig_prefix "${CMAKE_INSTALL_PREFIX}")
+else()
+  file(RELATIVE_PATH pkgconfig_prefix "/${pkgconfig_dir}" "/")
+  string(REGEX REPLACE "/$" "" pkgconfig_prefix "\${pcfiledir}/${pkgconfig_prefix}")
+endif()
 if(IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
   set(pkgconfig_includedir "${CMAKE_INSTALL_INCLUDEDIR}")
 else()

@@ -1,6 +1,7 @@
 # Configures, builds and runs the consumer project in SOURCE from scratch, as a user would.
 
 file(REMOVE_RECURSE "${BUILD}")
+cmake_path(GET SOURCE FILENAME way)
 
 function(run)
   execute_process(COMMAND ${ARGV} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
@@ -11,12 +12,22 @@ function(run)
   set(output "${output}" PARENT_SCOPE)
 endfunction()
 
+if(OWN_INSTALL)
+  file(REMOVE_RECURSE "${PREFIX}")
+  run("${CMAKE_COMMAND}" -G "${GENERATOR}" -S "${COMPRESSKV_SOURCE}" -B "${BUILD}/library"
+    "-DCMAKE_CXX_COMPILER=${COMPILER}" "-DCMAKE_INSTALL_PREFIX=${PREFIX}" "-DEigen3_DIR=${Eigen3_DIR}"
+    -DCOMPRESSKV_BUILD_TESTS=OFF -DCOMPRESSKV_BUILD_BENCH=OFF -DCOMPRESSKV_BUILD_EXAMPLES=OFF ${INSTALL_OPTIONS})
+  run("${CMAKE_COMMAND}" --install "${BUILD}/library")
+endif()
+if(way MATCHES "^(find_package|pkg_config)$" AND NOT EXISTS "${PREFIX}/share/licenses/compresskv/LICENSE")
+  message(FATAL_ERROR "the license is not installed: no ${PREFIX}/share/licenses/compresskv/LICENSE")
+endif()
+
 # The prefix must be all that a consumer of an installed library needs: no path of this checkout is passed to it. A user's own CPATH could hide a missing include path.
 unset(ENV{CPATH})
 unset(ENV{CPLUS_INCLUDE_PATH})
 set(ENV{PKG_CONFIG_PATH} "${PREFIX}/share/pkgconfig")
 set(arguments -G "${GENERATOR}" -S "${SOURCE}" -B "${BUILD}" "-DCMAKE_CXX_COMPILER=${COMPILER}")
-cmake_path(GET SOURCE FILENAME way)
 if(way STREQUAL "find_package")
   list(APPEND arguments "-DCMAKE_PREFIX_PATH=${PREFIX}" "-DEigen3_DIR=${Eigen3_DIR}")
 elseif(way MATCHES "^(add_subdirectory|fetch_content)$")
