@@ -220,5 +220,28 @@ struct NotCopyable : Own {
 static_assert(!Allocator<NoReach> && !Allocator<NoBudget> && !Allocator<NoValidate>);
 static_assert(!Allocator<NoAllocate> && !Allocator<NotCopyable>);
 
+TEST(ErrorAware, NumbersAtTheEndOfTheirRange) {
+  constexpr std::size_t half = std::size_t{1} << 63U;
+  const LayerErrors errors = errors_of({0.9, 0.1});
+  const Budget budget = Budget::tokens_per_layer(half);
+  Rows capacities(2);
+  expect_error<ArgumentError>(
+      [&] {
+        ErrorAware(errors, budget).allocate({.per_layer = half, .window = 8, .tokens = half + 1}, capacities);
+      },
+      {"budget is 9223372036854775808 rows a layer, of 2 layers", "beyond 64 bits"});
+  expect_error<ArgumentError>(
+      [&] { ErrorAware(errors, budget).allocate({.per_layer = 5, .window = 8, .tokens = 100}, capacities); },
+      {"budget is 5 rows a layer", "window alone is 8"});
+  // Three times this is beyond 64 bits.
+  const std::size_t large = half - 1;
+  for (const Walk walk : {Walk::extreme}) {
+    ErrorAware(errors, budget, {.min_rows = large - 4, .walk = walk})
+        .allocate({.per_layer = large, .window = 8, .tokens = half + 100}, capacities);
+    EXPECT_EQ(capacities[0] + capacities[1], 2 * large);
+    EXPECT_EQ(capacities[0], large + 3);
+  }
+}
+
 }  // namespace
 }  // namespace compresskv::budget

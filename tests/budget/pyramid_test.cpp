@@ -85,5 +85,21 @@ TEST(Pyramid, RejectsABetaThatIsNone) {
                               {"beta is nan"});
 }
 
+TEST(Pyramid, NumbersAtTheEndOfTheirRange) {
+  constexpr std::size_t half = std::size_t{1} << 63U;
+  std::vector<std::size_t> capacities(2);
+  for (const bool released : {false, true}) {
+    const Pyramid pyramid{Budget::tokens_per_layer(half), {.beta = 1e300, .released_integers = released}};
+    expect_error<ArgumentError>(
+        [&] { pyramid.allocate({.per_layer = half, .window = 8, .tokens = half + 1}, capacities); },
+        {"budget is 9223372036854775808 rows a layer, of 2 layers", "beyond 64 bits"});
+    expect_error<ArgumentError>(
+        [&] { pyramid.allocate({.per_layer = 5, .window = 8, .tokens = 100}, capacities); },
+        {"budget is 5 rows a layer", "window alone is 8"});
+    pyramid.allocate({.per_layer = 50, .window = 8, .tokens = 1000}, capacities);
+    EXPECT_EQ(capacities, (std::vector<std::size_t>{92, 8})) << "no layer keeps more the steeper it is";
+  }
+}
+
 }  // namespace
 }  // namespace compresskv::budget

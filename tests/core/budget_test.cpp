@@ -3,6 +3,7 @@
 #include <compresskv/core/budget.hpp>
 #include <cstddef>
 #include <limits>
+#include <string_view>
 
 #include "reference/errors.hpp"
 
@@ -78,6 +79,32 @@ TEST(Budget, BytesNeedTheSizeOfARow) {
   expect_error<ArgumentError>([&] { Budget::bytes(1 << 20).validate(8, unknown); },
                               {"budget in bytes needs ModelShape::kv_row_bytes", "which is 0"});
   EXPECT_NO_THROW(Budget::tokens_per_layer(8).validate(8, unknown));
+}
+
+TEST(Budget, NumbersAtTheEndOfTheirRange) {
+  constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+  EXPECT_EQ(Budget::kept_ratio(1.0).resolve(most, 8, shape), most);
+  EXPECT_EQ(Budget::kept_ratio(0.5).resolve(most, 8, shape), std::size_t{1} << 63U);
+  EXPECT_EQ(Budget::tokens_per_layer(most).resolve(1000, 8, shape), 1000U);
+  EXPECT_EQ(Budget::bytes(most).resolve(1000, 8, shape), 1000U);
+  expect_error<ArgumentError>([&] { Budget::bytes(5).resolve(1000, most, shape); },
+                              {"budget of 5 bytes is 0 rows a layer", "give at least 2^64 bytes"});
+}
+
+/// 2^63 bytes a row of two KV heads is 0 in 64 bits, which a budget was divided by.
+TEST(Budget, RowsBeyond64BitsAreRejected) {
+  for (const std::size_t bytes :
+       {std::size_t{1} << 63U, std::size_t{1} << 61U, std::numeric_limits<std::size_t>::max()}) {
+    ModelShape wide = shape;
+    wide.kv_row_bytes = bytes;
+    const auto said = {std::string_view("4 layers of 2 KV heads of kv_row_bytes"),
+                       std::string_view("beyond 64 bits")};
+    expect_error<ArgumentError>([&] { Budget::bytes(1000).validate(8, wide); }, said);
+    expect_error<ArgumentError>([&] { Budget::bytes(1000).resolve(1000, 8, wide); }, said);
+    expect_error<ArgumentError>([&] { wide.validate(); }, said);
+  }
+  expect_error<ArgumentError>([&] { Budget::bytes(1000).resolve(1000, 8, {.kv_row_bytes = 8}); },
+                              {"a budget in bytes needs a model"});
 }
 
 }  // namespace

@@ -75,4 +75,21 @@ TEST(HeadScores, RejectsWhatIsNoScore) {
             "head scores of layer 0 head 1 hold nan: every score must be finite");
 }
 
+TEST(HeadScores, RejectsWhatAddsUpToNoNumber) {
+  const double huge = std::numeric_limits<double>::max();
+  EXPECT_EQ(
+      message_of<ArgumentError>([&] {
+        HeadScores(2, 2, {{1.0}, {1.0}, {1.0}, {huge, 1.0, huge}});
+      }),
+      "head scores of layer 1 head 1 add up to inf: their mean is beyond float64; divide all scores by one "
+      "number");
+  EXPECT_EQ(
+      message_of<ArgumentError>([&] {
+        HeadScores(1, 2, {{-huge, -huge}, {1.0}});
+      }),
+      "head scores of layer 0 head 0 add up to -inf: their mean is beyond float64; divide all scores by one "
+      "number");
+  EXPECT_EQ(HeadScores(1, 1, {{huge}}).mean(0, 0), huge);
+}
+
 }  // namespace

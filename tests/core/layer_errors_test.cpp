@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -64,6 +66,16 @@ TEST(LayerErrors, RejectsWhatIsNoError) {
               LayerErrors({1.0, 2.0}, {{.name = "b", .errors = {1.0}}});
             }),
             "layer errors of data set 'b' have 1 layers, avg_score has 2: all must be of one model");
+}
+
+/// Shares are those of the errors, however large or small these are.
+TEST(LayerErrors, SharesOfTheLargestAndTheSmallestNumbers) {
+  const double largest = std::numeric_limits<double>::max();
+  const LayerErrors huge({{.name = "a", .errors = {largest, largest, 0.0, largest, largest}}});
+  EXPECT_EQ(copy(huge.average()), (std::vector<double>{0.25, 0.25, 0.0, 0.25, 0.25}));
+  const auto denormal = [](std::uint64_t bits) { return std::bit_cast<double>(bits); };
+  const LayerErrors tiny({{.name = "a", .errors = {denormal(1), denormal(3), denormal(4)}}});
+  EXPECT_EQ(copy(tiny.average()), (std::vector<double>{0.125, 0.375, 0.5}));
 }
 
 }  // namespace

@@ -39,5 +39,16 @@ TEST(ModelShape, RejectsGroupsOfDifferentSizes) {
                               {"query_heads is 9", "multiple of kv_heads 2", "same number of query heads"});
 }
 
+TEST(ModelShape, RejectsProductsBeyond64Bits) {
+  constexpr std::size_t huge = std::size_t{1} << 40U;
+  const auto reject = [](const ModelShape& shape) {
+    expect_error<ArgumentError>([&] { shape.validate(); }, {"ModelShape: ", "query heads", "beyond 64 bits"});
+  };
+  reject({.layers = huge, .query_heads = 4, .kv_heads = 2, .head_dim = huge});
+  reject({.layers = huge, .query_heads = std::size_t{1} << 30U, .kv_heads = 2, .head_dim = 8});
+  reject({.layers = 2, .query_heads = huge, .kv_heads = 2, .head_dim = 8});
+  reject({.layers = 2, .query_heads = 4, .kv_heads = 2, .head_dim = std::size_t{1} << 62U});
+}
+
 }  // namespace
 }  // namespace compresskv

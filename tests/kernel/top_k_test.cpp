@@ -1,9 +1,12 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <compresskv/kernel/top_k.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "reference/random.hpp"
@@ -68,6 +71,29 @@ TEST(TopK, IsTheFullSortsWhereASampleIsTaken) {
     }
     const std::size_t count = random.between(1, scores.size() / 3);
     ASSERT_EQ(best(scores, count), reference::top_k(scores, count)) << count << " of " << scores.size();
+  }
+}
+
+/// Whatever is given: NaN of both signs, infinities, zeros of both signs, all the same.
+TEST(TopK, StaysWithinBoundsWhateverTheScores) {
+  reference::Random random(43);
+  for (int round = 0; round < 400; ++round) {
+    std::vector<float> scores(round % 8 == 0 ? random.between(4096, 6000) : random.between(1, 60));
+    const auto kinds = random.between(1, 8);
+    for (float& score : scores) {
+      constexpr std::uint32_t bits[] = {0x7FC00000U, 0xFFC00000U, 0x7F800000U, 0xFF800000U,
+                                        0x00000000U, 0x80000000U, 0x3F800000U, 0x00000001U};
+      score = std::bit_cast<float>(bits[random.below(kinds)]);
+    }
+    const std::size_t count = random.between(0, scores.size());
+    std::vector<std::uint32_t> expected(scores.size());
+    std::iota(expected.begin(), expected.end(), 0U);
+    std::stable_sort(expected.begin(), expected.end(), [&](std::uint32_t a, std::uint32_t b) {
+      return compresskv::detail::ordered(scores[a]) > compresskv::detail::ordered(scores[b]);
+    });
+    expected.resize(count);
+    std::sort(expected.begin(), expected.end());
+    ASSERT_EQ(best(scores, count), expected) << count << " of " << scores.size();
   }
 }
 

@@ -231,5 +231,20 @@ TEST(WindowAttention, AttentionThatIsNotFiniteIsNamedToo) {
   expect_error<ScoreError>([&] { sums_of(1); }, {"score of layer 8 query head 1 token 6 ", "is not finite"});
 }
 
+/// Numbers, but too large ones: what is said must not send the user to look for NaN.
+TEST(WindowAttention, SaysThatProductsOfFiniteNumbersAreTooLarge) {
+  Inputs inputs(1, 2, 20, 4);
+  for (float& x : inputs.queries) {
+    x = 1e20F;
+  }
+  for (std::size_t dim = 0; dim < head_dim; ++dim) {
+    inputs.cache.keys[inputs.cache.at(1, 7, dim)] = 1e20F;
+  }
+  Workspace workspace;
+  expect_error<ScoreError>([&] { inputs.sums({2}, workspace); },
+                           {"score of layer 3 query head 2 token 7 is not finite",
+                            "keys and queries are finite", "beyond float32", "check the scale"});
+}
+
 }  // namespace
 }  // namespace compresskv::kernel

@@ -1,9 +1,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <compresskv/select/adaptive.hpp>
 #include <cstdint>
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -115,6 +117,33 @@ TEST(Adaptive, RejectsASafeguardThatIsNoShare) {
 
 static_assert(Selector<Adaptive>);
 static_assert(Adaptive::accepts(Granularity::kv_head) && !Adaptive::accepts(Granularity::layer));
+
+/// A row that stands for no number must not lead out of the scores.
+TEST(Adaptive, KeepsWhatItMayWhateverTheScores) {
+  reference::Random random(92);
+  for (int round = 0; round < 300; ++round) {
+    Heads heads(random.between(1, 4));
+    for (auto& head : heads) {
+      head.resize(random.between(0, 30));
+      for (float& score : head) {
+        constexpr std::uint32_t bits[] = {0x7FC00000U, 0xFFC00000U, 0x7F800000U, 0x80000000U, 0x00000000U};
+        score = std::bit_cast<float>(bits[random.below(5)]);
+      }
+    }
+    const std::size_t capacity = 2 + random.between(0, 30);
+    const auto rows = selected(heads, 2, capacity, 0.2);
+    std::size_t kept = 0;
+    std::size_t there = 0;
+    for (std::size_t head = 0; head < heads.size(); ++head) {
+      kept += rows[head].size();
+      there += heads[head].size() + 2;
+      ASSERT_TRUE(std::adjacent_find(rows[head].begin(), rows[head].end(), std::greater_equal<>()) ==
+                  rows[head].end());
+      ASSERT_EQ(rows[head].back(), heads[head].size() + 1);
+    }
+    ASSERT_EQ(kept, std::min(there, heads.size() * capacity));
+  }
+}
 
 }  // namespace
 }  // namespace compresskv::select

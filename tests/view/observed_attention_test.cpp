@@ -7,6 +7,7 @@
 #include <compresskv/compresskv.hpp>
 #include <cstdint>
 #include <limits>
+#include <string_view>
 #include <vector>
 
 #include "reference/errors.hpp"
@@ -250,6 +251,31 @@ TEST(ObservedAttention, SumsOfAnotherShapeAreRefused) {
   sums[layer.ranking[0][0] * 40 + 5] = std::numeric_limits<float>::infinity();
   expect_error<ScoreError>([&] { compress({.query_heads = 2, .queries = 8, .tokens = 40}); },
                            {"token 5 ", "is not finite"});
+}
+
+TEST(ObservedAttention, TellsNaNFromWeightsThatAreNone) {
+  Layer<float> layer({.group = 1, .rows = 40});
+  std::vector<float> weights(8 * 40, 0.01F);
+  const auto compress = [&](const auto& scorer) {
+    const Plan plan{layer.shape, scorer, select::GroupedTopK{},
+                    budget::Uniform{Budget::tokens_per_layer(16)}};
+    Compressor compressor{plan};
+    compressor.begin(40);
+    compressor.compress(0, layer.cache.view(),
+                        AttentionMatrix(weights.data(), {.query_heads = 1, .queries = 8, .tokens = 40}));
+  };
+  weights[3 * 40 + 5] = std::numeric_limits<float>::quiet_NaN();
+  const auto nan = {std::string_view("query head 0 token 5 is not finite"),
+                    std::string_view("the attention given holds NaN or infinite values")};
+  expect_error<ScoreError>([&] { compress(score::SnapKv{}); }, nan);
+  expect_error<ScoreError>([&] { compress(score::Cake{}); }, nan);
+  weights[3 * 40 + 5] = std::numeric_limits<float>::max();
+  weights[4 * 40 + 5] = std::numeric_limits<float>::max();
+  const auto large = {std::string_view("query head 0 token 5 is not finite"),
+                      std::string_view("the attention given is finite"),
+                      std::string_view("give probabilities")};
+  expect_error<ScoreError>([&] { compress(score::SnapKv{}); }, large);
+  expect_error<ScoreError>([&] { compress(score::Cake{}); }, large);
 }
 
 }  // namespace

@@ -43,11 +43,11 @@ inline std::optional<TokenSpan> find_answer_span(std::span<const TokenId> prompt
   std::size_t present = 0;
   for (std::size_t i = 0; i < prompt.size(); ++i) {
     if (const auto entering = in_window.find(prompt[i]); entering != in_window.end()) {
-      present += entering->second++ == 0 ? 1 : 0;
+      present += entering->second++ == 0 ? 1U : 0U;
     }
     if (i >= needle.size()) {
       if (const auto leaving = in_window.find(prompt[i - needle.size()]); leaving != in_window.end()) {
-        present -= --leaving->second == 0 ? 1 : 0;
+        present -= --leaving->second == 0 ? 1U : 0U;
       }
     }
     if (i + 1 >= needle.size() && static_cast<double>(present) / distinct > least_share) {

@@ -231,7 +231,7 @@ class HeadScoreAccumulator {
                 " of layer ", i / heads_, " head ", i % heads_, ": every score must be finite");
       }
     }
-    counted_runs_ += run.counted ? 1 : 0;
+    counted_runs_ += run.counted ? 1U : 0U;
     runs_.emplace(run.run, std::move(run));
   }
 

@@ -51,7 +51,7 @@ inline double rouge1_recall(std::string_view response, std::string_view referenc
   for (const auto& [word, count] : wanted) {
     total += count;
     if (const auto match = given.find(word); match != given.end()) {
-      found += std::min(count, match->second);
+      found += (std::min)(count, match->second);
     }
   }
   compresskv::detail::require(total > 0, "reference \"", reference,

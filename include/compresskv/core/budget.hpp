@@ -57,7 +57,7 @@ class Budget {
     if (unit_ == Unit::tokens) {
       detail::require(amount_ >= window, "budget is ", amount_, " rows a layer, the window alone is ", window,
                       ": give at least the window");
-      return static_cast<std::size_t>(amount_);
+      return amount_;
     }
     detail::require(
         shape.kv_row_bytes > 0,
@@ -66,7 +66,7 @@ class Budget {
     const std::uint64_t row = shape.token_bytes();
     detail::require(row > 0, "a budget in bytes needs a model: ModelShape has ", shape.layers, " layers of ",
                     shape.kv_heads, " KV heads");
-    const auto rows = static_cast<std::size_t>(amount_ / row);
+    const std::uint64_t rows = amount_ / row;
     if (rows < window) {
       std::uint64_t least = 0;
       const bool wraps = __builtin_mul_overflow(row, window, &least);

@@ -26,6 +26,6 @@ enum class Reach {
 };
 
 /// A composition reaches as far as the policy in it that reaches furthest.
-constexpr Reach furthest(Reach a, Reach b, Reach c) { return std::max({a, b, c}); }
+constexpr Reach furthest(Reach a, Reach b, Reach c) { return (std::max)({a, b, c}); }
 
 }  // namespace compresskv

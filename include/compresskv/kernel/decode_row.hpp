@@ -18,7 +18,7 @@ void decode_row(const Run<const T>& run, std::size_t index, std::size_t head_dim
   const std::size_t units = head_dim / elements_per_unit<T>();
   for (std::size_t u = 0; u < units; u += run.chunk) {
     const T* chunk = row + static_cast<std::ptrdiff_t>(u / run.chunk) * run.chunk_stride;
-    const std::size_t count = std::min(run.chunk, units - u);
+    const std::size_t count = (std::min)(run.chunk, units - u);
     for (std::size_t i = 0; i < count; ++i) {
       if constexpr (ElementBlock<T>) {
         decode_block(chunk[i], out + (u + i) * T::elements);

@@ -113,7 +113,7 @@ class BlocksOfEight {
   [[gnu::always_inline]] bool more() const { return at_ < keys_.count; }
   /// The first of them, and how many are wanted.
   [[gnu::always_inline]] std::size_t at() const { return at_; }
-  [[gnu::always_inline]] std::size_t wanted() const { return std::min(keys_at_once, keys_.count - at_); }
+  [[gnu::always_inline]] std::size_t wanted() const { return (std::min)(keys_at_once, keys_.count - at_); }
 
  protected:
   /// Points at eight rows, and says how far on memory is to be asked for: not at all near the end of what
@@ -326,8 +326,8 @@ template <std::size_t count>
   }
   float rows[abreast * count];
   store_all<count>(sums, scale, rows, count);
-  for (std::size_t q = 0; q < std::min(queries, abreast); ++q) {
-    std::copy_n(rows + q * count, std::min(keys, count), out + q * out_stride);
+  for (std::size_t q = 0; q < (std::min)(queries, abreast); ++q) {
+    std::copy_n(rows + q * count, (std::min)(keys, count), out + q * out_stride);
   }
 }
 
@@ -581,7 +581,7 @@ KeyRows<T> key_rows(const Run<const T>& keys, std::size_t first, std::size_t cou
           .count = count,
           .reach = keys.rows - first,
           .lead = std::clamp(bytes_ahead / (head_dim * sizeof(T)), keys_at_once,
-                             std::max(keys_at_once, keys.rows / 2))};
+                             (std::max)(keys_at_once, keys.rows / 2))};
 }
 
 /// How many of `count` keys can be multiplied where they stand, by eights.
@@ -622,7 +622,7 @@ void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t
     std::fill_n(copied, keys_at_once * width, T(0));
   }
   for (std::size_t i = 0; i < count; i += keys_at_once) {
-    const std::size_t now = std::min(keys_at_once, count - i);
+    const std::size_t now = (std::min)(keys_at_once, count - i);
     for (std::size_t k = 0; k < now; ++k) {
       copy_key(keys, first + i + k, queries.head_dim, copied + k * width);
     }

@@ -35,7 +35,7 @@ inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, 
                        std::size_t last, std::span<float> out) {
   const std::size_t reach = width / 2;
   for (std::size_t t = first; t < last; ++t) {
-    const std::size_t end = std::min(t + reach + 1, in.size());
+    const std::size_t end = (std::min)(t + reach + 1, in.size());
     std::size_t j = t < reach ? 0 : t - reach;
     float value = in[j];
     while (++j < end) {

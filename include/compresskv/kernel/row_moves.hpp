@@ -54,7 +54,7 @@ void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdif
                std::ptrdiff_t target_stride, std::size_t width) {
   const auto packed = static_cast<std::ptrdiff_t>(width);
   const bool joined = source_stride == packed && target_stride == packed;
-  constexpr std::size_t line = std::max<std::size_t>(64 / sizeof(T), 1);
+  constexpr std::size_t line = (std::max<std::size_t>)(64 / sizeof(T), 1);
   const auto at = [&](std::size_t i) {
     return source + static_cast<std::ptrdiff_t>(rows[i] - rows[0]) * source_stride;
   };
@@ -63,7 +63,7 @@ void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdif
     while (joined && i + count < rows.size() && rows[i + count] == rows[i] + count) {
       ++count;
     }
-    for (std::size_t j = i + rows_ahead; j < std::min(i + rows_ahead + count, rows.size()); ++j) {
+    for (std::size_t j = i + rows_ahead; j < (std::min)(i + rows_ahead + count, rows.size()); ++j) {
       for (std::size_t u = 0; u < width; u += line) {
         __builtin_prefetch(at(j) + u);
       }
@@ -80,7 +80,7 @@ template <class SourceRun, class TargetRun>
 void copy_plane(std::span<const std::uint32_t> rows, std::size_t units, SourceRun source_run,
                 TargetRun target_run) {
   const std::size_t chunk =
-      std::gcd(std::min(source_run(0).chunk, units), std::min(target_run(0).chunk, units));
+      std::gcd((std::min)(source_run(0).chunk, units), (std::min)(target_run(0).chunk, units));
   // Chunk by chunk, so that a transposed layout moves along its contiguous axis.
   for (std::size_t u = 0; u < units; u += chunk) {
     RowCursor source(source_run);
@@ -92,13 +92,13 @@ void copy_plane(std::span<const std::uint32_t> rows, std::size_t units, SourceRu
     for (std::size_t i = 0; i < rows.size();) {
       const auto* from = source.seek(rows[i]) + offset(source.run());
       auto* to = target.seek(i) + offset(target.run());
-      const std::span<const std::uint32_t> rest = rows.subspan(i, std::min(rows.size() - i, target.left()));
+      const std::span<const std::uint32_t> rest = rows.subspan(i, (std::min)(rows.size() - i, target.left()));
       const auto count = static_cast<std::size_t>(
           std::partition_point(rest.begin(), rest.end(),
                                [&](std::uint32_t row) { return row - rows[i] < source.left(); }) -
           rest.begin());
       move_rows(rest.first(count), from, source.run().row_stride, to, target.run().row_stride,
-                std::min(chunk, units - u));
+                (std::min)(chunk, units - u));
       i += count;
     }
   }

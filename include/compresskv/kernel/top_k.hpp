@@ -39,7 +39,7 @@ inline std::size_t copy_candidates(std::span<const float> scores, std::size_t co
     for (const float& score : scores) {
       values[candidates] = score;
       // No branch: which scores are high is not foreseen.
-      candidates += compresskv::detail::ordered(score) >= pivot ? 1 : 0;
+      candidates += compresskv::detail::ordered(score) >= pivot ? 1U : 0U;
     }
     if (candidates >= count) {
       return candidates;
@@ -73,7 +73,7 @@ inline void top_k(std::span<const float> scores, std::span<float> scratch, std::
   for (std::size_t t = 0; kept < out.size() && t < scores.size(); ++t) {
     const std::int32_t score = ordered(scores[t]);
     if (score > threshold || (score == threshold && equal > 0)) {
-      equal -= score == threshold ? 1 : 0;
+      equal -= score == threshold ? 1U : 0U;
       out[kept++] = static_cast<std::uint32_t>(t);
     }
   }

@@ -116,7 +116,7 @@ template <class Kv, QueryObservation O>
   const std::size_t kv_head = head / in.shape.group();
   const auto queries = in.observation.query_run(head);
   bool finite =
-      rows_are_finite(queries, queries.rows - std::min(queries.rows, in.rows[kv_head]), in.shape.head_dim);
+      rows_are_finite(queries, queries.rows - (std::min)(queries.rows, in.rows[kv_head]), in.shape.head_dim);
   for (std::size_t i = 0; finite && i < in.kv.run_count(kv_head); ++i) {
     const Run<const typename Kv::key_element> keys = in.kv.key_run(kv_head, i);
     finite = rows_are_finite(keys, 0, in.shape.head_dim);
@@ -137,8 +137,8 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
   std::size_t begin = 0;
   for (std::size_t i = 0; i < kv.run_count(kv_head) && begin < first + count; ++i) {
     const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
-    const std::size_t from = std::max(first, begin);
-    const std::size_t to = std::min(first + count, begin + run.rows);
+    const std::size_t from = (std::max)(first, begin);
+    const std::size_t to = (std::min)(first + count, begin + run.rows);
     if (from < to) {
       logits(run, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
     }
@@ -221,7 +221,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t rows = in.rows[kv_head];
   const std::size_t evictable = in.evictable(kv_head);
   const std::size_t count = heads.size() * observers;
-  const std::size_t held = std::min(queries_at_once, count);
+  const std::size_t held = (std::min)(queries_at_once, count);
   const std::size_t stride = logits_stride(rows);
   const std::size_t key_buffer = key_buffer_size<typename Kv::key_element>(head_dim);
   const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
@@ -236,17 +236,17 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const float cap = log2_e * compresskv::detail::soft_cap(in.observation);
 
   for (std::size_t begin = 0; begin < count; begin += held) {
-    const std::size_t now = std::min(held, count - begin);
+    const std::size_t now = (std::min)(held, count - begin);
     // Where all queries of a prompt observe, half of what they could look at is their future.
     const auto own_row = [&](std::size_t q) { return rows - observers + (begin + q) % observers; };
     const bool one_head = begin / observers == (begin + now - 1) / observers;
     const std::size_t visible = one_head ? own_row(now - 1) + 1 : rows;
-    const std::size_t looked_at = std::min(evictable, visible);
+    const std::size_t looked_at = (std::min)(evictable, visible);
     const QueryBlock block = query_block(in, heads, observers, begin, now, queries);
     executor.parallel_for(tiles(visible), [&](std::size_t i) {
       const compresskv::detail::PlainFloats plain_here;
       const std::size_t first = i * tile;
-      const std::size_t last = std::min(first + tile, visible);
+      const std::size_t last = (std::min)(first + tile, visible);
       logits_of_rows(in.kv, kv_head, first, last - first, block, scale, key_rows.data() + i * key_buffer,
                      logits.data(), stride);
       for (std::size_t q = 0; q < now; ++q) {
@@ -276,10 +276,10 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     executor.parallel_for(tiles(looked_at), [&](std::size_t i) {
       const compresskv::detail::PlainFloats plain_here;
       const std::size_t first = i * tile;
-      const std::size_t tokens = std::min(tile, looked_at - first);
+      const std::size_t tokens = (std::min)(tile, looked_at - first);
       for (std::size_t q = 0; q < now;) {
         const std::size_t query = (begin + q) % observers;
-        const std::size_t same_head = std::min(observers - query, now - q);
+        const std::size_t same_head = (std::min)(observers - query, now - q);
         add((begin + q) / observers, query, first, tokens,
             ScaledRows{.first = logits.data() + q * stride + first,
                        .stride = stride,
@@ -474,7 +474,7 @@ template <class Run>
 void for_all_heads(const ModelShape& shape, Run&& run) {
   std::array<std::uint32_t, 64> heads;
   for (std::size_t first = 0; first < shape.query_heads; first += heads.size()) {
-    const std::size_t count = std::min(heads.size(), shape.query_heads - first);
+    const std::size_t count = (std::min)(heads.size(), shape.query_heads - first);
     std::iota(heads.begin(), heads.begin() + static_cast<std::ptrdiff_t>(count),
               static_cast<std::uint32_t>(first));
     run(std::span<const std::uint32_t>(heads).first(count));

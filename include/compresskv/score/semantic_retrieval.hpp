@@ -63,7 +63,7 @@ class SemanticRetrieval {
                       options.heads_per_layer, ", the ranking of layer ", layer, " lists ", ranked.size(),
                       " heads: ask for at most that many");
       for (const std::uint32_t head : ranked.first(options.heads_per_layer)) {
-        highest_head_ = std::max<std::size_t>(highest_head_, head);
+        highest_head_ = (std::max<std::size_t>)(highest_head_, head);
         if (shard.heads == 0) {
           heads_[layer].push_back(head);
         } else if (head >= shard.first_head && head - shard.first_head < shard.heads) {

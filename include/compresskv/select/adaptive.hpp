@@ -42,11 +42,11 @@ class Adaptive {
     std::size_t window = 0;
     for (std::size_t head = 0; head < heads; ++head) {
       windows += scores.window(head);
-      window = std::max(window, scores.window(head));
+      window = (std::max)(window, scores.window(head));
     }
     const std::size_t share = capacity - window;
     const auto own = static_cast<std::size_t>(std::floor(safeguard_ * static_cast<double>(share)));
-    const auto own_of = [&](std::size_t head) { return std::min(own, scores.tokens(head)); };
+    const auto own_of = [&](std::size_t head) { return (std::min)(own, scores.tokens(head)); };
 
     // What each head leaves beside its own share, best first; together they compete for the rest.
     const std::span<float> rest = workspace.take(Workspace::Slot::logits, scores.values().size());
@@ -65,7 +65,7 @@ class Adaptive {
       left += copy.size() - first;
       taken += first;
     }
-    const std::size_t open = std::min(heads * capacity - windows - taken, left);
+    const std::size_t open = (std::min)(heads * capacity - windows - taken, left);
 
     const std::span<std::size_t> counts = workspace.take_counts(2 * heads);
     const std::span<std::size_t> skipped = counts.subspan(heads);
@@ -104,7 +104,7 @@ class Adaptive {
         open -= above - counts[head];
         counts[head] = above;
       }
-      longest = std::max(longest, row.size());
+      longest = (std::max)(longest, row.size());
     }
     for (std::size_t t = 0; t < longest && open > 0; ++t) {
       for (std::size_t head = 0; head < counts.size() && open > 0; ++head) {

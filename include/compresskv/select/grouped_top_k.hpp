@@ -21,7 +21,7 @@ class GroupedTopK {
   void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
               Selection& selection) const {
     const auto kept_of = [&](std::size_t head) {
-      return std::min(capacity - scores.window(head), scores.tokens(head));
+      return (std::min)(capacity - scores.window(head), scores.tokens(head));
     };
     std::size_t total = 0;
     for (std::size_t head = 0; head < scores.rows(); ++head) {

@@ -27,7 +27,7 @@ class SharedTopK {
               Selection& selection) const {
     const std::size_t window = scores.window();
     assert(capacity >= window);
-    const std::size_t kept = std::min(capacity - window, scores.tokens());
+    const std::size_t kept = (std::min)(capacity - window, scores.tokens());
     const auto rows = selection.assign_shared(kept + window);
     kernel::top_k(scores.row(0), workspace.take(Workspace::Slot::logits, scores.tokens()), rows.first(kept));
     std::iota(rows.end() - static_cast<std::ptrdiff_t>(window), rows.end(),
