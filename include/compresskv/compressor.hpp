@@ -464,7 +464,7 @@ class Compressor {
     if constexpr (P::reach == Reach::all_layers) {
       return layers_.size();
     } else if constexpr (requires { plan_->scorer().hold_layers(); }) {
-      return std::min(plan_->scorer().hold_layers(), layers_.size() - 1);
+      return (std::min)(plan_->scorer().hold_layers(), layers_.size() - 1);
     } else {
       return 0;
     }
@@ -505,14 +505,14 @@ class Compressor {
     least_.resize(layer);
     least_.push_back(0);
     for (std::size_t row = 0; row < scores.rows(); ++row) {
-      least_.back() = std::max(least_.back(), scores.window(row) + count_protected(layer, row, scores));
+      least_.back() = (std::max)(least_.back(), scores.window(row) + count_protected(layer, row, scores));
     }
     pending_capacities_[layer] = longest;
     const auto arrived = std::span(pending_capacities_).first(layer + 1);
     most_.resize(arrived.size());
     plan_->allocator().cascade(
         preferences_, least_,
-        std::min(mean_ * layers_.size(), std::accumulate(arrived.begin(), arrived.end(), std::size_t{0})),
+        (std::min)(mean_ * layers_.size(), std::accumulate(arrived.begin(), arrived.end(), std::size_t{0})),
         arrived, most_);
   }
 
@@ -608,7 +608,7 @@ class Compressor {
     protected_.swap(pending_protected_);
     keep_first_ = protection.keep_first;
     keep_last_from_ = protection.keep_last == 0 ? (std::numeric_limits<std::size_t>::max)()
-                                                : tokens - std::min(protection.keep_last, tokens);
+                                                : tokens - (std::min)(protection.keep_last, tokens);
     mean_ = mean;
     arrived_ = 0;
     turn_over_ = false;
@@ -622,7 +622,7 @@ class Compressor {
 
   /// Whatever an allocator of the engine's own says, the window stays whole.
   std::size_t at_least_window(std::size_t capacity, std::size_t rows) const {
-    return std::max(capacity, std::min(plan_->scorer().window(), rows));
+    return (std::max)(capacity, (std::min)(plan_->scorer().window(), rows));
   }
   std::size_t capacity(std::size_t layer, std::size_t rows) const {
     return at_least_window(capacities_[layer], rows);
@@ -679,8 +679,8 @@ class Compressor {
                     " rows, this plan's have ", expected, ": give the scores that score() filled");
     std::size_t longest = 0;
     for (std::size_t row = 0; row < scores.rows(); ++row) {
-      longest = std::max(longest, scores.cached(row));
-      const std::size_t window = std::min(plan_->scorer().window(), scores.cached(row));
+      longest = (std::max)(longest, scores.cached(row));
+      const std::size_t window = (std::min)(plan_->scorer().window(), scores.cached(row));
       detail::require(scores.window(row) == window, "scores of layer ", layer, " leave out a window of ",
                       scores.window(row), " rows, the plan's window is ", window,
                       ": give the scores that score() filled");
@@ -753,7 +753,7 @@ class Compressor {
     score_windows_.resize(score_ends_.size());
     std::size_t end = 0;
     for (std::size_t row = 0; row < score_ends_.size(); ++row) {
-      score_windows_[row] = std::min(plan_->scorer().window(), rows_[row]);
+      score_windows_[row] = (std::min)(plan_->scorer().window(), rows_[row]);
       end += rows_[row] - score_windows_[row];
       score_ends_[row] = end;
     }
@@ -770,9 +770,9 @@ class Compressor {
           "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
           "Observation (compresskv/view/observation.hpp)");
       for (std::size_t head = 0; head < rows_.size(); ++head) {
-        const std::size_t window = std::min(plan_->scorer().window(), rows_[head]);
+        const std::size_t window = (std::min)(plan_->scorer().window(), rows_[head]);
         detail::check_observation(observation, plan_->shape(), rows_[head],
-                                  std::max(window, unseen(layer, head)));
+                                  (std::max)(window, unseen(layer, head)));
       }
     }
     const Scores<granularity> scores = take_scores();
@@ -842,8 +842,8 @@ class Compressor {
     next.next_position_ = now.next_position_ + source.rows(0) - now.rows(0);
     next.bytes_freed_ = (before - after) * kv_row_bytes(source);
     next.lists_ = before == after || selection.shared() ? now.lists_ : kv_heads;
-    now.sets_.resize(std::max(now.sets_.size(), next.lists_));
-    next.sets_.resize(std::max(next.sets_.size(), next.lists_));
+    now.sets_.resize((std::max)(now.sets_.size(), next.lists_));
+    next.sets_.resize((std::max)(next.sets_.size(), next.lists_));
     std::size_t values = 0;
     for (std::size_t list = 0; list < next.lists_; ++list) {
       if (before == after) {
@@ -860,7 +860,7 @@ class Compressor {
     }
     workspace_.take_counts(kv_heads);
     if constexpr (P::reach != Reach::own_layer) {
-      selection_.reserve(std::max(values, before), kv_heads);
+      selection_.reserve((std::max)(values, before), kv_heads);
     }
   }
 

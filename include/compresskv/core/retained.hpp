@@ -111,7 +111,7 @@ class Retained {
       }
       next_position_ = position;
     }
-    announced_ = std::min(announced_, position);
+    announced_ = (std::min)(announced_, position);
   }
 
   std::size_t memory_bytes() const {

@@ -31,7 +31,7 @@ class Workspace {
 
   /// `count` numbers of rows, one a KV head or so, with unspecified contents.
   std::span<std::size_t> take_counts(std::size_t count) {
-    counts_.resize(std::max(counts_.size(), count));
+    counts_.resize((std::max)(counts_.size(), count));
     return std::span(counts_).first(count);
   }
 

@@ -200,7 +200,7 @@ inline HeadRanking ranking_of(const std::filesystem::path& file, const ParsedObj
     std::unordered_map<std::uint32_t, std::size_t> places;
     for (const Json& element : list_of(file, owner, *found, "heads")) {
       if (!element.is_number_unsigned() ||
-          element.get<std::uint64_t>() > std::numeric_limits<std::uint32_t>::max()) {
+          element.get<std::uint64_t>() > (std::numeric_limits<std::uint32_t>::max)()) {
         fail(file, owner, " lists head ", shown(element), " at place ", layers[layer].size(),
              ": heads are whole numbers from 0 to the model's last head");
       }
@@ -222,8 +222,8 @@ inline HeadScores scores_of(const std::filesystem::path& file, const ParsedObjec
     require(id.has_value(), file, "key \"", key,
             "\" is not of the form \"<layer>-<head>\": head scores are {\"<layer>-<head>\": [scores], ...}, "
             "both numbered from 0");
-    layers = std::max<std::size_t>(layers, std::size_t{id->layer} + 1);
-    heads = std::max<std::size_t>(heads, std::size_t{id->head} + 1);
+    layers = (std::max<std::size_t>)(layers, std::size_t{id->layer} + 1);
+    heads = (std::max<std::size_t>)(heads, std::size_t{id->head} + 1);
   }
   // The loops end at the first gap, so that a wild number in a key costs no more than the file is long.
   std::vector<std::vector<double>> runs;
@@ -249,7 +249,7 @@ inline std::vector<ParsedObject> error_objects(const std::filesystem::path& file
   std::vector<std::pair<std::size_t, std::string_view>> lines;
   const std::string_view all = text;
   for (std::size_t begin = 0, number = 1; begin < all.size(); ++number) {
-    const std::size_t end = std::min(all.find('\n', begin), all.size());
+    const std::size_t end = (std::min)(all.find('\n', begin), all.size());
     const std::string_view line = all.substr(begin, end - begin);
     if (line.find_first_not_of(" \t\r") != std::string_view::npos) {
       lines.emplace_back(number, line);

@@ -40,7 +40,9 @@ struct LayerInput {
   std::size_t held_bytes = 0;  ///< state of the sequence that counts towards the 1 %, beside positions
 
   /// Rows that may go: none where a KV head is shorter than the window.
-  std::size_t evictable(std::size_t kv_head) const { return rows[kv_head] - std::min(window, rows[kv_head]); }
+  std::size_t evictable(std::size_t kv_head) const {
+    return rows[kv_head] - (std::min)(window, rows[kv_head]);
+  }
 };
 
 namespace detail {
@@ -354,7 +356,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
       ++first;
       continue;
     }
-    const std::size_t own = std::min(observers, in.rows[kv_head]);
+    const std::size_t own = (std::min)(observers, in.rows[kv_head]);
     AtOnce held{.heads = 1, .queries = 1};
     if constexpr (QueryObservation<O>) {
       held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], own, sums,

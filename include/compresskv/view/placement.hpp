@@ -62,7 +62,7 @@ class Placement {
             std::size_t size, std::size_t unit_bytes, const PoolBlocks& blocks = {})
       : strides_(strides) {
     const std::size_t limit = max_bytes / unit_bytes;
-    const std::size_t chunk = strides.chunk == 0 ? extents.units : std::min(strides.chunk, extents.units);
+    const std::size_t chunk = strides.chunk == 0 ? extents.units : (std::min)(strides.chunk, extents.units);
     require(extents.units % chunk == 0, what, ": chunks of ", chunk, " do not divide a row of ",
             extents.units, " units: choose a split that does");
     std::array<Axis, 4> axes = {
