@@ -1,5 +1,10 @@
 #pragma once
 
+#if !defined(__cpp_exceptions)
+#error \
+    "compresskv reports errors by exceptions: compile what includes it with -fexceptions, not -fno-exceptions"
+#endif
+
 #include <sstream>
 #include <stdexcept>
 #include <string>

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,11 +23,12 @@ class HeadRanking {
     for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
       const auto& heads = layers_[layer];
       detail::require(!heads.empty(), "head ranking of layer ", layer, " is empty: list at least one head");
+      // By places in a map: a list may be as long as a file.
+      std::unordered_map<std::uint32_t, std::size_t> places;
       for (std::size_t i = 0; i < heads.size(); ++i) {
-        for (std::size_t j = 0; j < i; ++j) {
-          detail::require(heads[i] != heads[j], "head ranking of layer ", layer, " lists head ", heads[i],
-                          " twice, at places ", j, " and ", i, ": each head may stand once");
-        }
+        const auto [first, fresh] = places.emplace(heads[i], i);
+        detail::require(fresh, "head ranking of layer ", layer, " lists head ", heads[i],
+                        " twice, at places ", first->second, " and ", i, ": each head may stand once");
       }
     }
   }
