@@ -159,6 +159,19 @@ void all_methods(const std::string& prefix, const Case& c) {
     decoded.add(std::span<const float>(out));
     decoded.print(prefix + " decode");
 
+    // What CAKE's budgets go by: logarithms of all weights.
+    const std::vector<std::size_t> rows(kv_heads, c.rows);
+    const ckv::Retained whole;
+    const ckv::kernel::LayerInput<ckv::StridedKv<T>, ckv::QueryWindow<T>> input{
+        .shape = shape, .rows = rows, .window = queries, .retained = whole, .kv = kv, .observation = window};
+    ckv::Workspace workspace;
+    ckv::SerialExecutor executor;
+    Hash preference;
+    preference.add(std::span<const double>(
+        std::array{ckv::budget::Cake{ckv::Budget::tokens_per_layer(8), {.tau1 = 1.6, .tau2 = 0.4}}.preference(
+            input, workspace, executor)}));
+    preference.print(prefix + " preference");
+
     ckv::calibrate::HeadScoreAccumulator found(1, query_heads);
     const std::vector<ckv::calibrate::TokenId> prompt(c.rows, 5);
     found.begin_run(prompt, {.first = 3, .last = 11});
