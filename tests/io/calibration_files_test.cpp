@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <bit>
@@ -152,10 +153,99 @@ TEST_F(CalibrationFiles, RejectsWhatIsNoJson) {
 }
 
 TEST_F(CalibrationFiles, DeepNestingIsAnErrorLikeAnyOther) {
-  const std::string deep = R"({"0": )" + std::string(200000, '[') + std::string(200000, ']') + "}";
+  const std::string remedy =
+      "nests lists and objects deeper than 16: no calibration does; make the file again";
+  for (const auto& [open, close] : {std::pair{"[", "]"}, {R"({"a": )", "}"}}) {
+    std::string deep = R"({"0": )";
+    for (int i = 0; i < 200000; ++i) {
+      deep += open;
+    }
+    deep += "1";
+    for (int i = 0; i < 200000; ++i) {
+      deep += close;
+    }
+    for (const std::string& message :
+         {ranking_rejection(deep + "}"), scores_rejection(deep + "}"), errors_rejection(deep + "}")}) {
+      EXPECT_EQ(message.substr(0, 44), remedy.substr(0, 44)) << message;
+    }
+  }
   EXPECT_EQ(
-      ranking_rejection(deep),
+      ranking_rejection(R"({"0": [[1]]})"),
       "layer 0 lists head an array at place 0: heads are whole numbers from 0 to the model's last head");
+}
+
+TEST_F(CalibrationFiles, RejectsWhatIsNoRegularFile) {
+  const fs::path pipe = path("pipe");
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  for (const auto& [file, kind] : {std::pair<fs::path, std::string>{"/dev/zero", "a device"},
+                                   {"/dev/null", "a device"},
+                                   {pipe, "a pipe"}}) {
+    const std::string remedy = file.string() + ": is " + kind + ": give the path of a regular file";
+    EXPECT_EQ(message_of<FileError>([&] { load_head_ranking(file); }), remedy);
+    EXPECT_EQ(message_of<FileError>([&] { load_head_scores(file); }), remedy);
+    EXPECT_EQ(message_of<FileError>([&] { load_layer_errors(file); }), remedy);
+  }
+  const fs::path below = write("{}") / "file.json";
+  EXPECT_TRUE(message_of<FileError>([&] { load_head_ranking(below); }).starts_with(below.string() + ": "));
+  const fs::path name = path(std::string(5000, 'x'));
+  EXPECT_NE(message_of<FileError>([&] { load_head_ranking(name); }).find(": cannot be looked at, "),
+            std::string::npos);
+}
+
+TEST_F(CalibrationFiles, RejectsWhatIsTooLargeToBeOne) {
+  const fs::path file = write("{}");
+  fs::resize_file(file, (std::uintmax_t{1} << 40U));  // a hole, which takes no space
+  EXPECT_EQ(message_of<FileError>([&] { load_head_ranking(file); }),
+            file.string() + ": is larger than 256 MiB, as no calibration is: check the path");
+}
+
+TEST_F(CalibrationFiles, NothingBehindANulByteIsPassedOver) {
+  using namespace std::string_literals;
+  const std::string remedy = ": JSON is UTF-8 text without them; make the file again";
+  EXPECT_EQ(ranking_rejection("{\"0\": [1, 0]}\0{\"0\": [0, 1]}"s), "holds a NUL byte at place 13" + remedy);
+  EXPECT_EQ(scores_rejection("{\"0-0\": [1]}\0"s), "holds a NUL byte at place 12" + remedy);
+  EXPECT_EQ(errors_rejection("{\"a\": [1]}\n{\"b\": [1]}\0{\"c\": [1]}\n"s),
+            "holds a NUL byte at place 10 in line 2 of the file" + remedy);
+  EXPECT_EQ(errors_rejection("{\0\"\0a\0"s), "holds a NUL byte at place 1" + remedy);  // UTF-16
+}
+
+TEST_F(CalibrationFiles, AByteOrderMarkIsNoKey) {
+  EXPECT_EQ(load_head_ranking(write("\xEF\xBB\xBF{\"0\": [1, 0]}")), HeadRanking({{1, 0}}));
+  EXPECT_EQ(load_layer_errors(write("\xEF\xBB\xBF{\"a\": [1]}\n{\"b\": [1]}")).data_sets().size(), 2U);
+}
+
+TEST_F(CalibrationFiles, MessagesShowKeysCutAndEscaped) {
+  EXPECT_EQ(ranking_rejection("{\"\\u001b[2J\\r\\u009b\": [0]}").substr(0, 45),
+            R"(key "\u001b[2J\r\u009b" is not a layer number)");
+  const std::string key(1 << 20, 'k');
+  const std::string shown = "\"" + key.substr(0, 60) + "\"... (1048576 bytes)";
+  const auto all = [&](const std::string& text) {
+    return std::vector<std::string>{ranking_rejection(text), scores_rejection(text), errors_rejection(text)};
+  };
+  for (const std::string& message : all("{\"" + key + "\": [0], \"" + key + "\": [0]}")) {
+    EXPECT_EQ(message, "key " + shown + " stands twice: remove one of the two");
+  }
+  EXPECT_EQ(all("{\"" + key + "\": [0]}")[2],
+            "the name of data set " + shown + " is too long: at most 256 bytes");
+  // What is not JSON is read to its end by the parser, which says all of it.
+  for (const std::string& text : {"{\"" + key, "{\"a\": " + key + "}", "{\"a\": \"" + key + "\xFF\"}",
+                                  "{\"a\": 1" + std::string(1 << 20, '0') + "}", "\x1b" + key}) {
+    for (const std::string& message : all(text)) {
+      EXPECT_LT(message.size(), 500U);
+      EXPECT_TRUE(std::all_of(message.begin(), message.end(), [](char c) { return c >= ' ' && c <= '~'; }))
+          << message;
+    }
+  }
+  EXPECT_EQ(errors_rejection("{\"a\\u001b\": [0]}"),
+            R"(layer errors of 'a\u001b' sum to 0: at least one layer must have an error above 0)");
+}
+
+TEST_F(CalibrationFiles, LongListsTakeNoMoreTimeThanTheyAreLong) {
+  std::string list;
+  for (int head = 0; head < 300000; ++head) {
+    list += (head == 0 ? "" : ",") + std::to_string(head);
+  }
+  EXPECT_EQ(load_head_ranking(write("{\"0\": [" + list + "]}")).heads(0).size(), 300000U);
 }
 
 // ---- head rankings
@@ -195,7 +285,8 @@ TEST_F(CalibrationFiles, RankingRejectsLayers) {
 }
 
 TEST_F(CalibrationFiles, RankingRejectsHeads) {
-  for (const char* head : {"-1", "1.5", "3.0", "null", "true", "4294967296", "\"3\""}) {
+  for (const char* head :
+       {"-1", "1.5", "3.0", "null", "true", "4294967296", "1.8446744073709552e+19", "\"3\""}) {
     EXPECT_EQ(ranking_rejection(R"({"0": [0, 1], "1": [0, )" + std::string(head) + "]}"),
               "layer 1 lists head " + std::string(head) +
                   " at place 1: heads are whole numbers from 0 to the model's last head");
@@ -244,6 +335,12 @@ TEST_F(CalibrationFiles, ScoresRejectValues) {
               "layer 0 head 1 has " + std::string(value) +
                   " at place 1 of its scores: every one must be a finite number");
   }
+  // As rankings, too: their order would be that of the infinities.
+  for (const std::string& message : {scores_rejection(R"({"0-0": [1e308, 1e308], "0-1": [1, 1]})"),
+                                     ranking_rejection(R"({"0-0": [1e308, 1e308], "0-1": [1, 1]})")}) {
+    EXPECT_TRUE(message.starts_with("head scores of layer 0 head 0 add up to inf: their mean is beyond"))
+        << message;
+  }
   EXPECT_EQ(scores_rejection(R"({"0-0": [1, 2], "0-1": [1]})"),
             "layer 0 head 1 has 1 scores, layer 0 head 0 has 2: every head has one score per counted run");
   EXPECT_EQ(scores_rejection(R"({"0-0": []})"),
@@ -289,7 +386,9 @@ TEST_F(CalibrationFiles, ErrorsRejectLines) {
   const std::string broken = errors_rejection("{\"a\": [1]}\n\n{\"b\": [1\n");
   EXPECT_TRUE(broken.starts_with("not valid JSON in line 3 of the file, ")) << broken;
   EXPECT_EQ(errors_rejection("{\"a\": [1]}\n[1]\n"),
-            "holds an array, not an object: give a file made by calibration");
+            "holds an array in line 2 of the file, not an object: give a file made by calibration");
+  EXPECT_EQ(errors_rejection("{\"a\": [1]}\n{\"b\": [1], \"b\": [1]}\n"),
+            "key \"b\" stands twice in line 2 of the file: remove one of the two");
 }
 
 TEST_F(CalibrationFiles, ErrorsRejectValues) {
@@ -413,6 +512,31 @@ TEST_F(CalibrationFiles, SavingRejectsPaths) {
             path("folder").string() + ": cannot be written, it is a folder: give the path of a file");
 }
 
+TEST_F(CalibrationFiles, SavingReplacesNoDeviceAndNoPipe) {
+  const fs::path pipe = path("pipe");
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  const fs::path device = path("device");
+  fs::create_symlink("/dev/full", device);
+  for (const auto& [file, kind] :
+       {std::pair<fs::path, std::string>{pipe, "a pipe"}, {device, "a device"}, {"/dev/full", "a device"}}) {
+    const auto type = fs::status(file).type();
+    const std::string remedy =
+        file.string() + ": cannot be written, it is " + kind + ": give the path of a regular file or of none";
+    EXPECT_EQ(message_of<FileError>([&] { save_head_ranking(file, HeadRanking({{0, 1}})); }), remedy);
+    EXPECT_EQ(message_of<FileError>([&] { save_head_scores(file, HeadScores(1, 1, {{1.0}})); }), remedy);
+    EXPECT_EQ(message_of<FileError>([&] { save_layer_errors(file, LayerErrors({1.0}, {})); }), remedy);
+    EXPECT_EQ(fs::status(file).type(), type);
+  }
+}
+
+TEST_F(CalibrationFiles, SavingThroughALinkReplacesWhatItLeadsTo) {
+  save_head_ranking(path("target"), HeadRanking({{0, 1}}));
+  fs::create_symlink("target", path("link"));
+  save_head_ranking(path("link"), HeadRanking({{1, 0}}));
+  EXPECT_TRUE(fs::is_symlink(path("link")));
+  EXPECT_EQ(load_head_ranking(path("target")), HeadRanking({{1, 0}}));
+}
+
 TEST_F(CalibrationFiles, SavingRejectsWhatCouldNotBeReadBack) {
   const auto of = [&](auto save) {
     return message_of<FileError>([&] { save(path()); }).substr(path().string().size());
@@ -440,6 +564,11 @@ TEST_F(CalibrationFiles, SavingRejectsWhatCouldNotBeReadBack) {
       }),
       ": cannot be written, layer 0 head 1 has 1 scores, layer 0 head 0 has 2: every head has one score per "
       "counted run");
+  EXPECT_EQ(of([](const fs::path& file) {
+              save_layer_errors(file, LayerErrors({1.0}, {{.name = std::string(257, 'n'), .errors = {1.0}}}));
+            }),
+            ": the name of data set \"" + std::string(60, 'n') +
+                "\"... (257 bytes) is too long: at most 256 bytes");
   EXPECT_EQ(files_in_folder(), 0U);
 }
 

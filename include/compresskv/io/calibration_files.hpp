@@ -2,20 +2,15 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <set>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -25,6 +20,7 @@
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/io/json_file.hpp"
 
 /// Calibration files in the formats that were published with CompressKV (arXiv 2508.02401, 2606.24467), so
 /// that its files load here and ours load there. All are JSON text:
@@ -43,45 +39,22 @@ namespace detail {
 
 using Json = nlohmann::json;
 
-template <class... Parts>
-[[noreturn]] void fail(const std::filesystem::path& file, const Parts&... parts) {
-  compresskv::detail::fail<FileError>(file.string(), ": ", parts...);
-}
-
-template <class... Parts>
-void require(bool holds, const std::filesystem::path& file, const Parts&... parts) {
-  if (!holds) [[unlikely]] {
-    fail(file, parts...);
-  }
-}
-
 /// Runs `make`; what the core types reject becomes an error of `file`.
 template <class Make>
 auto checked(const std::filesystem::path& file, const Make& make) {
   try {
     return make();
   } catch (const ArgumentError& error) {
-    fail(file, error.what());
+    const std::string said = quoted(error.what());  // it may hold a name of the file's
+    fail(file, said.substr(1, said.size() - 2));
   }
 }
 
-/// A value as a message shows it: lists and objects by their kind alone, which bounds length and depth.
-inline std::string shown(const Json& value) {
-  return value.is_structured() ? std::string("an ") + value.type_name() : value.dump().substr(0, 60);
-}
-
-inline std::string read_text(const std::filesystem::path& file) {
-  std::error_code unknown;
-  require(std::filesystem::exists(file, unknown), file, "no such file: check the path");
-  require(!std::filesystem::is_directory(file, unknown), file,
-          "is a folder: give the path of the file in it");
-  std::ifstream stream(file, std::ios::binary);
-  require(stream.is_open(), file, "cannot be opened: check the permissions");
-  std::string text{std::istreambuf_iterator<char>(stream), {}};
-  require(!stream.bad(), file, "cannot be read to its end: check the disk");
-  require(text.find_first_not_of(" \t\r\n") != std::string::npos, file,
-          "is empty: a calibration that was stopped may have left it, make it again");
-  return text;
+/// Messages of the core types show the whole name of a data set.
+inline void require_short_name(const std::filesystem::path& file, const std::string& name) {
+  constexpr std::size_t most = 256;
+  require(name.size() <= most, file, "the name of data set ", shown_text(name), " is too long: at most ",
+          most, " bytes");
 }
 
 /// A JSON object and its keys in the order of the file: a sorted object finds keys fast in files of any size,
@@ -91,39 +64,18 @@ struct ParsedObject {
   std::vector<std::string> keys;
 };
 
-/// Parses `text`, which must be one JSON object, not empty. `first_line` is the file's line where it starts.
-/// A key that stands twice is an error: JSON libraries silently keep one of the two.
+/// Parses `text`, which must be one JSON object, not empty. `line` is the file's line it stands on, 0 where
+/// it is the whole file.
 inline ParsedObject parse_object(const std::filesystem::path& file, std::string_view text,
-                                 std::size_t first_line = 1) {
-  std::vector<std::string> keys;
-  std::vector<std::set<std::string>> open_objects;
-  const auto note_keys = [&](int, Json::parse_event_t event, Json& parsed) {
-    if (event == Json::parse_event_t::object_start) {
-      open_objects.emplace_back();
-    } else if (event == Json::parse_event_t::object_end) {
-      open_objects.pop_back();
-    } else if (event == Json::parse_event_t::key) {
-      const auto& key = parsed.get_ref<const std::string&>();
-      require(open_objects.back().insert(key).second, file, "key \"", key,
-              "\" stands twice: remove one of the two");
-      if (open_objects.size() == 1) {
-        keys.push_back(key);
-      }
-    }
-    return true;
-  };
-  Json object;
-  try {
-    object = Json::parse(text.begin(), text.end(), note_keys);
-  } catch (const Json::exception& error) {
-    const std::string where = first_line > 1 ? " in line " + std::to_string(first_line) + " of the file" : "";
-    fail(file, "not valid JSON", where, ", ", error.what(),
-         ": numbers must be finite (no NaN, no Infinity) and the text whole; make the file again");
-  }
-  require(object.is_object(), file, "holds ", shown(object),
+                                 std::size_t line = 0) {
+  ParsedObject parsed;
+  const std::string where = line > 0 ? " in line " + std::to_string(line) + " of the file" : "";
+  const auto refuse = [&](const std::string& reason) { fail(file, reason); };
+  parsed.object = parse_json<Json>(text, where, refuse, &parsed.keys);
+  require(parsed.object.is_object(), file, "holds ", shown(parsed.object), where,
           ", not an object: give a file made by calibration");
-  require(!object.empty(), file, "holds an empty object: make the calibration again");
-  return {.object = std::move(object), .keys = std::move(keys)};
+  require(!parsed.object.empty(), file, "holds an empty object", where, ": make the calibration again");
+  return parsed;
 }
 
 /// A number without sign, blanks or leading zeros, as the formats' keys are written.
@@ -185,7 +137,7 @@ inline HeadRanking ranking_of(const std::filesystem::path& file, const ParsedObj
   std::vector<std::vector<std::uint32_t>> layers(parsed.keys.size());
   for (const std::string& key : parsed.keys) {
     if (!parse_id(key)) {
-      fail(file, "key \"", key, "\" is not a layer number",
+      fail(file, "key ", shown_text(key), " is not a layer number",
            parsed.object.contains("avg_score")
                ? "; these are layer errors: give the head ranking"
                : ": a head ranking is {\"<layer>\": [heads], ...}, layers from 0");
@@ -219,8 +171,8 @@ inline HeadScores scores_of(const std::filesystem::path& file, const ParsedObjec
   std::size_t heads = 0;
   for (const std::string& key : parsed.keys) {
     const auto id = parse_head_key(key);
-    require(id.has_value(), file, "key \"", key,
-            "\" is not of the form \"<layer>-<head>\": head scores are {\"<layer>-<head>\": [scores], ...}, "
+    require(id.has_value(), file, "key ", shown_text(key),
+            " is not of the form \"<layer>-<head>\": head scores are {\"<layer>-<head>\": [scores], ...}, "
             "both numbered from 0");
     layers = (std::max<std::size_t>)(layers, std::size_t{id->layer} + 1);
     heads = (std::max<std::size_t>)(heads, std::size_t{id->head} + 1);
@@ -258,7 +210,7 @@ inline std::vector<ParsedObject> error_objects(const std::filesystem::path& file
   }
   // Where the first line is no whole value it is the head of an indented object.
   if (lines.size() == 1 || !Json::accept(lines.front().second)) {
-    lines = {{1, all}};
+    lines = {{0, all}};
   }
   std::vector<ParsedObject> objects;
   objects.reserve(lines.size());
@@ -266,32 +218,6 @@ inline std::vector<ParsedObject> error_objects(const std::filesystem::path& file
     objects.push_back(parse_object(file, line, number));
   }
   return objects;
-}
-
-/// Writes `text` beside `file` and moves it into place, so that neither a stopped run nor a full disk leaves
-/// half a file or costs the one that was there.
-inline void write_text(const std::filesystem::path& file, const std::string& text) {
-  std::error_code unknown;
-  const auto folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
-  require(std::filesystem::is_directory(folder, unknown), file, "cannot be written, there is no folder ",
-          folder.string(), ": create it first");
-  require(!std::filesystem::is_directory(file, unknown), file,
-          "cannot be written, it is a folder: give the path of a file");
-  const auto temporary = std::filesystem::path(file).concat(".tmp-" + std::to_string(std::random_device{}()));
-  std::ofstream stream(temporary, std::ios::binary);
-  require(stream.is_open(), file, "cannot be written, no file can be made in ", folder.string(),
-          ": check the permissions");
-  stream.write(text.data(), static_cast<std::streamsize>(text.size()));
-  stream.close();
-  std::error_code moved;
-  if (stream.good()) {
-    std::filesystem::rename(temporary, file, moved);
-  }
-  if (!stream.good() || moved) {
-    std::filesystem::remove(temporary, unknown);
-    fail(file, "cannot be written, ", moved ? moved.message() : "writing stopped short",
-         ": check the space on the disk and the permissions; what was there is unchanged");
-  }
 }
 
 /// The text of an object, built key by key so that its lines can be chosen.
@@ -363,14 +289,15 @@ inline LayerErrors load_layer_errors(const std::filesystem::path& file) {
   std::set<std::string> names;
   for (const detail::ParsedObject& parsed : objects) {
     detail::require(
-        !(detail::looks_like_ranking(parsed) || detail::looks_like_scores(parsed)), file, "key \"",
-        parsed.keys.front(),
-        "\" is a layer's or a head's, so this is a head ranking or head scores: give the layer errors");
+        !(detail::looks_like_ranking(parsed) || detail::looks_like_scores(parsed)), file, "key ",
+        detail::shown_text(parsed.keys.front()),
+        " is a layer's or a head's, so this is a head ranking or head scores: give the layer errors");
     for (const std::string& name : parsed.keys) {
-      detail::require(names.insert(name).second, file, "data set \"", name,
-                      "\" stands on two lines: remove one of the two");
-      auto errors =
-          detail::numbers_of(file, "data set \"" + name + "\"", parsed.object.at(name), "layer errors");
+      detail::require(names.insert(name).second, file, "data set ", detail::shown_text(name),
+                      " stands on two lines: remove one of the two");
+      detail::require_short_name(file, name);
+      auto errors = detail::numbers_of(file, "data set " + detail::shown_text(name), parsed.object.at(name),
+                                       "layer errors");
       if (name == "avg_score") {
         average = std::move(errors);
       } else {
@@ -422,13 +349,15 @@ inline void save_head_scores(const std::filesystem::path& file, const HeadScores
 
 /// Writes layer errors as one object, one data set a line, `avg_score` last. Numbers are written so that
 /// `load_layer_errors` reads back equal ones. Throws FileError as `save_head_ranking`, and when a data set's
-/// name stands twice, is `avg_score` or is not valid UTF-8.
+/// name stands twice, is `avg_score`, is not valid UTF-8 or has more than 256 bytes.
 inline void save_layer_errors(const std::filesystem::path& file, const LayerErrors& errors) {
   detail::ObjectText text(detail::ObjectText::Lines::one_a_key);
   std::set<std::string> names{"avg_score"};
   for (const LayerErrors::DataSet& set : errors.data_sets()) {
-    detail::require(names.insert(set.name).second, file, "cannot be written, data set name \"", set.name,
-                    "\" is taken: each name may stand once, and avg_score is the mean's");
+    detail::require(names.insert(set.name).second, file, "cannot be written, data set name ",
+                    detail::shown_text(set.name),
+                    " is taken: each name may stand once, and avg_score is the mean's");
+    detail::require_short_name(file, set.name);
     try {
       text.add(set.name, detail::Json(set.errors));
     } catch (const detail::Json::exception&) {
