@@ -16,7 +16,8 @@ using Rows = std::vector<std::size_t>;
 Rows shared_out(const std::vector<double>& preferences, std::size_t total) {
   Rows capacities(preferences.size(), 1000);
   Rows most(preferences.size());
-  Cake{Budget::tokens_per_layer(8)}.cascade(preferences, 8, total, capacities, most);
+  const Rows least(preferences.size(), 8);
+  Cake{Budget::tokens_per_layer(8)}.cascade(preferences, least, total, capacities, most);
   return capacities;
 }
 

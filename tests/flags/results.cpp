@@ -225,11 +225,12 @@ void budgets(int power) {
   hash.add(found.average());
   std::vector<std::size_t> capacities(count, 900);
   std::vector<std::size_t> most(count);
+  const std::vector<std::size_t> least(count, 8);
   const ckv::budget::Allowance allowance{.per_layer = 211, .window = 8, .tokens = 1000};
   const ckv::Budget budget = ckv::Budget::kept_ratio(0.29);
   hash.add(
       std::span<const std::size_t>(std::array{budget.resolve(100, 8, {}), budget.resolve(12345, 8, {})}));
-  ckv::budget::Cake{budget}.cascade(errors, 8, 211 * count, capacities, most);
+  ckv::budget::Cake{budget}.cascade(errors, least, 211 * count, capacities, most);
   hash.add(std::span<const std::size_t>(capacities));
   ckv::budget::ErrorAware{found, budget}.allocate(allowance, capacities);
   hash.add(std::span<const std::size_t>(capacities));
