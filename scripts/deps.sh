@@ -41,8 +41,8 @@ present() {
   case "$1" in
     command:*) command -v "$what" >/dev/null ;;
     module:*) pkg-config --exists "$what" 2>/dev/null ;;
-    fuzzer:*) [[ -f "$(clang++ -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null)" ]] ||
-      ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a >/dev/null 2>&1 ;;
+    fuzzer:*) echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+      clang++ -x c++ -fsanitize=fuzzer,address,undefined -o /dev/null - 2>/dev/null ;;
     python:*) python3 -c "import venv, $what" 2>/dev/null ;;
     *) true ;;
   esac

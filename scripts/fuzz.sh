@@ -15,22 +15,28 @@ if [[ ! "$seconds" =~ ^[1-9][0-9]*$ ]]; then
 fi
 shift || true
 
-"$root/scripts/deps.sh" --fuzz
-cd "$root"
-cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz -j "$(nproc)"
-
 names=("$@")
 if ((${#names[@]} == 0)); then
   for source in "$root"/tests/fuzz/*_fuzz.cpp; do names+=("$(basename "$source" _fuzz.cpp)"); done
 fi
+for name in "${names[@]}"; do
+  if [[ ! -f "$root/tests/fuzz/${name}_fuzz.cpp" ]]; then
+    echo "fuzz: there is no fuzzer '$name' in tests/fuzz/" >&2
+    exit 2
+  fi
+done
+
+"$root/scripts/deps.sh" --fuzz
+cd "$root"
+cmake --preset fuzz >/dev/null
+cmake --build build-fuzz -j "$(nproc)" --target "${names[@]/%/_fuzz}"
 
 mkdir -p "$build/findings"
 # One fuzzer, its own line at the end; status 1 on a finding.
 run() {
   local name="$1" log="$build/$1.log" status=0 corpus="$build/corpus/$1" seeds="$root/tests/fuzz/corpus/$1"
   mkdir -p "$corpus"
-  "$build/tests/fuzz/${name}_fuzz" -max_total_time="$seconds" -timeout=30 -rss_limit_mb=4096 -max_len=8192 -print_final_stats=1 \
+  "$build/tests/fuzz/${name}_fuzz" -max_total_time="$seconds" -timeout=30 -rss_limit_mb=4096 -print_final_stats=1 \
     -artifact_prefix="$build/findings/$name-" "$corpus" $([[ -d "$seeds" ]] && printf '%s' "$seeds") >"$log" 2>&1 || status=$?
   local executions edges
   executions="$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")"
