@@ -1,0 +1,3 @@
+// Exceptions are needed, run-time types are not.
+// flags: -fno-rtti
+#include "control_ok.cpp"

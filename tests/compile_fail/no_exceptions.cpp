@@ -1,0 +1,3 @@
+// first: compile what includes it with -fexceptions
+// flags: -fno-exceptions
+#include <compresskv/compresskv.hpp>
