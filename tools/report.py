@@ -27,14 +27,58 @@ COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", 
 LABELS = {"perplexity": "loss of what follows, nats a token", "error": "relative error of attention outputs"}
 
 
+def place(record):
+    return record["task"], record["length"], record["prompt"]
+
+
+def once(pairs):
+    """A JSON object whose keys all differ; Python would keep the last of two in silence."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands twice")
+    return record
+
+
+def finite(text):
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def lines_of(path):
+    """(number, object) of each line; what stands behind the last line break is of a run that was stopped, or is still running."""
+    if not path.is_file():
+        sys.exit(f"report: {path} is not a regular file that is there: give what `ckv evaluate --out` wrote")
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                record = json.loads(line, object_pairs_hook=once, parse_constant=finite)
+                if not isinstance(record, dict):
+                    raise ValueError("a line is no object")
+                yield number, record
+
+
 def read(path):
-    """The header, and the records of prompts that the full cache answers."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not lines or lines[0].get("file") != "ckv evaluate":
+    """The header, and the records of prompts that the full cache answers. Ends the program where two records are the same."""
+    number, header, records, numbers = 0, None, [], {}
+    try:
+        for number, record in lines_of(path):
+            if header is None:
+                header = record
+                if header.get("file") != "ckv evaluate":
+                    break
+                continue
+            key = *place(record), record["method"], json.dumps(record["budget"])
+            if key in numbers:
+                sys.exit(f"report: {path}: lines {numbers[key]} and {number} are both the record "
+                         f"{key[0]}, {key[1]} tokens, prompt {key[2]}, {key[3]}, budget {key[4]}: counted twice, it would narrow "
+                         f"the intervals; keep one of the two")
+            numbers[key] = number
+            records.append(record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        sys.exit(f"report: {path}: line {number + isinstance(error, (ValueError, RecursionError))} is no record: {error!r:.200}")
+    if header is None or header.get("file") != "ckv evaluate":
         sys.exit(f"report: {path} is not what `ckv evaluate` wrote")
-    place = lambda r: (r["task"], r["length"], r["prompt"])  # noqa: E731
-    answered = {place(r) for r in lines[1:] if r["method"] == "full" and r.get("right", True)}
-    return lines[0], [r for r in lines[1:] if place(r) in answered]
+    answered = {place(r) for r in records if r["method"] == "full" and r.get("right", True)}
+    return header, [r for r in records if place(r) in answered]
 
 
 def budget_text(budget):

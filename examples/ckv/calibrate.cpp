@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <compresskv/io/calibration_files.hpp>
+#include <compresskv/io/json_file.hpp>
 #include <cstddef>
 #include <cstdio>
 #include <filesystem>
@@ -70,6 +71,7 @@ const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 std::vector<NeedleText> wanted_needles(const CalibrateArguments& arguments) {
   std::vector<NeedleText> needles;
   if (!arguments.needle_file.empty()) {
+    compresskv::io::detail::require_regular(arguments.needle_file);
     needles = read_needles(arguments.needle_file);
   } else {
     for (const Needle& needle : calibration_needles()) {
@@ -516,6 +518,11 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
 }
 
 void check(const CalibrateArguments& arguments, const engine::ModelConfig& config) {
+  if (std::filesystem::path(arguments.name).has_parent_path() || arguments.name == "." ||
+      arguments.name == "..") {
+    throw UsageError(fmt::format("--name is '{}': how the names of files in --out begin, without a folder",
+                                 arguments.name));
+  }
   if (std::set(arguments.lengths.begin(), arguments.lengths.end()).size() < arguments.lengths.size()) {
     throw UsageError(
         fmt::format("--lengths {}: one stands there twice, drop it", fmt::join(arguments.lengths, ",")));

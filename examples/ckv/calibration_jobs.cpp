@@ -4,6 +4,7 @@
 #include <fmt/core.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -119,8 +120,13 @@ void share_out(std::size_t tasks, std::size_t jobs, const std::function<Worker()
     if (pipe2(ends.data(), O_CLOEXEC) != 0) {
       throw std::system_error(errno, std::generic_category(), "cannot make a pipe");
     }
+    const pid_t parent = getpid();
     const pid_t pid = fork();
     if (pid == 0) {
+      // It holds this process's files open, and locks on them: it must not outlive it.
+      if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != parent) {
+        _exit(1);
+      }
       close(ends[0]);
       for (const auto& other : processes) {
         close(other->pipe());

@@ -17,9 +17,9 @@ using Worker = std::function<void(std::size_t task, const Take& hand_on)>;
 /// it needs, and takes its turn with the others. `take` hears in this process of all records and `done` of
 /// all tasks, in the order of the tasks however many processes there are.
 ///
-/// The processes end with this call, Ctrl-C and exceptions included, and shortly after this process where it
-/// is killed. To be called where no other thread runs: they are forks. Throws engine::Error with the message
-/// of what failed there, Interrupted after Ctrl-C.
+/// The processes end with this call, Ctrl-C and exceptions included, and with this process where it is
+/// killed. To be called where no other thread runs: they are forks. Throws engine::Error with the message of
+/// what failed there, Interrupted after Ctrl-C.
 void share_out(std::size_t tasks, std::size_t jobs, const std::function<Worker()>& start, const Take& take,
                const std::function<void(std::size_t task)>& done);
 

@@ -71,12 +71,10 @@ auto CalibrationRecords::checked(const Read& read) const {
 }
 
 CalibrationRecords::CalibrationRecords(const std::filesystem::path& path, const Json& header)
-    : path_(path), file_(path, header) {
-  checked([&] {
-    for (const Json& record : file_.records()) {
-      records_.insert_or_assign(key_of(record).dump(), record);
-    }
-  });
+    : path_(path), file_(path, header, [](const Json& record) { return key_of(record).dump(); }) {
+  for (const Json& record : file_.records()) {
+    records_.emplace(key_of(record).dump(), record);
+  }
 }
 
 void CalibrationRecords::add(const Json& record) {

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <cmath>
 #include <compresskv/io/calibration_files.hpp>
+#include <compresskv/io/json_file.hpp>
 #include <cstddef>
 #include <cstdio>
 #include <functional>
@@ -159,6 +160,15 @@ bool wants_scores(const EvaluateArguments& arguments) {
   });
 }
 
+template <class T>
+void check_once(const char* option, std::vector<T> values) {
+  std::sort(values.begin(), values.end());
+  const auto twice = std::adjacent_find(values.begin(), values.end());
+  if (twice != values.end()) {
+    throw UsageError(fmt::format("{} has {} twice: drop one", option, *twice));
+  }
+}
+
 std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const CalibrationFiles& files) {
   Compression base;
   arguments.cache.apply_to(base);
@@ -237,6 +247,21 @@ Cell cell_of(const Json& record) {
           .prompt = record.at("prompt"),
           .method = record.at("method"),
           .budget = record.at("budget").dump()};
+}
+
+/// A record's cell, as text. Throws where something is absent or of another kind that the summary wants.
+std::string key_of_cell(const Json& record) {
+  const Cell cell = cell_of(record);
+  for (const char* name : {"kv_bytes", "compress_ms"}) {
+    record.at(name).get<double>();
+  }
+  if (record.contains("right")) {
+    record.at("right").get<bool>();
+  } else {
+    record.at(record.contains("perplexity") ? "perplexity" : "error").get<double>();
+  }
+  return fmt::format("{}, {} tokens, prompt {}, {}, budget {}", cell.task, cell.length, cell.prompt,
+                     cell.method, cell.budget);
 }
 
 /// A prompt that the full cache answers wrongly says nothing about the methods.
@@ -441,6 +466,10 @@ class Grid {
     record["method"] = method;
     record["budget"] = budget;
     if (outcome.perplexity) {
+      if (!std::isfinite(*outcome.perplexity)) {
+        throw engine::Error(fmt::format("the perplexity of {} at {} is {}: not a number that JSON can hold",
+                                        method, budget.dump(), *outcome.perplexity));
+      }
       record["perplexity"] = *outcome.perplexity;
     } else if (!outcome.errors.empty()) {
       record["error"] = std::accumulate(outcome.errors.begin(), outcome.errors.end(), 0.0) /
@@ -501,6 +530,17 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     sum.bytes += record.at("kv_bytes").get<double>();
     sum.ms += record.at("compress_ms").get<double>();
   }
+  // A file may hold records of other tasks and lengths, too.
+  std::size_t measured = 0;
+  for (const std::string& task : arguments.tasks) {
+    for (const std::size_t length : arguments.lengths) {
+      measured += sums.contains({task, length, "null", "full"}) ? 1 : 0;
+    }
+  }
+  if (measured == 0) {
+    throw engine::Error(
+        "nothing was measured: the full cache answers none of the prompts; give other --lengths or --tasks");
+  }
   fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>11}{:>10}{:>13}\n", "task", "tokens", "budget", "method",
              "prompts", "result", "KV bytes", "compress ms");
   const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
@@ -524,7 +564,9 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
   }
   fmt::print("\nresult: answers that are right, perplexity, or relative error, as the task is\n");
-  fmt::print("Every method held the same bytes at each budget: checked.\n");
+  if (!variants.empty()) {
+    fmt::print("Every method held the same bytes at each budget: checked.\n");
+  }
 }
 
 /// Every variant of a prompt is a copy of its cache, soon given back. Were the copies' pages given back as
@@ -541,6 +583,12 @@ void evaluate(const EvaluateArguments& arguments) {
   if (arguments.ratios.empty() && arguments.tokens.empty()) {
     throw UsageError("no budget: give --ratios, --tokens or both");
   }
+  // Their records would stand in the file twice.
+  check_once("--ratios", arguments.ratios);
+  check_once("--tokens", arguments.tokens);
+  check_once("--lengths", arguments.lengths);
+  check_once("--tasks", arguments.tasks);
+  compresskv::io::detail::require_regular(arguments.model.model);
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
   CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
   if (files.heads.empty()) {
@@ -553,7 +601,7 @@ void evaluate(const EvaluateArguments& arguments) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
-  RecordFile file{arguments.out, header_json(arguments, files, sha256)};
+  RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
   const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
   check_calibration(files.heads, files.errors, shape);

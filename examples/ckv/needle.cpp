@@ -7,6 +7,7 @@
 #include <cctype>
 #include <cmath>
 #include <compresskv/calibrate/rouge1_recall.hpp>
+#include <compresskv/io/json_file.hpp>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -85,7 +86,7 @@ std::vector<NeedleText> read_needles(const std::filesystem::path& path) {
           fmt::format(R"('{}' line {}: {}; give a needle a line, {{"fact": "...", "question": "..."}})",
                       path.string(), number, what));
     };
-    const auto json = nlohmann::json::parse(line, nullptr, false);
+    const auto json = compresskv::io::detail::parse_json<nlohmann::json>(line, "", fail);
     if (!json.is_object()) {
       fail("no JSON object");
     }

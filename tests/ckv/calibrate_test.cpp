@@ -193,7 +193,11 @@ TEST(OwnNeedles, ABadLineIsNamed) {
     return message_of<engine::Error>([&] { ckv::read_needles(path); });
   };
   const std::map<std::string, std::string> bad = {
-      {"a cat", "no JSON object"},
+      {"a cat", "not valid JSON, "},
+      {R"({"fact": "A cat.", "question": "What?"} x)", "not valid JSON, "},
+      {R"({"fact": "A cat.", "fact": "A dog.", "question": "What?"})", "key \"fact\" stands twice"},
+      {std::string(R"({"fact": "A cat.", "question": "What?"})") + std::string(1, char{}) + "{}",
+       "holds a NUL byte"},
       {"[1]", "no JSON object"},
       {R"({"fact": "A cat."})", "\"question\" is absent"},
       {R"({"fact": 7, "question": "What?"})", "\"fact\" is no text"},
@@ -372,7 +376,7 @@ TEST_F(CalibrateWithModel, OtherRecordsAreRefused) {
   refused(other, same, "holds records of other runs: model_sha256 is \"0000");
   refused("some text\n", same, "line 1 is no record: it is not from `ckv calibrate`");
   refused(header + write_run({{"kind", "sums"}, {"run", 0}}), same,
-          "holds a record that is none of this calibration");
+          "line 2 is no record: it is not from `ckv calibrate`; give another file (its kind is \"sums\")");
   const std::vector<double> scores(269);
   refused(header + write_run({{"kind", "heads"},
                               {"run", 0},
@@ -383,46 +387,86 @@ TEST_F(CalibrateWithModel, OtherRecordsAreRefused) {
           same, "run 0 has 269 scores, must have 270");
 }
 
-// Ctrl-C in the middle: exit code 1, a word about it, no result and no process; the next run goes on.
-TEST_F(CalibrateWithModel, CtrlCEndsAllProcessesAndTheNextRunGoesOn) {
+// Stopped in the middle, by Ctrl-C, SIGTERM and without a chance to tidy up: no result and no process, whole
+// records; the next run goes on at once. While a run has the folder, another is refused.
+TEST_F(CalibrateWithModel, StoppedRunsEndAllProcessesAndTheNextGoesOn) {
   const Arguments arguments = calibrate("out", {{"--depths", "3"}, {"--texts", "0"}, {"--jobs", "2"}});
   const std::string err = path("err").string();
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    setpgid(0, 0);
-    std::vector<char*> words = {const_cast<char*>("ckv")};
-    for (const std::string& argument : arguments) {
-      words.push_back(const_cast<char*>(argument.c_str()));
-    }
-    words.push_back(nullptr);
-    if (std::freopen(err.c_str(), "w", stderr) != nullptr) {
-      execv(COMPRESSKV_CKV_BINARY, words.data());
-    }
-    _exit(99);
-  }
   const auto records = [&] {
     const std::string text = read(path("out") / "records.jsonl");
+    EXPECT_TRUE(text.empty() || text.back() == '\n');
     return std::count(text.begin(), text.end(), '\n');
   };
-  for (int i = 0; i < 1200 && records() < 2; ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  }
-  kill(child, SIGINT);
-  int status = 0;
-  waitpid(child, &status, 0);
-  ASSERT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 1);
+  const auto stopped_by = [&](int signal, std::ptrdiff_t after) {
+    const pid_t child = fork();
+    if (child == 0) {
+      setpgid(0, 0);
+      std::vector<char*> words = {const_cast<char*>("ckv")};
+      for (const std::string& argument : arguments) {
+        words.push_back(const_cast<char*>(argument.c_str()));
+      }
+      words.push_back(nullptr);
+      if (std::freopen(err.c_str(), "w", stderr) != nullptr) {
+        execv(COMPRESSKV_CKV_BINARY, words.data());
+      }
+      _exit(99);
+    }
+    for (int i = 0; i < 1200 && records() < after; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    if (signal == SIGINT) {
+      expect_failure(arguments,
+                     "another run is writing to '" + (path("out") / "records.jsonl").string() + "'");
+    }
+    kill(child, signal);
+    int status = 0;
+    waitpid(child, &status, 0);
+    // Processes of one that was killed are the system's to bury, soon.
+    for (int i = 0; i < 100 && kill(-child, 0) == 0; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(kill(-child, 0), -1);
+    EXPECT_EQ(errno, ESRCH);
+    EXPECT_EQ(files_of(path("out")).size(), 1U);
+    EXPECT_GE(records(), after);
+    return status;
+  };
+  const int interrupted = stopped_by(SIGINT, 2);
+  EXPECT_TRUE(WIFEXITED(interrupted));
+  EXPECT_EQ(WEXITSTATUS(interrupted), 130);
   EXPECT_NE(read(err).find("interrupted"), std::string::npos) << read(err);
-  EXPECT_EQ(kill(-child, 0), -1);
-  EXPECT_EQ(errno, ESRCH);
-  EXPECT_EQ(files_of(path("out")).size(), 1U);
-  EXPECT_GE(records(), 2);
+  const int terminated = stopped_by(SIGTERM, records() + 1);
+  EXPECT_TRUE(WIFEXITED(terminated));
+  EXPECT_EQ(WEXITSTATUS(terminated), 143);
+  EXPECT_TRUE(WIFSIGNALED(stopped_by(SIGKILL, records() + 1)));
 
   const Outcome resumed = run_well(arguments);
   EXPECT_NE(resumed.err.find("going on: "), std::string::npos) << resumed.err;
   EXPECT_NE(resumed.err.find(" of 6 prompts are done for the heads"), std::string::npos) << resumed.err;
   EXPECT_EQ(records(), 1 + 6 + 6);
+}
+
+TEST_F(CalibrateWithModel, FilesThatAreNoneEndItSoon) {
+  for (const char* option : {"--haystack", "--needle-file"}) {
+    expect_refused(calibrate("out", {{option, "/dev/zero"}}), {"/dev/zero", "is a device: give "});
+    expect_refused(calibrate("out", {{option, path("none").string()}}),
+                   {path("none").string(), "o such file"});
+  }
+  expect_failure(calibrate("out", {{"--out", "/dev/full"}}), "cannot make the folder '/dev/full'");
+  expect_usage_error(calibrate("out", {{"--name", "no/name"}}), "--name is 'no/name'");
+  std::filesystem::create_directory(path("out"));
+  std::filesystem::create_symlink("/dev/full", path("out") / "records.jsonl");
+  expect_failure(calibrate("out"), "records.jsonl', it is a device, a pipe or a socket");
+}
+
+TEST_F(CalibrateWithModel, DoubledRecordsAreRefused) {
+  std::filesystem::create_directory(path("out"));
+  run_tool(calibrate("out", {{"--needles", "1"}, {"--max-new-tokens", "1"}}));
+  const std::string text = read(path("out") / "records.jsonl");
+  const std::string last = text.substr(text.rfind('\n', text.size() - 2) + 1);
+  folder_.write("out/records.jsonl", text + last);
+  expect_failure(calibrate("out", {{"--needles", "1"}, {"--max-new-tokens", "1"}}),
+                 " are both the record {\"kind\":\"");
 }
 
 // Its files are those that generate takes, and another model's are refused by layer and head.

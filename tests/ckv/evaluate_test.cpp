@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -77,7 +78,144 @@ TEST(Evaluate, WrongUsageIsExitCode2) {
   expect_usage_error(with({"--tokens", "0"}), "--tokens");
 }
 
+// ---- tools/report.py
+// ------------------------------------------------------------------------------------------------
+
+/// What it says of a file that it refuses, which is before it draws: without the packages that draw.
+Outcome report(const Folder& folder, const std::string& text) {
+  std::filesystem::create_directories(folder.path("stubs") / "matplotlib");
+  folder.write("stubs/matplotlib/__init__.py", "def use(_): pass\n");
+  folder.write("stubs/matplotlib/pyplot.py", "");
+  folder.write("stubs/numpy.py", "");
+  const std::string records = folder.write("records.jsonl", text).string();
+  const std::string command = "PYTHONPATH=" + quoted(folder.path("stubs").string()) + " python3 " +
+                              quoted(COMPRESSKV_SOURCE_DIR "/tools/report.py") + " " + quoted(records) + " " +
+                              quoted(folder.path("report").string()) + " 2>" +
+                              quoted(folder.path("err").string());
+  const int status = std::system(command.c_str());
+  return {.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .out = "", .err = read(folder.path("err"))};
+}
+
+TEST(Report, RefusesRecordsThatCountTwiceOrAreNone) {
+  const Folder folder;
+  const std::string head = "{\"file\": \"ckv evaluate\"}\n";
+  const std::string full =
+      R"({"task": "needle", "length": 9, "prompt": 4, "method": "full", "budget": null, "right": true})"
+      "\n";
+  std::string snap = full;
+  snap.replace(snap.find("full"), 4, "snap");
+  snap.replace(snap.find("null"), 4, R"({"ratio": 0.1})");
+  const auto expect_refusal = [&](const std::string& text, const std::string& message) {
+    const Outcome outcome = report(folder, text);
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_NE(outcome.err.find(message), std::string::npos) << outcome.err;
+    EXPECT_EQ(outcome.err.find("Traceback"), std::string::npos) << outcome.err;
+  };
+  expect_refusal(
+      head + full + snap + full,
+      "records.jsonl: lines 2 and 4 are both the record needle, 9 tokens, prompt 4, full, budget null");
+  expect_refusal(
+      head + full + snap + snap,
+      "lines 3 and 4 are both the record needle, 9 tokens, prompt 4, snap, budget {\"ratio\": 0.1}");
+  expect_refusal(head + full + "{\"task\": \"needle\"}\n",
+                 "records.jsonl: line 3 is no record: KeyError('length')");
+  expect_refusal(head + full + "sheep\n", "records.jsonl: line 3 is no record: ");
+  expect_refusal(head + "{\"task\": 1, \"task\": 2}\n",
+                 "line 2 is no record: ValueError('a key stands twice')");
+  expect_refusal(head + "[NaN]\n", "line 2 is no record: ValueError('NaN is no number of JSON')");
+  expect_refusal(head + "{\"a\": " + std::string(100000, '[') + "\n", "line 2 is no record: RecursionError");
+  expect_refusal(full, "is not what `ckv evaluate` wrote");
+  expect_refusal("", "is not what `ckv evaluate` wrote");
+  // A line that is still being written is not read, and these are each there once.
+  expect_refusal(head + "{\"task\": \"nee", "the file holds no prompt that the full cache answers");
+  EXPECT_NE(report(folder, head + full + snap + "{\"task\": \"nee").err.find("plt"), std::string::npos)
+      << "it should go on to drawing";
+}
+
 class EvaluateWithModel : public Needles {};
+
+TEST_F(EvaluateWithModel, NothingMeasuredIsAFailure) {
+  const Folder folder;
+  const auto out = folder.path("out.jsonl");
+  const Arguments grid = {"--methods", "streaming", "--ratios", "0.1", "--prompts", "1", "--depths", "1"};
+  Arguments too_short = grid;
+  too_short.insert(too_short.end(), {"--max-new-tokens", "1"});
+  for (int run = 0; run < 2; ++run) {  // and gone on with
+    expect_failure(evaluate(out.string(), too_short),
+                   "nothing was measured: the full cache answers none of the prompts");
+  }
+  EXPECT_GT(lines_of(out).size(), 1U);
+}
+
+TEST_F(EvaluateWithModel, TheFullCacheAloneIsComparedWithNothing) {
+  const Folder folder;
+  const Outcome outcome = run_tool(evaluate(
+      folder.path("out.jsonl").string(),
+      {"--methods", "full", "--ratios", "0.5", "--tasks", "perplexity", "--prompts", "1", "--depths", "1"}));
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_EQ(outcome.out.find("checked"), std::string::npos) << outcome.out;
+}
+
+TEST_F(EvaluateWithModel, FilesThatAreNoneEndItSoon) {
+  const Folder folder;
+  const std::string out = folder.path("out.jsonl").string();
+  const Arguments grid = {"--methods", "snapkv", "--ratios", "0.1", "--prompts", "1"};
+  const auto with = [&](const Arguments& more) {
+    Arguments all = grid;
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  const std::string folder_name = folder.path("").string();
+  const auto with_model = [&](const std::string& model) {
+    return Arguments{"evaluate", "--model", model, "--out", out, "--ratios", "0.1"};
+  };
+  expect_refused(with_model("/dev/zero"), {"/dev/zero", "is a device: give "});
+  expect_refused(with_model(folder_name), {folder_name, "is a folder: give "});
+  expect_refused(with_model("/none/x"), {"/none/x", "o such file"});
+  for (const char* option : {"--heads", "--errors", "--haystack"}) {
+    expect_refused(evaluate(out, with({option, "/dev/zero"})), {"/dev/zero", "is a device: give "});
+    expect_refused(evaluate(out, with({option, folder_name})), {folder_name, "is a folder: give "});
+    expect_refused(evaluate(out, with({option, "/none/x"})), {"/none/x", "o such file"});
+  }
+  for (const char* path : {"/dev/full", "/dev/stdout", "/dev/stdin"}) {
+    EXPECT_EQ(run_tool(evaluate(path, grid)).code, 1) << path;
+  }
+  expect_failure(evaluate("/dev/full", grid), "cannot write records to '/dev/full', it is a device");
+  expect_failure(evaluate(folder_name, grid), "it is a folder: give the path of a regular file");
+  expect_failure(evaluate("/none/x.jsonl", grid), "cannot write '/none/x.jsonl', No such file or directory");
+  const std::string heads = folder.write("heads.json", R"({"0-0": [1e308, 1e308]})").string();
+  expect_failure(evaluate(out, with({"--methods", "compresskv", "--heads", heads})),
+                 heads + ": head scores of layer 0 head 0 add up to inf");
+}
+
+TEST_F(EvaluateWithModel, DoubledRecordsAndBrokenOnesAreRefused) {
+  const Folder folder;
+  const Arguments grid = {"--methods", "streaming", "--ratios", "0.5",     "--prompts",
+                          "1",         "--depths",  "1",        "--tasks", "perplexity"};
+  const auto out = folder.path("out.jsonl");
+  ASSERT_EQ(run_tool(evaluate(out.string(), grid)).code, 0);
+  const std::string text = read(out);
+  const std::string last = text.substr(text.rfind('\n', text.size() - 2) + 1);
+  expect_failure(
+      evaluate(folder.write("twice.jsonl", text + last).string(), grid),
+      "twice.jsonl' lines 3 and 4 are both the record perplexity, 200 tokens, prompt 0, streaming, budget "
+      "{\"ratio\":0.5}");
+  Json broken = Json::parse(last);
+  broken["prompt"] = 1;
+  broken.erase("kv_bytes");
+  expect_failure(evaluate(folder.write("broken.jsonl", text + broken.dump() + "\n").string(), grid),
+                 "broken.jsonl' line 4 is no record");
+  for (const auto& [option, value] :
+       std::vector<std::pair<std::string, std::string>>{{"--ratios", "0.5,0.50"},
+                                                        {"--tokens", "40,40"},
+                                                        {"--lengths", "200,200"},
+                                                        {"--tasks", "needle,needle"}}) {
+    Arguments all = {"evaluate", "--model", model_path(), "--out", out.string(), "--tokens", "60"};
+    all.insert(all.end(), {option, value});
+    expect_usage_error(all, option + " has ");
+  }
+  EXPECT_EQ(read(out), text);
+}
 
 TEST_F(EvaluateWithModel, OptionsThatMakeNoSenseAreNamed) {
   const Folder folder;

@@ -95,4 +95,14 @@ inline void expect_failure(const Arguments& arguments, const std::string& messag
   EXPECT_EQ(outcome.out, "");
 }
 
+/// A file that is none: wrong usage where that is seen at once, else a failure.
+inline void expect_refused(const Arguments& arguments, const std::vector<std::string>& parts) {
+  const Outcome outcome = run_tool(arguments);
+  EXPECT_TRUE(outcome.code == 1 || outcome.code == 2) << outcome.code << outcome.err;
+  for (const std::string& part : parts) {
+    EXPECT_NE(outcome.err.find(part), std::string::npos) << outcome.err;
+  }
+  EXPECT_EQ(outcome.out, "");
+}
+
 }  // namespace ckv_test
