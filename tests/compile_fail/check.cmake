@@ -1,3 +1,4 @@
+cmake_minimum_required(VERSION 3.25)
 # cmake -DCOMPILER=... -DSOURCE=... -DINCLUDE=... -DSYSTEM_INCLUDES=... -DOBJECT=... -P check.cmake
 
 cmake_path(GET SOURCE STEM name)

@@ -54,6 +54,10 @@ void kept(std::vector<float>& keys, std::span<float> values, const std::vector<s
   const ckv::RecentQueries<float> recent{
       ckv::QueryShape{.query_heads = 2, .queries = 8, .head_dim = 8, .sinks = sinks}};
   recent.view();
+  ckv::QueryWindow of_queries{keys.data(), ckv::QueryShape{}};
+  ckv::QueryWindow<float> strided_queries{nullptr, {}, {}};
+  ckv::AttentionMatrix of_weights{keys.data(), ckv::AttentionShape{}};
+  ckv::AttentionMatrix<float> none{nullptr, {}};
   const ckv::Int8Rows rows{data, keys, values};
   ckv::Int8Kv of_int8{rows, {data, keys, values}, strided, ckv::layout::head_token_dim};
   ckv::Compressor compressor{plan};

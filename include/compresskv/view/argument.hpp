@@ -9,6 +9,7 @@
 #include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/sizes.hpp"
+#include "compresskv/view/layout.hpp"
 
 // What a view's constructor takes: one template each, whose static_asserts say what a wrong argument should
 // be. A list of overloads that do not match would fill a screen.
@@ -52,6 +53,16 @@ inline constexpr bool outlives = std::is_lvalue_reference_v<A> || std::is_pointe
 /// Stands for a layout that was not given.
 struct NoLayout {};
 
+/// `layout` once more, for the values; any other layout where it is none, which is an error elsewhere.
+template <class L>
+constexpr auto again(const L& layout) {
+  if constexpr (layout::Layout<L>) {
+    return layout;
+  } else {
+    return layout::Strides{};
+  }
+}
+
 /// Whether `A` points to elements that may stand for `T`.
 template <class A, class T>
 inline constexpr bool points_to = std::is_convertible_v<Pointee<A> (*)[], T (*)[]>;
@@ -68,5 +79,9 @@ constexpr Borrowed<T> memory_of(A&& argument) {
     return Borrowed<T>(std::forward<A>(argument));
   }
 }
+
+/// Of an argument that is wrong, for class template argument deduction: see `StoredIn`.
+template <class A>
+using PointedElement = std::conditional_t<std::is_pointer_v<A>, ElementIn<A>, float>;
 
 }  // namespace compresskv::detail

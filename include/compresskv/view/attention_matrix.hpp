@@ -2,10 +2,12 @@
 
 #include <cstddef>
 #include <span>
+#include <type_traits>
 
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/sizes.hpp"
+#include "compresskv/view/argument.hpp"
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -50,6 +52,18 @@ class AttentionMatrix {
         detail::fits_in_memory(sizeof(T), {shape.query_heads, shape.queries, shape.tokens}));
   }
 
+  /// Does not compile, and says what is wrong.
+  template <class Weights, class Shape>
+  requires(!std::is_convertible_v<const Weights&, const T*> ||
+           !std::is_convertible_v<const Shape&, AttentionShape>)
+      AttentionMatrix(const Weights&, const Shape&) {
+    constexpr bool elements = detail::points_to<Weights, const T> && std::is_pointer_v<Weights>;
+    static_assert(elements,
+                  "the weights come first, as a pointer to float, Eigen::half or Eigen::bfloat16: "
+                  "AttentionMatrix{weights.data(), shape}");
+    static_assert(!elements, "the second argument is an AttentionShape: AttentionMatrix{weights, shape}");
+  }
+
   std::size_t query_heads() const { return shape_.query_heads; }
   std::size_t queries() const { return shape_.queries; }
   std::size_t tokens() const { return shape_.tokens; }
@@ -63,9 +77,12 @@ class AttentionMatrix {
   }
 
  private:
-  const T* probabilities_;
+  const T* probabilities_ = nullptr;
   AttentionShape shape_;
 };
+
+template <class Weights, class Shape>
+AttentionMatrix(const Weights&, const Shape&) -> AttentionMatrix<detail::PointedElement<Weights>>;
 
 /// Attention probabilities summed over the window's rows, float32 `[query_head][token]`: models
 /// `SumsObservation`.

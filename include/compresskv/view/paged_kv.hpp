@@ -104,8 +104,7 @@ class PagedKv {
   PagedKv(Keys&& keys, Values&& values, const Shape& shape, Table&& table, const Layout& layout = {},
           Borrowed<const std::int32_t> references = {})
       : PagedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, std::forward<Table>(table),
-                layout, std::conditional_t<layout::Layout<Layout>, const Layout&, layout::Strides>(layout),
-                references) {}
+                layout, detail::again(layout), references) {}
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
   std::size_t head_dim() const { return shape_.head_dim; }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/default_scale.hpp"
@@ -10,6 +11,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/sizes.hpp"
+#include "compresskv/view/argument.hpp"
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/placement.hpp"
 #include "compresskv/view/run.hpp"
@@ -83,6 +85,18 @@ class QueryWindow {
     detail::reach_without_overlap("QueryWindow", axes, shape.head_dim, detail::max_bytes / sizeof(T));
   }
 
+  /// Does not compile, and says what is wrong.
+  template <class Queries, class Shape, class... Rest>
+  requires(!std::is_convertible_v<const Queries&, const T*> ||
+           !std::is_convertible_v<const Shape&, QueryShape>)
+      QueryWindow(const Queries&, const Shape&, const Rest&...) {
+    constexpr bool elements = detail::points_to<Queries, const T> && std::is_pointer_v<Queries>;
+    static_assert(elements,
+                  "queries come first, as a pointer to float, Eigen::half or Eigen::bfloat16: "
+                  "QueryWindow{queries.data(), shape}");
+    static_assert(!elements, "the second argument is a QueryShape: QueryWindow{queries, shape}");
+  }
+
   std::size_t query_heads() const { return shape_.query_heads; }
   std::size_t queries() const { return shape_.queries; }
   std::size_t head_dim() const { return shape_.head_dim; }
@@ -102,10 +116,13 @@ class QueryWindow {
   }
 
  private:
-  const T* queries_;
+  const T* queries_ = nullptr;
   QueryShape shape_;
   QueryStrides strides_;
 };
+
+template <class Queries, class Shape, class... Rest>
+QueryWindow(const Queries&, const Shape&, const Rest&...) -> QueryWindow<detail::PointedElement<Queries>>;
 
 static_assert(QueryObservation<QueryWindow<float>> && !AttentionObservation<QueryWindow<float>>);
 

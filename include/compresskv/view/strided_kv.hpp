@@ -110,8 +110,9 @@ class StridedKv {
       : StridedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, layout, layout) {}
 
   template <class Keys, class Values, class Shape = KvShape>
-  StridedKv(Keys&& keys, Values&& values, const Shape& shape)  // does not compile, and says what is missing
-      : StridedKv(std::forward<Keys>(keys), std::forward<Values>(values), shape, detail::NoLayout{}) {}
+  StridedKv(Keys&&, Values&&, const Shape&) {
+    static_assert(sizeof(Shape) == 0, "the layout is missing: StridedKv{keys, values, shape, layout}");
+  }
 
   std::size_t kv_heads() const { return shape_.kv_heads; }
   std::size_t head_dim() const { return shape_.head_dim; }

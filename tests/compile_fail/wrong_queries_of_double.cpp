@@ -1,0 +1,7 @@
+// first: queries come first
+#include <compresskv/compresskv.hpp>
+#include <vector>
+
+namespace ckv = compresskv;
+
+void view(const double* queries, const ckv::QueryShape& shape) { ckv::QueryWindow window{queries, shape}; }
