@@ -1,22 +1,229 @@
 #include "arguments.hpp"
 
+#include <fcntl.h>
 #include <fmt/core.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
 #include <fstream>
-#include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <string_view>
 #include <system_error>
 
 #include "engine/error.hpp"
+#include "terminal.hpp"
+#include "usage_error.hpp"
 
 namespace ckv {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::uint64_t any = std::numeric_limits<std::uint64_t>::max();
+constexpr std::uint64_t most_tokens = std::numeric_limits<std::uint32_t>::max();  // positions have 32 bits
+constexpr std::uint64_t most_threads = 1024;
+
+std::string reason(int failure) { return std::generic_category().message(failure); }
+
+/// Reads all of `text` as a number; nothing where it is none or out of the type's range.
+template <class Number>
+std::optional<Number> number_of(std::string_view text) {
+  Number number{};
+  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), number);
+  const bool whole = failure == std::errc{} && end == text.data() + text.size();
+  return whole ? std::optional(number) : std::nullopt;
+}
+
+/// What is wrong with a count; nothing, and `text` as CLI11 reads it, where it is one: 010 is ten.
+std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most) {
+  const auto number = number_of<std::uint64_t>(text);
+  if (!number || *number < least || *number > most) {
+    return fmt::format("'{}' is no whole number from {} to {}", text, least, most);
+  }
+  text = std::to_string(*number);
+  return {};
+}
+
+/// The same for a real number. Some are kept as float.
+std::string check_real(const std::string& text, bool negative) {
+  const auto number = number_of<double>(text);
+  if (!number || !(std::abs(*number) <= std::numeric_limits<float>::max())) {
+    return fmt::format("'{}' is no finite number, such as 0.25", text);
+  }
+  return *number < 0.0 && !negative ? fmt::format("'{}' is below 0: give 0 or more", text) : std::string();
+}
+
+/// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
+bool is_input(const CLI::Option& option) {
+  constexpr std::array<std::string_view, 7> names = {"--model",  "model",      "--prompt-file", "--heads",
+                                                     "--errors", "--haystack", "--needle-file"};
+  return std::find(names.begin(), names.end(), option.get_name()) != names.end();
+}
+
+/// What is wrong with what lies at a path. A prompt may come through a pipe; the others are read twice. One
+/// that is absent is left to `wrong_input`: what the options say among themselves comes first.
+std::string check_input(const std::string& path, bool may_be_pipe) {
+  if (path.empty()) {
+    return "'' is no path: give a file";
+  }
+  struct stat entry = {};
+  if (stat(path.c_str(), &entry) != 0 || S_ISREG(entry.st_mode) || (may_be_pipe && S_ISFIFO(entry.st_mode))) {
+    return {};
+  }
+  const char* what = S_ISDIR(entry.st_mode) ? "a folder" : S_ISFIFO(entry.st_mode) ? "a pipe" : "a device";
+  return fmt::format("'{}' is {}: give a file", path, what);
+}
+
+/// Goes over all options, those of groups too.
+template <class App, class Visit>
+void for_options(App& app, const Visit& visit) {
+  for (auto* option : app.get_options()) {
+    visit(*option);
+  }
+  for (auto* inner : app.get_subcommands([](const CLI::App*) { return true; })) {
+    for_options(*inner, visit);
+  }
+}
+
+/// A file that is open; closed where it is let go.
+class Descriptor {
+ public:
+  explicit Descriptor(int number) : number_(number) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() { close(); }
+
+  int number() const { return number_; }
+  /// The error of it: some systems tell only then that a disk is full.
+  int close() {
+    const int failed = number_ >= 0 && ::close(number_) != 0 ? errno : 0;
+    number_ = -1;
+    return failed;
+  }
+
+ private:
+  int number_;
+};
+
+/// Writes all of it; 0 or the error.
+int write_all(const fs::path& path, const std::string& text, int flags) {
+  Descriptor out{open(path.c_str(), O_WRONLY | O_CLOEXEC | flags, 0666)};
+  if (out.number() < 0) {
+    return errno;
+  }
+  for (std::string_view rest = text; !rest.empty();) {
+    const ssize_t count = write(out.number(), rest.data(), rest.size());
+    if (count >= 0) {
+      rest.remove_prefix(static_cast<std::size_t>(count));
+    } else if (errno != EINTR) {
+      return errno;
+    }
+  }
+  return out.close();
+}
+
+}  // namespace
+
+void check_values(CLI::App& app) {
+  for_options(app, [](CLI::Option& option) {
+    // What CLI11 shows of an option in the help says what it takes.
+    const std::string type = option.get_type_name();
+    const bool counts = type.find("POSITIVE") != std::string::npos;
+    CLI::Validator validator;
+    if (is_input(option)) {
+      const bool may_be_pipe = option.get_name() == "--prompt-file";
+      validator.operation([may_be_pipe](std::string& path) { return check_input(path, may_be_pipe); });
+    } else if (type.starts_with("FLOAT")) {
+      const bool negative = type.find("NONNEGATIVE") == std::string::npos;
+      validator.operation([negative](std::string& text) { return check_real(text, negative); });
+    } else if (type.starts_with("INT")) {
+      validator.operation([](std::string& text) { return check_count(text, 0, most_threads); });
+    } else if (type.find("SIZE") != std::string::npos) {
+      return;  // byte_count looks at it
+    } else if (type.starts_with("UINT") || counts) {
+      const bool amount = counts || type.find("NONNEGATIVE") != std::string::npos;
+      validator.operation(
+          [=](std::string& text) { return check_count(text, counts ? 1 : 0, amount ? most_tokens : any); });
+    } else {
+      return;
+    }
+    option.transform(validator);  // before those that are there
+  });
+}
+
+std::optional<std::string> wrong_input(const CLI::App& app) {
+  std::optional<std::string> wrong;
+  for_options(app, [&](const CLI::Option& option) {
+    if (wrong || !is_input(option)) {
+      return;
+    }
+    for (const std::string& path : option.results()) {
+      if (access(path.c_str(), R_OK) != 0) {
+        wrong = fmt::format("{} '{}': {}", option.get_name(), path, reason(errno));
+      } else if (option.get_name() == "--heads" || option.get_name() == "--errors") {
+        char first = '\0';
+        if (std::ifstream in{path}; !(in >> first) || first != '{') {
+          wrong = fmt::format("{} '{}': is no JSON: give one of the files that `ckv calibrate` writes, {}",
+                              option.get_name(), path,
+                              option.get_name() == "--heads" ? "NAME_head_idx.json or NAME_head_scores.json"
+                                                             : "NAME_layer_score.jsonl");
+        }
+      }
+    }
+  });
+  return wrong;
+}
+
+CLI::Validator byte_count() {
+  return {[units = CLI::AsSizeValue(true)](std::string& text) -> std::string {
+            const std::size_t unit = std::min(text.find_first_not_of("0123456789"), text.size());
+            std::string number = text.substr(0, unit);
+            if (!check_count(number, 1, any).empty() ||
+                !std::all_of(text.begin() + static_cast<std::ptrdiff_t>(unit), text.end(),
+                             [](unsigned char c) { return std::isalpha(c) != 0; })) {
+              return fmt::format(
+                  "'{}' is no whole number from 1 to {}, with a unit where you like: 2MiB, 500kB", text, any);
+            }
+            std::string bytes = number + text.substr(unit);
+            std::string problem;
+            try {
+              problem = units(bytes);
+            } catch (const CLI::Error&) {
+              problem = "unit";
+            }
+            if (!problem.empty()) {
+              return fmt::format(
+                  "'{}' is more than {} bytes, or its unit is none of b, kB, KiB, MB, MiB, ... EB, EiB", text,
+                  any);
+            }
+            text = bytes;
+            return {};
+          },
+          "SIZE [b, kB, KiB, MB, MiB, ...]"};
+}
+
+CLI::Validator share() {
+  return {[](std::string& text) -> std::string {
+            const auto number = number_of<double>(text);
+            return number && *number >= 0.0 && *number <= 1.0
+                       ? std::string()
+                       : fmt::format("'{}' is no number from 0 to 1", text);
+          },
+          "0 to 1"};
+}
 
 void ModelArguments::add_to(CLI::App& command) {
   command.add_option("--model", model, "GGUF file of a model of the LLaMA architecture")
       ->required()
       ->type_name("M.gguf");
   command.add_option("--threads", threads, "Threads to use; 0: as many as the machine has")
-      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
 }
 
@@ -44,17 +251,20 @@ void CacheArguments::apply_to(Compression& how) const {
   how.pool = pool == "max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
 }
 
-std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
-                                                 const std::string& sha256) {
+std::optional<CalibrationFiles> find_calibration(const fs::path& models, const std::string& sha256) {
   std::error_code failure;
-  for (const auto& folder : std::filesystem::directory_iterator{models, failure}) {
-    const std::filesystem::path record_file = folder.path() / "calibration.json";
-    if (!std::filesystem::exists(record_file, failure)) {
+  for (const auto& folder : fs::directory_iterator{models, failure}) {
+    const fs::path record_file = folder.path() / "calibration.json";
+    if (!fs::is_regular_file(record_file, failure)) {
       continue;
     }
     const auto record = nlohmann::json::parse(read_text_file(record_file), nullptr, false);
-    if (record.is_object() && record.value("model_sha256", "") == sha256) {
-      const std::string name = record.value("model", "");
+    const auto text = [&](const char* key) {
+      const auto found = record.is_object() ? record.find(key) : record.end();
+      return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
+    };
+    if (text("model_sha256") == sha256) {
+      const std::string name = text("model");
       return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
                               .errors = folder.path() / (name + "_layer_score.jsonl"),
                               .scores = folder.path() / (name + "_head_scores.json")};
@@ -63,30 +273,77 @@ std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& mo
   return std::nullopt;
 }
 
-std::string read_text_file(const std::filesystem::path& path) {
-  std::ifstream in{path, std::ios::binary};
-  std::string text{std::istreambuf_iterator<char>{in}, {}};
-  if (!in.good() && !in.eof()) {
-    throw engine::Error(fmt::format("cannot read '{}': check the path and its permissions", path.string()));
+std::string read_text_file(const fs::path& path) {
+  const auto refuse = [&](const std::string& why) -> std::string {
+    throw engine::Error(fmt::format("cannot read '{}': {}", path.string(), why));
+  };
+  int number = -1;
+  while ((number = open(path.c_str(), O_RDONLY | O_CLOEXEC)) < 0) {  // waits for who writes a named pipe
+    if (errno != EINTR) {
+      return refuse(reason(errno));
+    }
+    check_interrupt();
   }
-  return text;
+  const Descriptor file{number};
+  struct stat entry = {};
+  if (fstat(number, &entry) != 0) {
+    return refuse(reason(errno));
+  }
+  if (S_ISCHR(entry.st_mode) || S_ISBLK(entry.st_mode)) {
+    return refuse("it is a device, which may have no end; give a file");
+  }
+  std::string text;
+  std::array<char, 1 << 16> piece{};
+  for (;;) {
+    const ssize_t count = read(number, piece.data(), piece.size());
+    if (count == 0) {
+      return text;
+    }
+    if (count > 0) {
+      text.append(piece.data(), static_cast<std::size_t>(count));
+    } else if (errno != EINTR) {
+      return refuse(reason(errno));
+    }
+    check_interrupt();
+  }
 }
 
-void write_text_file(const std::filesystem::path& path, const std::string& text) {
-  std::filesystem::path partial = path;
-  partial += ".partial";
-  std::ofstream out{partial, std::ios::binary};
-  out << text;
-  out.close();
-  std::error_code failure;
-  if (out) {
-    std::filesystem::rename(partial, path, failure);
+void write_text_file(const fs::path& path, const std::string& text) {
+  std::error_code unknown;
+  const fs::file_status there = fs::status(path, unknown);
+  int failure = 0;
+  if (fs::exists(there) && !fs::is_regular_file(there)) {
+    failure = write_all(path, text, 0);
+  } else {
+    // Where the path is a link, what it leads to is replaced.
+    const fs::path place = fs::exists(there) ? fs::canonical(path, unknown) : path;
+    fs::path partial = place;
+    partial += ".partial";
+    failure = write_all(partial, text, O_CREAT | O_TRUNC);
+    std::error_code moved;
+    if (failure == 0) {
+      fs::rename(partial, place, moved);
+      failure = moved.value();
+    }
+    if (failure != 0) {
+      fs::remove(partial, unknown);
+    }
   }
-  if (!out || failure) {
-    std::error_code ignored;
-    std::filesystem::remove(partial, ignored);
-    throw engine::Error(
-        fmt::format("cannot write '{}': check that its folder exists and has room", path.string()));
+  if (failure != 0) {
+    throw engine::Error(fmt::format("cannot write '{}': {}", path.string(), reason(failure)));
+  }
+}
+
+void check_writable(const char* option, const fs::path& path) {
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  std::error_code unknown;
+  const bool there = fs::exists(path, unknown);
+  const bool file = !there || fs::is_regular_file(path, unknown);
+  if (fs::is_directory(path, unknown)) {
+    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(EISDIR)));
+  }
+  if ((there && access(path.c_str(), W_OK) != 0) || (file && access(folder.c_str(), W_OK | X_OK) != 0)) {
+    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(errno)));
   }
 }
 

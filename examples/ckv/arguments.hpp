@@ -12,6 +12,21 @@
 
 namespace ckv {
 
+/// Has every number that the subcommands take checked as it is written, whichever option it belongs to: CLI11
+/// alone takes -1 for 2^64 - 1, what is above 2^64 for that, 010 for 8, and nan for a share. Also that what
+/// is named for reading is a file. Wrong usage otherwise, which names the option, the value and its bound.
+void check_values(CLI::App& app);
+
+/// What is wrong at sight with the first file that was named for reading, where something is: it is not there, or
+/// is no JSON where that is wanted.
+std::optional<std::string> wrong_input(const CLI::App& app);
+
+/// A validator of an amount of bytes, a whole number and perhaps a unit: 2MiB, 500kB.
+CLI::Validator byte_count();
+
+/// A validator of a number from 0 to 1.
+CLI::Validator share();
+
 struct ModelArguments {
   std::filesystem::path model{};
   int threads = 0;
@@ -40,14 +55,20 @@ struct CalibrationFiles {
   std::filesystem::path scores = {};  ///< raw, of each head
 };
 
-/// The calibration of this very file among the folders of `models`, told by its digest.
+/// The calibration of this very file among the folders of `models`, told by its digest. A record that is none
+/// is passed over.
 std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
                                                  const std::string& sha256);
 
-/// A file's bytes. Throws engine::Error naming it.
+/// The bytes of a file or a pipe. Throws engine::Error naming it and the system's reason; Interrupted where a
+/// pipe keeps it waiting and a signal comes.
 std::string read_text_file(const std::filesystem::path& path);
 
-/// Writes a file whole or not at all: beside its place first, then renamed. Throws engine::Error naming it.
+/// Writes a file whole or not at all: beside its place first, then renamed; what is there and no file, such
+/// as /dev/stdout, is written to as it is. Throws engine::Error naming it and the system's reason.
 void write_text_file(const std::filesystem::path& path, const std::string& text);
+
+/// Throws UsageError, naming the option, where `write_text_file` could not even begin: before hours of work.
+void check_writable(const char* option, const std::filesystem::path& path);
 
 }  // namespace ckv

@@ -95,43 +95,43 @@ Question ask(const DemoArguments& arguments, const LoadedModel& loaded) {
           .expect = std::string(needle.expect)};
 }
 
-/// An answer as one line of a table.
+/// An answer as a cell of a table.
 std::string one_line(std::string_view answer, std::size_t width) {
   std::string line;
   for (const char c : answer) {
-    line += c == '\n' || c == '\t' ? ' ' : c;
+    line += c == '\n' || c == '\t' || c == '\r' ? ' ' : c;
   }
-  if (line.size() <= width) {
-    return line;
-  }
-  std::size_t end = width - 3;
-  while (end > 0 && (static_cast<unsigned char>(line[end]) & 0xC0U) == 0x80U) {
-    --end;  // never half a character
-  }
-  return line.substr(0, end) + "...";
+  return cut(line, width).size() == line.size() ? line : std::string(cut(line, width - 3)) + "...";
 }
 
 std::optional<bool> right(const Question& question, const RunResult& result) {
   return question.expect.empty() ? std::nullopt : std::optional(holds(result.answer, question.expect));
 }
 
-void print_head() {
-  fmt::print("{:<11}{:>6}{:>7}{:>9}{:>9}{:>18}{:>10}  {}\n", "method", "kept", "right", "KV MiB", "peak MiB",
-             "compress ms", "tokens/s", "answer");
+Table table() {
+  return Table{{{.title = "method", .width = 11, .left = true},
+                {.title = "kept", .width = 6},
+                {.title = "right", .width = 7},
+                {.title = "KV MiB", .width = 9},
+                {.title = "peak MiB", .width = 9},
+                {.title = "compress ms", .width = 18},
+                {.title = "tokens/s", .width = 10},
+                {.title = "  answer", .width = 20, .left = true}}};
 }
 
-void print_row(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
+void print_row(const Table& table, const MethodInfo& method, double share, const Question& question,
+               const RunResult& result) {
   const std::optional<bool> is_right = right(question, result);
   const std::string compress = method.method != Method::full
                                    ? fmt::format("{:.1f} ({:.2f} %)", result.compress_ms,
                                                  100.0 * result.compress_ms / result.prefill_ms)
                                    : std::string("-");
-  fmt::print("{:<11}{:>4.0f} %{:>7}{:>9.2f}{:>9.2f}{:>18}{:>10.1f}  {}\n", method.name, 100.0 * share,
+  table.row({std::string(method.name), fmt::format("{:.0f} %", 100.0 * share),
              is_right ? (*is_right ? "yes" : "no") : "-",
-             static_cast<double>(result.kv_bytes_kept) / mebibyte,
-             static_cast<double>(result.kv_bytes_peak) / mebibyte, compress,
-             result.decode_tokens_per_second(), one_line(result.answer, 100));
-  std::fflush(stdout);
+             fmt::format("{:.2f}", static_cast<double>(result.kv_bytes_kept) / mebibyte),
+             fmt::format("{:.2f}", static_cast<double>(result.kv_bytes_peak) / mebibyte), compress,
+             fmt::format("{:.1f}", result.decode_tokens_per_second()), "  " + one_line(result.answer, 100)});
+  flush_stdout();
 }
 
 Json run_json(const MethodInfo& method, double share, const Question& question, const RunResult& result) {
@@ -158,9 +158,13 @@ void demo(const DemoArguments& arguments) {
       throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
     }
   }
+  if (!arguments.json.empty()) {
+    check_writable("--json", arguments.json);
+  }
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
   const Compression compresskv_way = compression_of(arguments, sha256);
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  check_interrupt();
   const Question question = ask(arguments, loaded);
 
   fmt::print("{}: {} tokens", arguments.model.model.filename().string(), question.tokens.size());
@@ -168,7 +172,8 @@ void demo(const DemoArguments& arguments) {
     fmt::print("; hidden {:.0f} % deep: \"{}\"", 100.0 * arguments.depth, demo_needle().fact);
   }
   fmt::print("\nQuestion: {}\n\n", question.text.empty() ? "(the text itself)" : question.text);
-  print_head();
+  const Table rows = table();
+  flush_stdout();
 
   Json out = {{"model", arguments.model.model.filename().string()},
               {"model_sha256", sha256},
@@ -203,7 +208,7 @@ void demo(const DemoArguments& arguments) {
     how.budget = compresskv::Budget::kept_ratio(share);
     const RunResult result = run(loaded, question.tokens, how, options);
     progress.clear();
-    print_row(info(method), share, question, result);
+    print_row(rows, info(method), share, question, result);
     out["runs"].push_back(run_json(info(method), share, question, result));
   }
   fmt::print(
@@ -239,7 +244,7 @@ void add_demo(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--depth", arguments->depth, "Where the needle lies: 0 first, 1 last")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(share())
       ->capture_default_str();
   command->add_option("--ratios", arguments->ratios, "Shares of the cache to keep")
       ->delimiter(',')

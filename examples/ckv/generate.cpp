@@ -2,13 +2,16 @@
 
 #include <fmt/core.h>
 
+#include <array>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstdint>
 #include <cstdio>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arguments.hpp"
@@ -35,6 +38,7 @@ struct GenerateArguments {
   std::uint64_t bytes = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
   std::size_t decode_every = 0;
@@ -68,7 +72,8 @@ std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) 
   return std::nullopt;
 }
 
-/// What the options ask for. Throws UsageError before any file is opened where they do not go together.
+/// What the options ask for, but what files hold. Throws UsageError before any is opened where they do not go
+/// together.
 Compression compression_of(const GenerateArguments& arguments) {
   const MethodInfo& method = compresskv::method_named(arguments.method);
   Compression how{.method = method.method, .budget = budget_of(arguments)};
@@ -99,22 +104,60 @@ Compression compression_of(const GenerateArguments& arguments) {
     throw UsageError(
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
-  if ((method.needs_heads || method.needs_scores) && arguments.heads.empty()) {
-    throw UsageError(fmt::format(
-        "--method {} needs --heads: the {} of the model's heads, which `ckv calibrate --model "
-        "{} --out DIR` makes",
-        method.name, method.needs_scores ? "raw scores" : "ranking", arguments.model.model.string()));
-  }
-  if (method.needs_scores) {
-    how.scores = compresskv::io::load_head_scores(arguments.heads);
-  }
-  if (method.needs_heads) {
-    how.heads = compresskv::io::load_head_ranking(arguments.heads);
-  }
-  if (!arguments.errors.empty()) {
-    how.errors = compresskv::io::load_layer_errors(arguments.errors);
+  if (how.method == Method::full) {
+    const std::array<std::pair<const char*, bool>, 5> unused = {
+        {{"--rows", arguments.rows_option->count() > 0},
+         {"--ratio", arguments.ratio_option->count() > 0},
+         {"--bytes", arguments.bytes_option->count() > 0},
+         {"--heads", !arguments.heads.empty()},
+         {"--errors", !arguments.errors.empty()}}};
+    for (const auto& [option, given] : unused) {
+      if (given) {
+        throw UsageError(
+            fmt::format("{} has no use with --method full, which keeps the whole cache: drop it, or give "
+                        "another method",
+                        option));
+      }
+    }
   }
   return how;
+}
+
+/// The calibration to run with: the user's; for a method that needs heads, where none are given, the one made
+/// from this model file, with its layer errors unless others are given.
+CalibrationFiles calibration_of(const GenerateArguments& arguments, const MethodInfo& method) {
+  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
+    return files;
+  }
+  const std::optional<CalibrationFiles> found =
+      find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
+  if (!found) {
+    throw UsageError(
+        fmt::format("--method {} needs --heads: no calibration of this model in '{}'; `ckv calibrate --model "
+                    "{} --out DIR` "
+                    "makes one",
+                    method.name, arguments.models_dir.string(), arguments.model.model.string()));
+  }
+  files.heads = method.needs_scores ? found->scores : found->heads;
+  // As in `evaluate`: the paper's budgets belong to the paper's method.
+  if (files.errors.empty() && method.needs_heads) {
+    files.errors = found->errors;
+  }
+  return files;
+}
+
+/// Reads what the method uses of it.
+void load(const CalibrationFiles& files, const MethodInfo& method, Compression& how) {
+  if (method.needs_scores) {
+    how.scores = compresskv::io::load_head_scores(files.heads);
+  }
+  if (method.needs_heads) {
+    how.heads = compresskv::io::load_head_ranking(files.heads);
+  }
+  if (!files.errors.empty()) {
+    how.errors = compresskv::io::load_layer_errors(files.errors);
+  }
 }
 
 Json budget_json(const GenerateArguments& arguments) {
@@ -134,11 +177,12 @@ Json count_json(std::size_t count) { return count == 0 ? Json() : Json(count); }
 
 Json file_json(const std::filesystem::path& path) { return path.empty() ? Json() : Json(path.string()); }
 
-Json settings_json(const GenerateArguments& arguments, const LoadedModel& loaded) {
+Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& files,
+                   const LoadedModel& loaded) {
   return {{"method", arguments.method},
           {"budget", budget_json(arguments)},
-          {"heads", file_json(arguments.heads)},
-          {"errors", file_json(arguments.errors)},
+          {"heads", file_json(files.heads)},
+          {"errors", file_json(files.errors)},
           {"window", arguments.cache.window},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
@@ -173,7 +217,7 @@ Json per_layer(const RunResult& result, Of&& of) {
   return layers;
 }
 
-Json result_json(const GenerateArguments& arguments, const LoadedModel& loaded,
+Json result_json(const GenerateArguments& arguments, const CalibrationFiles& files, const LoadedModel& loaded,
                  const std::vector<TokenId>& prompt, const RunResult& result) {
   Json out;
   out["answer"] = result.answer;
@@ -197,7 +241,7 @@ Json result_json(const GenerateArguments& arguments, const LoadedModel& loaded,
   out["compress_ms"] = result.compress_ms;
   out["decode_tokens_per_second"] = result.decode_tokens_per_second();
   out["model_sha256"] = engine::sha256_of_file(arguments.model.model);
-  out["settings"] = settings_json(arguments, loaded);
+  out["settings"] = settings_json(arguments, files, loaded);
   return out;
 }
 
@@ -220,19 +264,23 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
 }
 
 void generate(const GenerateArguments& arguments) {
-  const Compression how = compression_of(arguments);
+  Compression how = compression_of(arguments);
+  const MethodInfo& method = info(how.method);
   const std::string text =
       arguments.prompt_option->count() > 0
           ? checked_text(arguments.prompt, "--prompt")
           : checked_text(read_text_file(arguments.prompt_file),
                          fmt::format("--prompt-file '{}'", arguments.prompt_file.string()));
   const std::string question = checked_text(arguments.question, "--question");
+  const CalibrationFiles files = calibration_of(arguments, method);
+  load(files, method, how);
   const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  check_interrupt();
   const std::vector<TokenId> prompt =
       arguments.raw ? encode_prompt(loaded, text)
                     : encode_prompt(loaded, chat_prompt(loaded, message_text(text, question)));
   const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
-  check_calibration(arguments.heads, arguments.errors, shape);
+  check_calibration(files.heads, files.errors, shape);
   check_budget(how, shape, prompt.size());
 
   const std::size_t chunks = arguments.prefill_chunk == 0
@@ -250,16 +298,15 @@ void generate(const GenerateArguments& arguments) {
     progress.clear();
     if (!arguments.json) {
       fmt::print("{}", part);
-      std::fflush(stdout);
+      flush_stdout();
     }
   };
   const RunResult result = run(loaded, prompt, how, options);
   progress.clear();
   if (arguments.json) {
     // An answer cut off by the token limit may end inside a character.
-    fmt::print(
-        "{}\n",
-        result_json(arguments, loaded, prompt, result).dump(-1, ' ', false, Json::error_handler_t::replace));
+    fmt::print("{}\n", result_json(arguments, files, loaded, prompt, result)
+                           .dump(-1, ' ', false, Json::error_handler_t::replace));
   } else {
     fmt::print("\n");
   }
@@ -291,7 +338,7 @@ void add_generate(CLI::App& app) {
       ->check(CLI::IsMember(method_names()))
       ->capture_default_str();
   CLI::Option_group* budget = command->add_option_group(
-      "Budget", "How much to keep, window included: one of these; `full` needs none");
+      "Budget", "How much to keep, window included: one of these; `full` takes none");
   arguments->rows_option =
       budget->add_option("--rows", arguments->rows, "Tokens a layer, on average")->check(CLI::PositiveNumber);
   arguments->ratio_option =
@@ -299,20 +346,23 @@ void add_generate(CLI::App& app) {
   arguments->bytes_option = budget
                                 ->add_option("--bytes", arguments->bytes,
                                              "Bytes of keys and values over all layers; 2MiB, 500kB, ...")
-                                ->transform(CLI::AsSizeValue(true));
+                                ->transform(byte_count());
   budget->require_option(0, 1);
 
   command
       ->add_option(
           "--heads", arguments->heads,
-          "For the compresskv methods: head ranking or raw head scores, as `ckv calibrate` writes them")
+          "For the compresskv methods: head ranking or raw head scores, as `ckv calibrate` writes them; "
+          "default: those in --models-dir made from this model file, and their layer errors")
       ->type_name("FILE");
   command
-      ->add_option(
-          "--errors", arguments->errors,
-          "Layer errors, by which layers share the budget; without: every layer the same. pyramidkv and cake "
-          "have budgets of their own")
+      ->add_option("--errors", arguments->errors,
+                   "Layer errors, by which layers share the budget; with --heads alone: every layer the "
+                   "same. pyramidkv "
+                   "and cake have budgets of their own")
       ->type_name("FILE");
+  command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
+      ->type_name("DIR");
   CLI::Option* chunk = command
                            ->add_option("--prefill-chunk", arguments->prefill_chunk,
                                         "Read the prompt so many tokens at a time; the answer stays the same")
@@ -337,7 +387,7 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   command
       ->add_option("--top-p", arguments->sampling.top_p, "Sample among the likeliest that make up this share")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(share())
       ->capture_default_str();
   command->add_option("--seed", arguments->sampling.seed, "Of the sampling")->capture_default_str();
   CLI::Option* json = command->add_flag("--json", arguments->json,
@@ -348,8 +398,8 @@ void add_generate(CLI::App& app) {
       ->needs(json);
   command->footer(
       "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
-      "0.12 "
-      "--heads M_head_idx.json --errors M_layer_score.jsonl");
+      "0.12\nA model without a calibration in --models-dir: add --heads M_head_idx.json --errors "
+      "M_layer_score.jsonl.");
   command->callback([arguments] { generate(*arguments); });
 }
 

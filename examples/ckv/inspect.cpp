@@ -19,6 +19,7 @@
 #include "engine/sha256.hpp"
 #include "engine/tokenizer.hpp"
 #include "run.hpp"
+#include "terminal.hpp"
 
 namespace ckv {
 namespace {
@@ -111,18 +112,22 @@ void print_savings(const InspectArguments& arguments, const engine::ModelConfig&
   const auto mib = [&](std::size_t tokens) {
     return static_cast<double>(engine::Sequence::full_cache_bytes(config, type, tokens)) / mebibyte;
   };
-  fmt::print("\nKV cache of one sequence in {}, MiB\n{:>10}{:>11}", arguments.kv_type, "tokens", "full");
+  fmt::print("\nKV cache of one sequence in {}, MiB\n", arguments.kv_type);
+  std::vector<Table::Column> columns = {{.title = "tokens", .width = 10}, {.title = "full", .width = 11}};
   for (const double share : shares) {
-    fmt::print("{:>9.0f} %", 100.0 * share);
+    columns.push_back({.title = fmt::format("{:.0f} %", 100.0 * share), .width = 11});
   }
-  fmt::print("{:>16}\n", "saved at 12 %");
+  columns.push_back({.title = "saved at 12 %", .width = 15});
+  columns.push_back({.title = "", .width = 30, .left = true});
+  const Table table{columns};
   for (const std::size_t length : arguments.lengths) {
-    fmt::print("{:>10}{:>11.1f}", length, mib(length));
+    std::vector<std::string> cells = {std::to_string(length), fmt::format("{:.1f}", mib(length))};
     for (const double share : shares) {
-      fmt::print("{:>11.1f}", mib(rows_kept(shape, share, length)));
+      cells.push_back(fmt::format("{:.1f}", mib(rows_kept(shape, share, length))));
     }
-    fmt::print("{:>16.1f}{}\n", mib(length) - mib(rows_kept(shape, 0.12, length)),
-               length > config.context ? "   beyond the model's context" : "");
+    cells.push_back(fmt::format("{:.1f}", mib(length) - mib(rows_kept(shape, 0.12, length))));
+    cells.emplace_back(length > config.context ? "  beyond the model's context" : "");
+    table.row(cells);
   }
 }
 
@@ -139,12 +144,13 @@ void inspect(const InspectArguments& arguments) {
     parameters += tensor.elements;
   }
   if (arguments.json) {
-    fmt::print("{}\n", inspect_json(arguments, file, config, tokenizer, types)
-                           .dump(-1, ' ', false, Json::error_handler_t::replace));
+    const Json out = inspect_json(arguments, file, config, tokenizer, types);
+    check_interrupt();  // the digest of a large file takes its time
+    fmt::print("{}\n", out.dump(-1, ' ', false, Json::error_handler_t::replace));
     return;
   }
 
-  const auto line = [](const char* what, const std::string& value) { fmt::print("{:<14}{}\n", what, value); };
+  const auto line = [](const char* what, const std::string& value) { print_entry(what, value, 14); };
   line("file", fmt::format("{} (GGUF v{}, {:.1f} MiB)", arguments.model.string(), file.version(),
                            static_cast<double>(file.file_bytes()) / mebibyte));
   line("model",

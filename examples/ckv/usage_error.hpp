@@ -10,10 +10,16 @@ class UsageError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Ctrl-C was pressed. Thrown between two layers or two tokens, so that destructors tidy up.
+/// A signal asked for an end: Ctrl-C, or SIGTERM. Thrown between two layers or two tokens, so that
+/// destructors tidy up. Exit code 128 + signal, as shells have it.
 class Interrupted : public std::runtime_error {
  public:
-  Interrupted() : std::runtime_error("interrupted") {}
+  explicit Interrupted(int signal) : std::runtime_error("interrupted"), signal_(signal) {}
+
+  int signal() const { return signal_; }
+
+ private:
+  int signal_;
 };
 
 }  // namespace ckv

@@ -1,0 +1,402 @@
+// What the tool takes on its command line, and how it says no: exit codes, messages, streams that do not take
+// what it prints.
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <array>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "message_of.hpp"
+#include "model_fixture.hpp"
+#include "tool.hpp"
+
+namespace ckv_test {
+namespace {
+
+using compresskv::test::says;
+
+std::string tool() { return quoted(COMPRESSKV_CKV_BINARY); }
+
+/// The tool through a shell, which may redirect what it likes.
+Outcome run_shell(const std::string& command) {
+  const Folder folder;
+  const std::string whole = "{ " + command + "; } 2>" + quoted(folder.path("err").string());
+  const int status = std::system(whole.c_str());
+  return {.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .out = "", .err = read(folder.path("err"))};
+}
+
+std::size_t longest_line(const std::string& text) {
+  std::istringstream lines{text};
+  std::size_t longest = 0;
+  for (std::string line; std::getline(lines, line);) {
+    longest = std::max(longest, line.size());
+  }
+  return longest;
+}
+
+// ---- numbers
+// ---------------------------------------------------------------------------------------------------
+
+/// Every option of every subcommand that takes a number.
+struct NumberOption {
+  std::string command;
+  std::string name;
+  bool real;
+};
+
+const std::vector<NumberOption>& number_options() {
+  static const std::vector<NumberOption> options = [] {
+    std::vector<NumberOption> all;
+    for (const char* command : {"generate", "calibrate", "demo", "evaluate", "inspect"}) {
+      std::istringstream help{run_tool({command, "--help"}).out};
+      for (std::string line; std::getline(help, line);) {
+        std::istringstream words{line};
+        std::string name;
+        std::string type;
+        words >> name >> type;
+        const bool whole =
+            type.starts_with("UINT") || type.starts_with("INT") || type.find("POSITIVE") != std::string::npos;
+        if (name.starts_with("--") && (whole || type.starts_with("FLOAT"))) {
+          all.push_back({command, name, !whole});
+        }
+      }
+    }
+    return all;
+  }();
+  return options;
+}
+
+TEST(Arguments, TheHelpNamesTheNumberOptions) {
+  // Else the tests below would look at nothing.
+  EXPECT_GE(number_options().size(), 45U);
+  for (const char* name :
+       {"--bytes", "--seed", "--rows", "--threads", "--ablate", "--error-rows", "--length"}) {
+    EXPECT_TRUE(std::any_of(number_options().begin(), number_options().end(),
+                            [&](const NumberOption& option) { return option.name == name; }))
+        << name;
+  }
+}
+
+TEST(Arguments, ANumberThatIsNoneIsWrongUsageInEveryOption) {
+  const std::vector<std::string> for_all = {"nan", "inf", "-inf", "1e999", "12abc",
+                                            "",    " 5",  "+5",   "0x10",  "five"};
+  const std::vector<std::string> for_counts = {
+      "-1", "-5", "1.5", "1e3", "18446744073709551616", "99999999999999999999999999"};
+  for (const NumberOption& option : number_options()) {
+    std::vector<std::string> values = for_all;
+    if (!option.real) {
+      values.insert(values.end(), for_counts.begin(), for_counts.end());
+    }
+    for (const std::string& value : values) {
+      if (option.name == "--ablate" && value.empty()) {
+        continue;  // this one may stand without a value
+      }
+      // The first option read is the one that is refused: nothing else is wrong with the value of --model.
+      const Outcome outcome = run_tool(
+          {option.command, option.name, value, option.command == "inspect" ? "m.gguf" : "--model=m.gguf"});
+      EXPECT_EQ(outcome.code, 2) << option.command << ' ' << option.name << " '" << value
+                                 << "': " << outcome.err;
+      EXPECT_TRUE(
+          says(outcome.err, {option.name, "'" + value + "'", option.real ? "number" : "whole number from "}));
+      EXPECT_EQ(outcome.out, "");
+      EXPECT_LT(longest_line(outcome.err), 200U) << outcome.err;
+    }
+  }
+}
+
+TEST(Arguments, ANumberOutOfItsBoundsNamesThem) {
+  const auto refuse = [](const Arguments& arguments, std::initializer_list<std::string_view> parts) {
+    const Outcome outcome = run_tool(arguments);
+    EXPECT_EQ(outcome.code, 2) << outcome.err;
+    EXPECT_TRUE(says(outcome.err, parts));
+  };
+  refuse({"generate", "--rows", "0"}, {"--rows", "'0'", "from 1 to 4294967295"});
+  refuse({"generate", "--bytes", "0"}, {"--bytes", "'0'", "from 1 to 18446744073709551615"});
+  refuse({"generate", "--bytes", "-1"}, {"--bytes", "'-1'", "from 1 to 18446744073709551615"});
+  refuse({"generate", "--bytes", "2XB"}, {"--bytes", "'2XB'", "MiB"});
+  refuse({"generate", "--bytes", "1.5MiB"}, {"--bytes", "'1.5MiB'", "whole number"});
+  refuse({"generate", "--bytes", "16EiB"}, {"--bytes", "'16EiB'", "18446744073709551615"});
+  refuse({"generate", "--seed", "18446744073709551616"}, {"--seed", "from 0 to 18446744073709551615"});
+  refuse({"generate", "--threads", "-1"}, {"--threads", "'-1'", "from 0 to 1024"});
+  refuse({"generate", "--threads", "100000"}, {"--threads", "from 0 to 1024"});
+  refuse({"generate", "--temperature", "-0.5"}, {"--temperature", "'-0.5'", "0 or more"});
+  refuse({"generate", "--temperature", "1e39"}, {"--temperature", "'1e39'", "finite"});
+  refuse({"generate", "--top-p", "1.5"}, {"--top-p", "'1.5'", "from 0 to 1"});
+  refuse({"demo", "--depth", "2"}, {"--depth", "'2'", "from 0 to 1"});
+  refuse({"inspect", "m.gguf", "--length", "512,-1"}, {"--length", "'-1'", "from 1 to"});
+  refuse({"inspect", "m.gguf", "--length", "18446744073709551615"}, {"--length", "to 4294967295"});
+  refuse({"evaluate", "--lengths", "5,0"}, {"--lengths", "'0'", "from 1 to"});
+  refuse({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "streaming", "--ratio", "0"},
+         {"--ratio", "budget ratio is 0"});
+}
+
+TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
+  const Folder folder;
+  const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
+  const std::array<std::pair<const char*, std::string>, 5> budgets = {{{"--ratio", "0.5"},
+                                                                       {"--rows", "9"},
+                                                                       {"--bytes", "2MiB"},
+                                                                       {"--heads", ranking},
+                                                                       {"--errors", ranking}}};
+  for (const auto& [option, value] : budgets) {
+    expect_usage_error({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "full", option, value},
+                       std::string(option) + " has no use with --method full, which keeps the whole cache");
+  }
+}
+
+// ---- subcommands and files
+// -------------------------------------------------------------------------------------
+
+TEST(Arguments, NoSubcommandPrintsTheHelpAndAnUnknownOneIsNamed) {
+  const Outcome none = run_tool({});
+  EXPECT_EQ(none.code, 2);
+  EXPECT_EQ(none.out, "");
+  EXPECT_TRUE(says(none.err, {"Usage: ckv", "generate", "calibrate", "demo", "evaluate", "inspect"}));
+  expect_usage_error(
+      {"fly"}, "there is no subcommand 'fly': give one of generate, calibrate, demo, evaluate, inspect");
+  expect_usage_error({"inspekt", "m.gguf"}, "'inspekt'");
+  expect_usage_error({""}, "there is no subcommand ''");
+  expect_usage_error({"inspect", "m.gguf", "more"}, "more");
+  expect_usage_error({"inspect", "m.gguf", "--fast"}, "--fast");
+}
+
+TEST(Arguments, AFileThatIsNotThereIsWrongUsageWithTheSystemsReason) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string none = folder.path("none").string();
+  const std::string out = folder.path("out").string();
+  const std::string there = ": No such file or directory";
+  const auto refuse = [&](const Arguments& arguments, const std::string& option) {
+    expect_usage_error(arguments, option + " '" + none + "'" + there);
+  };
+  refuse({"inspect", none}, "model");
+  refuse({"generate", "--model", none, "--prompt", "x", "--method", "full"}, "--model");
+  refuse({"generate", "--model", none, "--prompt", "x", "--rows", "9"}, "--model");
+  refuse({"generate", "--model", model, "--prompt-file", none, "--method", "full"}, "--prompt-file");
+  refuse({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", none}, "--heads");
+  refuse(
+      {"generate", "--model", model, "--prompt", "x", "--method", "snapkv", "--rows", "9", "--errors", none},
+      "--errors");
+  refuse({"demo", "--model", none}, "--model");
+  refuse({"evaluate", "--model", none, "--ratios", "0.5", "--out", out}, "--model");
+  refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--heads", none}, "--heads");
+  refuse({"calibrate", "--model", none, "--out", out}, "--model");
+  refuse({"calibrate", "--model", model, "--out", out, "--needle-file", none}, "--needle-file");
+}
+
+TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string text = folder.write("book.txt", "Call me Ishmael.").string();
+  const Arguments start = {"generate", "--model", model, "--prompt", "x", "--rows", "9"};
+  const auto refuse = [&](const Arguments& more, const std::string& message) {
+    Arguments all = start;
+    all.insert(all.end(), more.begin(), more.end());
+    expect_usage_error(all, message);
+  };
+  const std::string is_none =
+      " '" + text + "': is no JSON: give one of the files that `ckv calibrate` writes, ";
+  refuse({"--heads", text}, "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
+  refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
+}
+
+TEST(Arguments, WhatIsNoFileIsNotReadFrom) {
+  const Folder folder;
+  const std::string pipe = folder.path("pipe").string();
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  const std::array<std::pair<std::string, std::string>, 4> places = {
+      {{folder.path("").string(), "is a folder"},
+       {"/dev/zero", "is a device"},
+       {pipe, "is a pipe"},
+       {"", "is no path"}}};
+  for (const auto& [path, what] : places) {
+    for (const char* option : {"--model", "--heads", "--errors", "--prompt-file"}) {
+      if (path == pipe && option == std::string("--prompt-file")) {
+        continue;
+      }
+      const Outcome outcome = run_tool({"generate", option, path});
+      EXPECT_EQ(outcome.code, 2) << option << ' ' << outcome.err;
+      EXPECT_TRUE(says(outcome.err, {option, "'" + path + "'", what}));
+    }
+    expect_usage_error({"inspect", path}, what);
+  }
+  // A prompt may come through a pipe; then the model is what is wrong.
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const Outcome piped = run_shell("echo text | " + tool() + " generate --model " + quoted(model) +
+                                  " --method full --prompt-file /dev/stdin");
+  EXPECT_EQ(piped.code, 1);
+  EXPECT_TRUE(says(piped.err, {"broken.gguf"}));
+}
+
+TEST(Arguments, AnOutputThatCannotBeIsRefusedBeforeTheWork) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("none/out.json").string()},
+                     "--json '" + folder.path("none/out.json").string() + "': No such file or directory");
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("").string()}, "Is a directory");
+}
+
+// ---- streams
+// ---------------------------------------------------------------------------------------------------
+
+TEST(Arguments, AStdoutThatTakesNothingIsExitCode1) {
+  for (const char* what : {"--help", "--version", "generate --help", "inspect --help"}) {
+    const Outcome full = run_shell(tool() + " " + what + " >/dev/full");
+    EXPECT_EQ(full.code, 1) << what;
+    EXPECT_TRUE(says(full.err, {"cannot write to stdout", "No space left on device"}));
+    const Outcome closed = run_shell(tool() + " " + what + " >&-");
+    EXPECT_EQ(closed.code, 1) << what;
+    EXPECT_TRUE(says(closed.err, {"cannot write to stdout", "Bad file descriptor"}));
+  }
+}
+
+TEST(Arguments, AStderrThatTakesNothingChangesNoExitCode) {
+  EXPECT_EQ(run_shell(tool() + " fly 2>/dev/full").code, 2);
+  EXPECT_EQ(run_shell(tool() + " fly 2>&-").code, 2);
+  EXPECT_EQ(run_shell(tool() + " 2>/dev/full").code, 2);
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  EXPECT_EQ(run_shell(tool() + " inspect " + quoted(model) + " 2>/dev/full").code, 1);
+}
+
+// ---- with the real model
+// ---------------------------------------------------------------------------------------
+
+class ArgumentsWithModel : public RealModel {
+ protected:
+  static std::string model() { return quoted(model_path()); }
+};
+
+TEST_F(ArgumentsWithModel, AFullDiskBehindStdoutIsExitCode1) {
+  for (const std::string& what :
+       {" inspect " + model(), " inspect --json " + model(),
+        " generate --method full --prompt hi --max-new-tokens 2 --model " + model(),
+        " generate --method full --prompt hi --max-new-tokens 2 --json --model " + model()}) {
+    const Outcome outcome = run_shell(tool() + what + " >/dev/full");
+    EXPECT_EQ(outcome.code, 1) << what;
+    EXPECT_TRUE(says(outcome.err, {"cannot write to stdout", "No space left on device"}));
+  }
+  EXPECT_EQ(run_shell(tool() + " inspect " + model() + " >/dev/null").code, 0);
+}
+
+TEST_F(ArgumentsWithModel, SignalsEndAnAnswerWithTheirExitCode) {
+  for (const auto& [name, code] : {std::pair{"INT", 130}, {"TERM", 143}}) {
+    for (const std::string& what : {" generate --method full --prompt 'Tell me a long story.' --temperature "
+                                    "1.5 --max-new-tokens 100000 --model " +
+                                        model(),
+                                    " demo --haystack " + quoted(COMPRESSKV_SOURCE_DIR "/docs/engines.md") +
+                                        " --length 3500 --model " + model()}) {
+      const Outcome outcome = run_shell(std::string("timeout --preserve-status -k 60 -s ") + name + " 2 " +
+                                        tool() + what + " >/dev/null");
+      EXPECT_EQ(outcome.code, code) << what << outcome.err;
+      EXPECT_TRUE(says(outcome.err, {"interrupted"}));
+    }
+  }
+}
+
+TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
+  const Arguments start = {"generate",
+                           "--model",
+                           model_path(),
+                           "--json",
+                           "--positions",
+                           "--max-new-tokens",
+                           "3",
+                           "--rows",
+                           "40",
+                           "--prompt",
+                           read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 3000)};
+  const auto with = [&](const Arguments& more) {
+    Arguments all = start;
+    all.insert(all.end(), more.begin(), more.end());
+    const Outcome outcome = run_tool(all);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return outcome.json();
+  };
+  const std::string heads = calibration("_head_idx.json").string();
+  const std::string errors = calibration("_layer_score.jsonl").string();
+  const Json found = with({});
+  EXPECT_EQ(found.at("kept_positions"), with({"--heads", heads, "--errors", errors}).at("kept_positions"));
+  EXPECT_NE(found.at("kept_positions"),
+            with({"--heads", heads}).at("kept_positions"));  // every layer the same
+  EXPECT_EQ(std::filesystem::path(found.at("settings").at("heads")).filename(),
+            std::filesystem::path(heads).filename());
+  EXPECT_EQ(std::filesystem::path(found.at("settings").at("errors")).filename(),
+            std::filesystem::path(errors).filename());
+  // Raw scores for the methods that weigh them
+  const Json weighed = with({"--method", "model-wide"});
+  EXPECT_EQ(weighed.at("kept_positions"),
+            with({"--method", "model-wide", "--heads", calibration("_head_scores.json").string()})
+                .at("kept_positions"));
+  // Methods without heads look for none.
+  EXPECT_EQ(with({"--method", "snapkv"}).at("settings").at("heads"), Json());
+  const Folder folder;
+  Arguments elsewhere = start;
+  elsewhere.insert(elsewhere.end(), {"--models-dir", folder.path("none").string()});
+  expect_usage_error(elsewhere, "--method compresskv needs --heads: no calibration of this model in '" +
+                                    folder.path("none").string());
+}
+
+TEST_F(ArgumentsWithModel, TablesKeepToTheWidthOfTheTerminal) {
+  const auto inspect = [&](const std::string& columns) {
+    const Folder folder;
+    const std::string out = folder.path("out").string();
+    const Outcome outcome =
+        run_shell("COLUMNS=" + columns + " " + tool() + " inspect " + model() + " >" + quoted(out));
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return read(out);
+  };
+  const std::string wide = inspect("");
+  EXPECT_GT(longest_line(wide), 80U);
+  for (const std::size_t columns : {80U, 40U}) {
+    const std::string narrow = inspect(std::to_string(columns));
+    EXPECT_LE(longest_line(narrow), columns) << narrow;
+    // Nothing is lost but the path, which may be one word wider than the terminal.
+    const auto numbers = [](const std::string& text) {
+      std::istringstream words{text.substr(text.find("\nKV cache of"))};
+      return std::vector<std::string>{std::istream_iterator<std::string>{words}, {}};
+    };
+    EXPECT_EQ(numbers(narrow), numbers(wide)) << narrow;
+  }
+}
+
+/// What appears on a terminal of so many columns.
+std::string on_terminal(const std::string& command, std::size_t columns) {
+  const Folder folder;
+  const std::string typed = folder.path("typed").string();
+  run_shell("script -qec " + quoted("stty cols " + std::to_string(columns) + "; unset COLUMNS; " + command) +
+            " " + quoted(typed) + " >/dev/null </dev/null");
+  return read(typed);
+}
+
+TEST_F(ArgumentsWithModel, ProgressIsOneLineThatOnlyGrows) {
+  if (std::system("command -v script >/dev/null") != 0) {
+    GTEST_SKIP() << "no program `script`, which makes a terminal";
+  }
+  for (const std::size_t columns : {80U, 40U, 10U}) {
+    const std::string seen =
+        on_terminal(tool() + " generate --method full --max-new-tokens 1 --prefill-chunk 64 --model " +
+                        model() + " --prompt-file " + quoted(COMPRESSKV_SOURCE_DIR "/docs/calibration.md"),
+                    columns);
+    std::size_t lines = 0;
+    std::size_t bar = 0;
+    for (std::size_t at = seen.find("\r\033[K"); at != std::string::npos;
+         at = seen.find("\r\033[K", at + 1)) {
+      const std::string line = seen.substr(at + 4, seen.find_first_of("\r\n", at + 4) - at - 4);
+      EXPECT_LT(line.size(), columns) << line;
+      const auto full = static_cast<std::size_t>(std::count(line.begin(), line.end(), '='));
+      EXPECT_TRUE(line.empty() || full >= bar) << line;
+      bar = std::max(bar, full);
+      ++lines;
+    }
+    EXPECT_GT(lines, 2U) << seen;
+  }
+}
+
+}  // namespace
+}  // namespace ckv_test
