@@ -17,8 +17,8 @@ namespace ckv {
 /// is named for reading is a file. Wrong usage otherwise, which names the option, the value and its bound.
 void check_values(CLI::App& app);
 
-/// What is wrong at sight with the first file that was named for reading, where something is: it is not there, or
-/// is no JSON where that is wanted.
+/// What is wrong at sight with the first file that was named for reading, where something is: it is not
+/// there, or is no JSON where that is wanted.
 std::optional<std::string> wrong_input(const CLI::App& app);
 
 /// A validator of an amount of bytes, a whole number and perhaps a unit: 2MiB, 500kB.
