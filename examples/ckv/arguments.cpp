@@ -185,22 +185,20 @@ CLI::Validator byte_count() {
   return {[units = CLI::AsSizeValue(true)](std::string& text) -> std::string {
             const std::size_t unit = std::min(text.find_first_not_of("0123456789"), text.size());
             std::string number = text.substr(0, unit);
-            if (!check_count(number, 1, any).empty() ||
-                !std::all_of(text.begin() + static_cast<std::ptrdiff_t>(unit), text.end(),
-                             [](unsigned char c) { return std::isalpha(c) != 0; })) {
-              return fmt::format(
-                  "'{}' is no whole number from 1 to {}, with a unit where you like: 2MiB, 500kB", text, any);
-            }
-            std::string bytes = number + text.substr(unit);
-            std::string problem;
+            std::string bytes;
             try {
-              problem = units(bytes);
+              if (check_count(number, 1, any).empty()) {
+                bytes = number + text.substr(unit);
+                if (!units(bytes).empty()) {
+                  bytes.clear();
+                }
+              }
             } catch (const CLI::Error&) {
-              problem = "unit";
+              bytes.clear();
             }
-            if (!problem.empty()) {
+            if (bytes.empty()) {
               return fmt::format(
-                  "'{}' is more than {} bytes, or its unit is none of b, kB, KiB, MB, MiB, ... EB, EiB", text,
+                  "'{}' is no whole number from 1 to {} bytes, in units of your choice: 2MiB, 500kB", text,
                   any);
             }
             text = bytes;

@@ -65,7 +65,7 @@ void open_standard_streams() {
 }
 
 void flush_stdout() {
-  errno = 0;
+  // Where an earlier write failed, errno is still its.
   if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
     const int failure = errno == 0 ? EIO : errno;
     throw engine::Error(fmt::format("cannot write to stdout: {}", std::generic_category().message(failure)));

@@ -73,7 +73,7 @@ const std::vector<NumberOption>& number_options() {
 
 TEST(Arguments, TheHelpNamesTheNumberOptions) {
   // Else the tests below would look at nothing.
-  EXPECT_GE(number_options().size(), 45U);
+  EXPECT_GE(number_options().size(), 40U);
   for (const char* name :
        {"--bytes", "--seed", "--rows", "--threads", "--ablate", "--error-rows", "--length"}) {
     EXPECT_TRUE(std::any_of(number_options().begin(), number_options().end(),
@@ -93,8 +93,8 @@ TEST(Arguments, ANumberThatIsNoneIsWrongUsageInEveryOption) {
       values.insert(values.end(), for_counts.begin(), for_counts.end());
     }
     for (const std::string& value : values) {
-      if (option.name == "--ablate" && value.empty()) {
-        continue;  // this one may stand without a value
+      if (option.name == "--ablate" && (value.empty() || value == "-inf")) {
+        continue;  // this one may stand without a value, so that -inf is another option
       }
       // The first option read is the one that is refused: nothing else is wrong with the value of --model.
       const Outcome outcome = run_tool(
@@ -118,7 +118,7 @@ TEST(Arguments, ANumberOutOfItsBoundsNamesThem) {
   refuse({"generate", "--rows", "0"}, {"--rows", "'0'", "from 1 to 4294967295"});
   refuse({"generate", "--bytes", "0"}, {"--bytes", "'0'", "from 1 to 18446744073709551615"});
   refuse({"generate", "--bytes", "-1"}, {"--bytes", "'-1'", "from 1 to 18446744073709551615"});
-  refuse({"generate", "--bytes", "2XB"}, {"--bytes", "'2XB'", "MiB"});
+  refuse({"generate", "--bytes", "2XB"}, {"--bytes", "'2XB'", "2MiB, 500kB"});
   refuse({"generate", "--bytes", "1.5MiB"}, {"--bytes", "'1.5MiB'", "whole number"});
   refuse({"generate", "--bytes", "16EiB"}, {"--bytes", "'16EiB'", "18446744073709551615"});
   refuse({"generate", "--seed", "18446744073709551616"}, {"--seed", "from 0 to 18446744073709551615"});
@@ -290,7 +290,7 @@ TEST_F(ArgumentsWithModel, SignalsEndAnAnswerWithTheirExitCode) {
                                     "1.5 --max-new-tokens 100000 --model " +
                                         model(),
                                     " demo --haystack " + quoted(COMPRESSKV_SOURCE_DIR "/docs/engines.md") +
-                                        " --length 3500 --model " + model()}) {
+                                        " --length 2000 --model " + model()}) {
       const Outcome outcome = run_shell(std::string("timeout --preserve-status -k 60 -s ") + name + " 2 " +
                                         tool() + what + " >/dev/null");
       EXPECT_EQ(outcome.code, code) << what << outcome.err;
@@ -378,10 +378,13 @@ TEST_F(ArgumentsWithModel, ProgressIsOneLineThatOnlyGrows) {
   if (std::system("command -v script >/dev/null") != 0) {
     GTEST_SKIP() << "no program `script`, which makes a terminal";
   }
+  const Folder folder;
+  const std::string text =
+      folder.write("text", read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 4000)).string();
   for (const std::size_t columns : {80U, 40U, 10U}) {
     const std::string seen =
         on_terminal(tool() + " generate --method full --max-new-tokens 1 --prefill-chunk 64 --model " +
-                        model() + " --prompt-file " + quoted(COMPRESSKV_SOURCE_DIR "/docs/calibration.md"),
+                        model() + " --prompt-file " + quoted(text),
                     columns);
     std::size_t lines = 0;
     std::size_t bar = 0;
@@ -389,8 +392,11 @@ TEST_F(ArgumentsWithModel, ProgressIsOneLineThatOnlyGrows) {
          at = seen.find("\r\033[K", at + 1)) {
       const std::string line = seen.substr(at + 4, seen.find_first_of("\r\n", at + 4) - at - 4);
       EXPECT_LT(line.size(), columns) << line;
+      if (!line.starts_with("prefill")) {
+        continue;  // the line was taken away, and the answer follows
+      }
       const auto full = static_cast<std::size_t>(std::count(line.begin(), line.end(), '='));
-      EXPECT_TRUE(line.empty() || full >= bar) << line;
+      EXPECT_GE(full, bar) << line;
       bar = std::max(bar, full);
       ++lines;
     }
