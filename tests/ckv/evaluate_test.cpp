@@ -177,9 +177,6 @@ TEST_F(EvaluateWithModel, FilesThatAreNoneEndItSoon) {
     expect_refused(evaluate(out, with({option, folder_name})), {folder_name, "is a folder: give "});
     expect_refused(evaluate(out, with({option, "/none/x"})), {"/none/x", "o such file"});
   }
-  for (const char* path : {"/dev/full", "/dev/stdout", "/dev/stdin"}) {
-    EXPECT_EQ(run_tool(evaluate(path, grid)).code, 1) << path;
-  }
   expect_failure(evaluate("/dev/full", grid), "cannot write records to '/dev/full', it is a device");
   expect_failure(evaluate(folder_name, grid), "it is a folder: give the path of a regular file");
   expect_failure(evaluate("/none/x.jsonl", grid), "cannot write '/none/x.jsonl', No such file or directory");
