@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "reference/allocations.hpp"
 #include "reference/errors.hpp"
 #include "reference/random.hpp"
 
@@ -222,6 +223,58 @@ TEST(Announced, LayersThatArriveHoldWhatWasAnnouncedAndNothingElse) {
   check(carried_plan());
   check(whole_plan());
   check(cake_plan());
+}
+
+/// Scores are those of the rows that arrived: tokens that came later would take the place of others.
+TEST(Announced, ALayerArrivesWithAllTokensOfItsTurn) {
+  const auto plan = cake_plan();
+  Engine engine(5);
+  engine.append(64);
+  Compressor compressor{plan};
+  compressor.begin(64);
+  const auto arrive = [&](std::size_t l) {
+    for (const std::size_t changed : compressor.arrive(
+             l, [&](std::size_t i) { return engine.view(i); }, engine.observation())) {
+      shorten(engine, compressor, changed);
+    }
+  };
+  for (std::size_t l = 0; l < layers; ++l) {
+    arrive(l);
+  }
+  engine.append(14);
+  compressor.begin_turn(84);
+  expect_error<ArgumentError>([&] { arrive(0); }, {"layer 0 KV head 0 has", "view all of them"});
+  engine.append(6);
+  for (std::size_t l = 0; l < layers; ++l) {
+    arrive(l);
+  }
+  for (std::uint32_t position = 84 - window; position < 84; ++position) {
+    EXPECT_TRUE(compressor.retained(0).row(position, 0).has_value()) << position;
+  }
+}
+
+/// An engine that evicts on its device and shows attention alone: its cache is shorter than all tokens.
+TEST(Announced, AttentionAloneMayBeOfACacheThatHasEvictedRows) {
+  const auto plan = per_head_plan();
+  Compressor compressor{plan};
+  compressor.begin(60);
+  const std::vector<float> weights(4 * window * 60, 0.01F);
+  const AttentionMatrix<float> first(weights.data(), {.query_heads = 4, .queries = window, .tokens = 60});
+  EXPECT_EQ(compressor.select(0, first).lists(), 2U);
+  compressor.begin_turn(70);
+  const AttentionMatrix<float> second(weights.data(), {.query_heads = 4, .queries = window, .tokens = 40});
+  EXPECT_LT(compressor.select(0, second).rows(0).back(), 40U);
+}
+
+TEST(Announced, ListsOfProtectedTokensAllocateNothingFromTheSecondSequenceOn) {
+  const auto plan = per_head_plan();
+  Compressor compressor{plan};
+  const Rows listed{3, 7, 9};
+  compressor.begin(60, {.positions = listed});
+  const std::size_t before = reference::allocations;
+  compressor.begin(60, {.positions = listed});
+  compressor.begin_turn(70, {.positions = listed});
+  EXPECT_EQ(reference::allocations - before, 0U);
 }
 
 TEST(Announced, ATurnArrivesOnce) {

@@ -217,7 +217,8 @@ TEST(Cascade, LayersArriveInOrderEachOnce) {
 }
 
 TEST(Cascade, ATurnBeginsAnew) {
-  const LayerCase c = cases()[2];
+  LayerCase c = cases()[2];
+  c.extra_rows = 3;  // of the second turn
   auto layers = model(c, 2);
   const auto plan = plan_of(c, 2, score::Cake{{.window = c.window}}, select::GroupedTopK{});
   Compressor compressor{plan};
@@ -237,8 +238,12 @@ TEST(Cascade, ATurnBeginsAnew) {
   all_arrive();
   for (auto& lengths : rows) {
     for (std::size_t& length : lengths) {
-      length = std::min(length + 3, c.rows);
+      length += 3;
     }
+  }
+  reference::Random random(c.seed);
+  for (Layer<float>& layer : layers) {
+    layer.cache.fill_rows(random, c.rows, c.rows + 3);
   }
   const std::size_t total = compressor.retained(0).next_position() + 3;
   compressor.begin_turn(total);

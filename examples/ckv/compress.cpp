@@ -175,13 +175,15 @@ std::vector<float> sum_attention(const engine::LayerCache& layer,
                                                                 .allocated_rows = layer.allocated_rows(0)},
                                             compresskv::layout::head_token_dim};
     const compresskv::Retained whole;  // row == position
-    const compresskv::kernel::LayerInput in{.shape = shape,
-                                            .layer = 0,
-                                            .rows = layer.rows(),
-                                            .window = std::min(window, tokens),
-                                            .retained = whole,
-                                            .kv = kv,
-                                            .observation = queries};
+    // clang 14 deduces no arguments of an aggregate.
+    const compresskv::kernel::LayerInput<std::remove_const_t<decltype(kv)>, compresskv::QueryWindow<float>>
+        in{.shape = shape,
+           .layer = 0,
+           .rows = layer.rows(),
+           .window = std::min(window, tokens),
+           .retained = whole,
+           .kv = kv,
+           .observation = queries};
     compresskv::Workspace workspace;
     engine::PoolExecutor executor{&pool};
     compresskv::kernel::attention_sums_of_all_heads(

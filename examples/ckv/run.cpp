@@ -70,7 +70,8 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
     const std::size_t observers = all_queries ? prompt.size() : how.window;
     // A compaction has seen the queries before it: what then observes are those of the chunk.
     const bool chunk_alone = (whole && options.decode_every == 0) || (all_queries && how.working_rows > 0);
-    auto& [compressor, recent] = compressing;
+    auto& compressor = compressing.compressor;
+    auto& recent = compressing.recent;
     compressor = make_compressor(how, shape_of(config, options.kv_type), loaded.model.pool(), prompt.size());
     if (!chunk_alone) {
       recent.emplace(config, observers);
@@ -220,7 +221,8 @@ RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const 
   RunResult result;
   Compressing compressing;
   std::size_t position = prefill(loaded, sequence, prompt, how, options, compressing, result);
-  auto& [compressor, recent] = compressing;
+  auto& compressor = compressing.compressor;
+  auto& recent = compressing.recent;
   const std::size_t every = compressor ? options.decode_every : 0;
   if (every > 0) {
     sequence.hooks().queries = [&](int layer, std::span<const float> queries) {

@@ -189,8 +189,9 @@ class Compressor {
                     ": layers arrive in order, each once");
     detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(workspace_, layer + 1);
     const auto& kv = held_views.add(views(layer));
-    check_view(layer, kv);
+    check_arrived(layer, kv);
     set_rows(kv);
+    staged_rows_ = 0;
     const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
     const Scores<granularity> scores = reduced_scores(layer, kv, observation, reduce);
     check_scores(layer, scores);
@@ -221,6 +222,7 @@ class Compressor {
       kept_scores_.reserve_layer(scores.values().size(), scores.rows());
     }
     stage_changed(held_views.last(changed_.size()), pending_by_position_);
+    selection_.reserve(staged_rows_, kv.kv_heads());
 
     // From here on nothing fails.
     commit_staged(layer, kv);
@@ -256,7 +258,9 @@ class Compressor {
       changed_.push_back(l);
     }
     pending_capacities_.assign(capacities_.begin(), capacities_.end());
+    staged_rows_ = 0;
     stage_changed(held_views.last(layers), by_position_);
+    selection_.reserve(staged_rows_, plan_->shape().kv_heads);
 
     // From here on nothing fails.
     commit_changed(held_views.last(layers));
@@ -423,13 +427,24 @@ class Compressor {
                       rows - kept, " rows appended, KV head 0 has ", rows_of(0) - known.rows(0),
                       ": append every token to all heads");
     }
-    const std::size_t kept = known.rows(0);
+    check_announced(layer, rows_of);
+  }
+
+  /// The second half of it: what is shown by attention or scores alone may be of a cache that has evicted
+  /// rows unseen.
+  template <class RowsOf>
+  void check_announced(std::size_t layer, RowsOf&& rows_of) const {
+    const Retained& known = layers_[layer];
     const std::size_t open = known.announced_ - known.next_position_;
-    detail::require(rows_of(0) - kept <= open, "layer ", layer, " KV head 0 has ", rows_of(0),
-                    " rows, expected at most ", kept + open, ": it held ", kept, ", and ", open, " of the ",
-                    known.announced_,
-                    " tokens announced are still to come; shorten the cache to retained(layer).rows() after "
-                    "each compression, and announce new tokens by begin_turn()");
+    for (std::size_t head = 0; head < plan_->shape().kv_heads; ++head) {
+      const std::size_t most = known.rows(head) + open;
+      detail::require(
+          rows_of(head) <= most, "layer ", layer, " KV head ", head, " has ", rows_of(head),
+          " rows, expected at most ", most, ": it held ", known.rows(head), ", and ", open, " of the ",
+          known.announced_,
+          " tokens announced are still to come; shorten the cache to retained(layer).rows() after "
+          "each compression, and announce new tokens by begin_turn()");
+    }
   }
 
   /// A layer that takes part in choosing for others holds all that was announced: its scores are those rows'.
@@ -591,6 +606,7 @@ class Compressor {
                                   pending_capacities_);
     }
     pending_protected_.assign(listed.begin(), listed.end());
+    protected_.reserve(listed.size());
     capacities_.reserve(layers_.size());
     if constexpr (cascades) {
       kept_scores_.reserve(cascade_scores(tokens, mean), layers_.size(), score_rows_of_layer());
@@ -605,7 +621,7 @@ class Compressor {
   /// Takes over what `prepare` made.
   void start_turn(std::size_t tokens, std::size_t mean, const Protection& protection) noexcept {
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
-    protected_.swap(pending_protected_);
+    protected_.assign(pending_protected_.begin(), pending_protected_.end());
     keep_first_ = protection.keep_first;
     keep_last_from_ = protection.keep_last == 0 ? (std::numeric_limits<std::size_t>::max)()
                                                 : tokens - (std::min)(protection.keep_last, tokens);
@@ -655,7 +671,7 @@ class Compressor {
   template <KeylessObservation O>
   void set_rows(std::size_t layer, const O& attention) {
     check_layer(layer);
-    check_rows(layer, [&](std::size_t) { return attention.tokens(); });
+    check_announced(layer, [&](std::size_t) { return attention.tokens(); });
     rows_.assign(plan_->shape().kv_heads, attention.tokens());
   }
 
@@ -685,8 +701,8 @@ class Compressor {
                       scores.window(row), " rows, the plan's window is ", window,
                       ": give the scores that score() filled");
     }
-    check_rows(layer,
-               [&](std::size_t head) { return scores.cached(granularity == Granularity::layer ? 0 : head); });
+    check_announced(
+        layer, [&](std::size_t head) { return scores.cached(granularity == Granularity::layer ? 0 : head); });
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const auto values = scores.row(row);
       for (std::size_t token = 0; token < values.size(); ++token) {
@@ -859,9 +875,7 @@ class Compressor {
       values += next.sets_[list].size();
     }
     workspace_.take_counts(kv_heads);
-    if constexpr (P::reach != Reach::own_layer) {
-      selection_.reserve((std::max)(values, before), kv_heads);
-    }
+    staged_rows_ = (std::max)({staged_rows_, values, before});
   }
 
   /// Moves what was staged. `take_counts` and all that grows here has its memory.
@@ -923,6 +937,7 @@ class Compressor {
   std::size_t arrived_ = 0;  // layers
   bool turn_over_ = false;   // no layer is awaited until the next turn
   std::vector<std::size_t> changed_;
+  std::size_t staged_rows_ = 0;             // most rows that a selection of a layer staged has
   std::vector<float> by_position_;          // scores carried from layer to layer
   std::vector<float> pending_by_position_;  // those of an arrival under way
   std::vector<double> preferences_;
