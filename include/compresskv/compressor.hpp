@@ -169,15 +169,17 @@ class Compressor {
   /// `compress` for compositions that reach over layers: layer `layer` has ended its prefill, and it and
   /// layers before it shrink to what they may keep now. Layers arrive in order, each once a turn.
   ///
-  /// `views(l)` gives the view of any layer that has arrived. Returns the layers that shrank or were asked to
-  /// for the first time, ascending; `retained(l)` says what each holds. Valid until the next call. Where the
-  /// composition must see all layers first, none is returned and `finish` shrinks them.
+  /// `views(l)` gives the view of any layer that has arrived, with all rows announced; it is asked once a
+  /// layer, and what a view points to stays valid until the call returns. Returns the layers that shrank or
+  /// were asked to for the first time, ascending; `retained(l)` says what each holds. Valid until the next
+  /// call. Where the composition must see all layers first, none is returned and `finish` shrinks them.
   ///
   /// `reduce` as in `compress`; where scores are carried from layer to layer it gets this layer's part.
   ///
   /// Throws ArgumentError where a layer comes out of order, and as `compress`; the layer is then as it was,
-  /// and has not arrived. Cost: that of the scorer and the allocator, plus the rows that move. A float is
-  /// held for each token of the prompt where scores are carried, else for each row that may go later.
+  /// and has not arrived. Cost: that of the scorer and the allocator, plus the rows that move. Two
+  /// floats are held for each token of the prompt where scores are carried, else one for each row that may go
+  /// later.
   template <class Views, class O = NotGiven, class Reduce = NotGiven>
   std::span<const std::size_t> arrive(std::size_t layer, Views&& views, const O& observation = {},
                                       Reduce&& reduce = {}) {
@@ -816,7 +818,8 @@ class Compressor {
             .retained = layers_[layer],
             .kv = kv,
             .observation = observation,
-            .held_bytes = staged + (cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0)};
+            .held_bytes = staged + 2 * by_position_.size() * sizeof(float) +
+                          (cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0)};
   }
 
   Retained& pending(std::size_t layer) { return pending_[P::reach == Reach::own_layer ? 0 : layer]; }
@@ -868,6 +871,7 @@ class Compressor {
       }
       Retained::Cursor positions = now.cursor(list);
       next.sets_[list].clear();
+      next.sets_[list].reserve(next.next_position_);
       for (const std::uint32_t row : selection.rows(list)) {
         next.sets_[list].push_back(positions.seek(row));
       }

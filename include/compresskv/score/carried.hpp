@@ -26,7 +26,7 @@ namespace compresskv::score {
 /// arXiv 2606.24467): a layer whose heads retrieve nothing follows those below it. Scores go by position.
 /// Layers below the first retrieving heads know little: the first `hold_layers` wait for the scores of the
 /// layer that comes after them, and that many full layers are then alive at once. Arrives by
-/// `Compressor::arrive`. Cost: that of SemanticRetrieval, and one float a token of the prompt.
+/// `Compressor::arrive`. Cost: that of SemanticRetrieval, and two floats a token of the prompt.
 class Carried {
  public:
   static constexpr Granularity granularity = Granularity::layer;

@@ -24,7 +24,7 @@ namespace compresskv::score {
 /// `A` is a head's pooled window score (METHOD.md section 2, steps 2 to 5), `r` its retrieval score (Eq. 5 of
 /// arXiv 2606.24467). Known only when all layers have been seen: `Compressor::arrive` for each, then
 /// `finish`, which shrinks them all; the whole cache is alive until then. Equal scores `r`: the lower layer,
-/// then the lower head. Cost: window attention of N heads in all, and one float a token of the prompt.
+/// then the lower head. Cost: window attention of N heads in all, and two floats a token of the prompt.
 class ModelWide {
  public:
   static constexpr Granularity granularity = Granularity::layer;
