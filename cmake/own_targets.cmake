@@ -4,7 +4,7 @@
 add_library(compresskv_own_flags INTERFACE)
 target_compile_features(compresskv_own_flags INTERFACE cxx_std_20)
 target_compile_options(compresskv_own_flags INTERFACE
-  -Wall -Wextra -Wconversion -Wshadow
+  -Wall -Wextra -Wconversion -Wshadow -Wsign-conversion $<$<CXX_COMPILER_ID:GNU>:-Wuseless-cast>
   $<$<BOOL:${COMPRESSKV_WARNINGS_AS_ERRORS}>:-Werror>
   # g++ 12 takes `"text" + std::string` for an overlapping copy (GCC bug 105329); which one depends on the processor.
   $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>)

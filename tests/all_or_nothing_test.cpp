@@ -481,7 +481,7 @@ std::size_t lost(const C& compressor, std::size_t arrived, std::span<const std::
   for (std::size_t l = 0; l < arrived; ++l) {
     for (std::size_t head = 0; head < kv_heads; ++head) {
       for (const std::uint32_t position : listed) {
-        count += compressor.retained(l).row(position, head).has_value() ? 0 : 1;
+        count += compressor.retained(l).row(position, head).has_value() ? 0U : 1U;
       }
     }
   }

@@ -394,5 +394,80 @@ TEST(Held, ALayerTurnedToItsRowsStillKnowsWhatMayCome) {
                   [&] { compressor.compress(0, engine.view(0, 57), engine.observation()); });
 }
 
+TEST(Turned, LayersOfEqualRowsGoOnInTurnsFromTheirRowCount) {
+  const Plan plan{shape, score::SnapKv{{.window = window}}, select::GroupedTopK{},
+                  budget::Uniform{Budget::tokens_per_layer(30)}};
+  Engine engine(7);
+  engine.append(60);
+  Compressor compressor{plan};
+  compressor.begin(60);
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    compressor.compress(layer, engine.view(layer), engine.observation());
+    shorten(engine, compressor, layer);
+    compressor.rerotate(layer, engine.view(layer), {});
+  }
+  EXPECT_EQ(compressor.held(33).rows(2), 33U);
+  engine.append(20);
+  EXPECT_EQ(compressor.truncate(45).rows(1), 45U);
+  for (auto& layer : engine.rows) {
+    std::fill(layer.begin(), layer.end(), 45U);
+  }
+  compressor.begin_turn(45, {.keep_first = 2});
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    const Retained& kept = compressor.compress(layer, engine.view(layer), engine.observation());
+    EXPECT_EQ(kept.rows(), 30U);
+    EXPECT_EQ(kept.position(1), 1U) << "protected: the first rows, whatever tokens they are";
+    EXPECT_EQ(kept.next_position(), 45U);
+  }
+}
+
+TEST(Turned, LayersOfUnequalRowsRefuseWhatNeedsOnePositionForAll) {
+  const auto plan = cake_plan();
+  Engine engine(8);
+  engine.append(60);
+  Compressor compressor{plan};
+  compressor.begin(60);
+  const auto views = [&](std::size_t layer) { return engine.view(layer); };
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
+      shorten(engine, compressor, changed);
+    }
+  }
+  ASSERT_NE(engine.rows[0][0], engine.rows[2][0]) << "or the case shows nothing";
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    compressor.rerotate(layer, engine.view(layer), {});
+  }
+  const std::string position = std::to_string(engine.rows[0][0]);
+  expect_error<ArgumentError>([&] { compressor.begin_turn(70); },
+                              {"begin_turn() finds that layer ", "layer 0 at " + position, "uniform budget"});
+  expect_error<ArgumentError>([&] { compressor.truncate(10); },
+                              {"truncate() finds that layer ", "layer 0 at " + position});
+  expect_error<ArgumentError>([&] { static_cast<void>(compressor.held(70)); },
+                              {"held() finds that layer ", "layer 0 at " + position});
+  compressor.begin(60);
+  EXPECT_EQ(compressor.held(61).rows(0), 61U) << "a new sequence is as any other";
+}
+
+TEST(Turned, ScoresThatTravelNeedTruePositions) {
+  const auto plan = carried_plan();
+  Engine engine(9);
+  engine.append(60);
+  Compressor compressor{plan};
+  compressor.begin(60);
+  const auto views = [&](std::size_t layer) { return engine.view(layer); };
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
+      shorten(engine, compressor, changed);
+    }
+  }
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    compressor.rerotate(layer, engine.view(layer), {});
+  }
+  expect_error<ArgumentError>([&] { compressor.begin_turn(40); },
+                              {"carried from layer to layer by true positions", "rerotate()", "begin()"});
+  compressor.begin(60);
+  compressor.begin_turn(61);
+}
+
 }  // namespace
 }  // namespace compresskv

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "reference/allocations.hpp"
@@ -149,6 +150,8 @@ double share_held(const MethodInfo& method, const Case& c) {
 TEST(MethodsMemory, EveryMethodHoldsItsPromises) {
   const Case cases[] = {
       {"small", {.layers = 3, .query_heads = 6, .kv_heads = 2, .head_dim = 24}, 400, 3},
+      {"one KV head", {.layers = 18, .query_heads = 8, .kv_heads = 1, .head_dim = 256}, 4096, 2},
+      {"small rows", {.layers = 16, .query_heads = 8, .kv_heads = 1, .head_dim = 64}, 4160, 2},
       {"SmolLM2-135M", {.layers = 30, .query_heads = 9, .kv_heads = 3, .head_dim = 64}, 4096, 2},
       {"Llama-3.1-8B", {.layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128}, 4096, 2}};
   for (const Case& c : cases) {
@@ -159,7 +162,9 @@ TEST(MethodsMemory, EveryMethodHoldsItsPromises) {
       SCOPED_TRACE(testing::Message() << c.name << " " << row.name);
       const double share = share_held(row, c);
       if (c.shape.layers > 3) {  // scratch for one layer weighs nothing beside many
-        EXPECT_LE(share, 0.01);
+        // CAKE's scores of the rows that are kept, with 256 bytes a row and one KV head: docs/performance.md.
+        const bool known = std::string_view(c.name) == "small rows" && row.method == Method::cake;
+        EXPECT_LE(share, known ? 0.0115 : 0.01);
         EXPECT_GT(share, 0.0001) << "a bound that means something";
         RecordProperty(std::string(c.name) + " " + std::string(row.name), std::to_string(share));
       }

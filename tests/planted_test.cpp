@@ -89,7 +89,7 @@ class Planted {
     const Retained& kept = compressor.compress(0, cache.view(), observation);
     std::size_t found = 0;
     for (std::size_t t = case_.span_first; t < case_.span_first + case_.span_tokens; ++t) {
-      found += kept.row(t).has_value() ? 1 : 0;
+      found += kept.row(t).has_value() ? 1U : 0U;
     }
     return static_cast<double>(found) / static_cast<double>(case_.span_tokens);
   }

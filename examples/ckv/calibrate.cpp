@@ -309,7 +309,7 @@ class CalibrationWork {
                         .masked = std::vector<engine::HeadIndex>(arguments_->ablate_heads.back())};
     std::size_t count = 0;
     for (std::size_t run = 0; records_->has(ablation_key(arguments_->ablate_length, none, run)); ++run) {
-      count += records_->has(ablation_key(arguments_->ablate_length, last, run)) ? 1 : 0;
+      count += records_->has(ablation_key(arguments_->ablate_length, last, run)) ? 1U : 0U;
     }
     return count;
   }
@@ -491,7 +491,7 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
     std::size_t counted = 0;
     for (const NeedleRun& run : work.runs()) {
       prompts += run.length == length ? 1 : 0;
-      counted += run.length == length && work.scores().runs().at(run.run).counted ? 1 : 0;
+      counted += run.length == length && work.scores().runs().at(run.run).counted ? 1U : 0U;
     }
     fmt::print("{:<8}{:>10}{:>10}\n", length, prompts, counted);
   }

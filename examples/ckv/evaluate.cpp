@@ -534,7 +534,7 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
   std::size_t measured = 0;
   for (const std::string& task : arguments.tasks) {
     for (const std::size_t length : arguments.lengths) {
-      measured += sums.contains({task, length, "null", "full"}) ? 1 : 0;
+      measured += sums.contains({task, length, "null", "full"}) ? 1U : 0U;
     }
   }
   if (measured == 0) {

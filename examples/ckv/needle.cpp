@@ -267,7 +267,7 @@ engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std
     // The sentence that reaches over the place goes to the nearer side.
     if (above != ends.end()) {
       const double from = above == ends.begin() ? 0.0 : static_cast<double>(*(above - 1));
-      places[i].first += static_cast<double>(*above) - wanted < wanted - from ? 1 : 0;
+      places[i].first += static_cast<double>(*above) - wanted < wanted - from ? 1U : 0U;
     }
   }
   std::stable_sort(places.begin(), places.end(),

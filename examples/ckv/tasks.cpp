@@ -74,7 +74,7 @@ class Draw {
     generator_.seed(seeds);
   }
 
-  std::size_t below(std::size_t count) { return static_cast<std::size_t>(generator_() % count); }
+  std::size_t below(std::size_t count) { return generator_() % count; }
   double share() { return static_cast<double>(generator_() >> 11U) * 0x1p-53; }
   std::string word(Words words) { return std::string(words[below(words.size())]); }
 

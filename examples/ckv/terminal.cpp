@@ -103,7 +103,7 @@ std::size_t columns_of(int descriptor) {
 std::string_view cut(std::string_view text, std::size_t columns) {
   std::size_t characters = 0;
   for (std::size_t i = 0; i < text.size(); ++i) {
-    characters += starts_character(text[i]) ? 1 : 0;
+    characters += starts_character(text[i]) ? 1U : 0U;
     if (characters > columns) {
       return text.substr(0, i);
     }

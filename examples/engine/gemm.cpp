@@ -27,8 +27,8 @@ void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 // Sums of `rows` rows against one panel. x: [count][rows], w: [count][16].
 template <int rows>
 void kernel(const float* x, const float* w, Index count, bool add, float* out, Index stride) {
-  Lanes low[rows];
-  Lanes high[rows];
+  Lanes low[static_cast<std::size_t>(rows)];
+  Lanes high[static_cast<std::size_t>(rows)];
   for (int r = 0; r < rows; ++r) {
     low[r] = add ? load(out + r * stride) : Lanes{};
     high[r] = add ? load(out + r * stride + 8) : Lanes{};

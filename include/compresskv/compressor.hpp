@@ -88,14 +88,20 @@ class Compressor {
       layer.assign_whole(prompt_tokens);
       layer.bytes_freed_ = 0;
     }
+    turned_ = false;
   }
 
   /// Goes on with the sequence: a new user turn, or the next chunk of a long prompt. `total_tokens` counts
   /// all its tokens so far, evicted ones too; budgets resolve anew. Each layer then holds the rows that were
-  /// kept and those that the engine appended since. Throws as `begin`.
+  /// kept and those that the engine appended since. Throws as `begin`; after `rerotate` see there.
   void begin_turn(std::size_t total_tokens, const Protection& protection = {}) {
     detail::require(!capacities_.empty(),
                     "begin() was not called: a sequence starts with begin(), not begin_turn()");
+    check_same_position("begin_turn");
+    detail::require(
+        !(carries && turned_),
+        "scores are carried from layer to layer by true positions, which rerotate() gave up: begin() "
+        "starts a new sequence");
     for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
       const std::size_t known = layers_[layer].next_position_;
       detail::require(total_tokens >= known, "total_tokens is ", total_tokens, ", layer ", layer,
@@ -111,11 +117,13 @@ class Compressor {
   }
 
   /// Takes back all tokens from `position` on (rejected speculative tokens): the sequence goes on there.
-  /// Their rows are the last of each KV head. Returns what is left, tokens decoded since the last compression
-  /// included: the engine shortens its cache to `rows(layer)` of it. Ends a turn whose layers are still
-  /// arriving. Throws ArgumentError for position 0. Cost: a pass over the positions.
+  /// Their rows are the last of each KV head. `position` is at most the tokens of the sequence, those decoded
+  /// since the last compression included. Returns what is left of them: the engine shortens its cache to
+  /// `rows(layer)` of it. Ends a turn whose layers are still arriving. Throws ArgumentError for position 0;
+  /// after `rerotate` see there. Cost: a pass over the positions.
   Held truncate(std::size_t position) {
     check_layer(0);
+    check_same_position("truncate");
     detail::require(position > 0,
                     "truncate position is 0: nothing would be left; begin() starts a new sequence");
     for (Retained& layer : layers_) {
@@ -126,9 +134,10 @@ class Compressor {
   }
 
   /// What the cache holds when the sequence has `tokens` tokens: the rows that were kept of those before
-  /// `tokens`, and those that the engine appended since.
+  /// `tokens`, and those that the engine appended since. After `rerotate` see there.
   Held held(std::size_t tokens) const {
     check_layer(0);
+    check_same_position("held");
     return {layers_, tokens};
   }
 
@@ -220,18 +229,20 @@ class Compressor {
     }
     select_within(layer, scores, at_least_window(pending_capacities_[layer], longest));
     stage(layer, kv, kv, selection_, pending_[layer]);
-    if constexpr (cascades) {
-      kept_scores_.reserve_layer(scores.values().size(), scores.rows());
-    }
     stage_changed(held_views.last(changed_.size()), pending_by_position_);
     selection_.reserve(staged_rows_, kv.kv_heads());
+    if constexpr (cascades) {
+      const auto kept = std::span(pending_capacities_).first(layer + 1);
+      kept_scores_.reserve(std::accumulate(kept.begin(), kept.end(), std::size_t{0}) * scores.rows(),
+                           layer + 1, scores.rows());
+    }
 
     // From here on nothing fails.
+    commit_changed(held_views.last(changed_.size()));
     commit_staged(layer, kv);
     if constexpr (cascades) {
       kept_scores_.append(scores, selection_);
     }
-    commit_changed(held_views.last(changed_.size()));
     capacities_.assign(pending_capacities_.begin(), pending_capacities_.end());
     end_arrival();
     changed_.push_back(layer);
@@ -330,8 +341,12 @@ class Compressor {
   }
 
   /// For engines that need contiguous positions: turns the keys of a compressed layer from their true
-  /// positions to their row indices; the sequence then goes on at the row count. By default nothing is turned
+  /// positions to their row indices; the layer then goes on at its row count. By default nothing is turned
   /// and positions stay true.
+  ///
+  /// From there on positions, totals of `begin_turn` and protected tokens count the rows that were left.
+  /// Layers left with unequal rows go on at different positions: a sequence of theirs can be decoded, but
+  /// `begin_turn`, `truncate` and `held` throw. So does `begin_turn` where scores travel from layer to layer.
   ///
   /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
   /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
@@ -375,6 +390,7 @@ class Compressor {
     const std::size_t unseen = retained.rows_before(retained.announced_) - kv.rows(0);
     retained.assign_whole(kv.rows(0));
     retained.announced_ += unseen;
+    turned_ = true;
     return retained;
   }
 
@@ -397,6 +413,16 @@ class Compressor {
     detail::require(!capacities_.empty(), "begin() was not called: call it with the prompt's length first");
     detail::require(layer < layers_.size(), "layer is ", layer, ", the model has layers 0 to ",
                     layers_.size() - 1);
+  }
+
+  /// Layers that were not turned go on where the sequence does.
+  void check_same_position(const char* call) const {
+    for (std::size_t layer = 1; layer < layers_.size(); ++layer) {
+      const std::size_t position = layers_[layer].announced_;
+      detail::require(position == layers_[0].announced_, call, "() finds that layer ", layer,
+                      " goes on at position ", position, ", layer 0 at ", layers_[0].announced_,
+                      " since rerotate(): turn all layers, each to equally many rows (a uniform budget)");
+    }
   }
 
   template <class V>
@@ -444,7 +470,7 @@ class Compressor {
           rows_of(head) <= most, "layer ", layer, " KV head ", head, " has ", rows_of(head),
           " rows, expected at most ", most, ": it held ", known.rows(head), ", and ", open, " of the ",
           known.announced_,
-          " tokens announced are still to come; shorten the cache to retained(layer).rows() after "
+          " tokens announced are still to come; shorten the cache to retained(layer).rows(kv_head) after "
           "each compression, and announce new tokens by begin_turn()");
     }
   }
@@ -575,10 +601,8 @@ class Compressor {
     }
   }
 
-  /// Scores that a cascade holds at most: of all that is kept, and of a layer that has just arrived.
-  std::size_t cascade_scores(std::size_t tokens, std::size_t mean) const {
-    return (mean * layers_.size() + tokens) * score_rows_of_layer();
-  }
+  /// Scores that a cascade holds at most: of all rows that are kept.
+  std::size_t cascade_scores(std::size_t mean) const { return mean * layers_.size() * score_rows_of_layer(); }
   std::size_t score_rows_of_layer() const {
     return granularity == Granularity::layer ? 1 : plan_->shape().kv_heads;
   }
@@ -611,7 +635,7 @@ class Compressor {
     protected_.reserve(listed.size());
     capacities_.reserve(layers_.size());
     if constexpr (cascades) {
-      kept_scores_.reserve(cascade_scores(tokens, mean), layers_.size(), score_rows_of_layer());
+      kept_scores_.reserve(cascade_scores(mean), layers_.size(), score_rows_of_layer());
     }
     if constexpr (carries) {
       by_position_.reserve(tokens);
@@ -810,7 +834,8 @@ class Compressor {
   template <class V, class O>
   kernel::LayerInput<V, O> input_of(std::size_t layer, const V& kv, const O& observation) const {
     // Positions of what each layer is to keep are held until all are known: 1.1 bits each.
-    const std::size_t staged = pending_.size() * score_rows_of_layer() * rows_[0] * 11 / 80;
+    const std::size_t longest = *std::max_element(rows_.begin(), rows_.end());
+    const std::size_t staged = (pending_.size() - 1) * score_rows_of_layer() * longest * 11 / 80;
     return {.shape = plan_->shape(),
             .layer = layer,
             .rows = rows_,
@@ -819,7 +844,7 @@ class Compressor {
             .kv = kv,
             .observation = observation,
             .held_bytes = staged + 2 * by_position_.size() * sizeof(float) +
-                          (cascades ? cascade_scores(rows_[0], mean_) * sizeof(float) : 0)};
+                          (cascades ? cascade_scores(mean_) * sizeof(float) : 0)};
   }
 
   Retained& pending(std::size_t layer) { return pending_[P::reach == Reach::own_layer ? 0 : layer]; }
@@ -879,7 +904,7 @@ class Compressor {
       values += next.sets_[list].size();
     }
     workspace_.take_counts(kv_heads);
-    staged_rows_ = (std::max)({staged_rows_, values, before});
+    staged_rows_ = (std::max)(staged_rows_, before == after ? before : values);
   }
 
   /// Moves what was staged. `take_counts` and all that grows here has its memory.
@@ -939,6 +964,7 @@ class Compressor {
   // Of compositions that reach over layers.
   std::size_t mean_ = 0;     // p
   std::size_t arrived_ = 0;  // layers
+  bool turned_ = false;      // keys of this sequence: positions are no longer true
   bool turn_over_ = false;   // no layer is awaited until the next turn
   std::vector<std::size_t> changed_;
   std::size_t staged_rows_ = 0;             // most rows that a selection of a layer staged has

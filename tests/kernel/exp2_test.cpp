@@ -62,7 +62,7 @@ TEST(Exp2, StaysWithinItsStatedErrorAndAllPathsAgree) {
       float wide[16];
       exp2_of(in, wide);
       for (std::size_t i = 0; i < 16; ++i) {
-        differing += std::bit_cast<std::uint32_t>(wide[i]) != std::bit_cast<std::uint32_t>(out[i]) ? 1 : 0;
+        differing += std::bit_cast<std::uint32_t>(wide[i]) != std::bit_cast<std::uint32_t>(out[i]) ? 1U : 0U;
       }
     }
 #endif

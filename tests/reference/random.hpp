@@ -16,7 +16,7 @@ class Random {
 
   std::uint64_t bits() { return bits_(); }
   /// In [0, count).
-  std::size_t below(std::size_t count) { return static_cast<std::size_t>(bits_() % count); }
+  std::size_t below(std::size_t count) { return bits_() % count; }
   /// In [first, last].
   std::size_t between(std::size_t first, std::size_t last) { return first + below(last - first + 1); }
   bool coin() { return below(2) == 1; }

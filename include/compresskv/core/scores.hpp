@@ -62,11 +62,6 @@ class KeptScores {
     windows_.reserve(layers * rows);
   }
 
-  /// Makes room for one layer more, of `rows` rows and `count` scores.
-  void reserve_layer(std::size_t count, std::size_t rows) {
-    reserve(values_.size() + count, layers_.size() + 1, rows);
-  }
-
   /// Forgets all layers. Keeps its memory.
   void clear() {
     values_.clear();

@@ -21,7 +21,7 @@ class Workspace {
     std::vector<float>& buffer = buffers_[static_cast<std::size_t>(slot)];
     constexpr std::size_t line = 64;
     if (buffer.size() < count + line / sizeof(float)) {
-      buffer.clear();  // nothing to carry over into the larger buffer
+      buffer = std::vector<float>();  // nothing to carry over: the old one goes before the larger one comes
       buffer.resize(count + line / sizeof(float));
     }
     void* start = buffer.data();

@@ -151,7 +151,7 @@ class PagedKv {
   /// Free blocks that `copy_on_write` needs for `selection`: one for each shared block that would be written.
   std::size_t copies_needed(const Selection& selection) const {
     std::size_t count = 0;
-    for_each_written_block(selection, [&](std::size_t i) { count += shared(i) ? 1 : 0; });
+    for_each_written_block(selection, [&](std::size_t i) { count += shared(i) ? 1U : 0U; });
     return count;
   }
 
