@@ -12,6 +12,11 @@
 
 namespace compresskv {
 
+namespace sequence {
+class State;
+class Compaction;
+}  // namespace sequence
+
 /// What a layer's cache held when it was last compressed (or begun, or truncated). Row is not position: kept
 /// keys carry the rotation of their true position, and the sequence went on at `next_position()`, not at the
 /// row count.
@@ -91,8 +96,8 @@ class Retained {
   std::size_t bytes_freed() const { return bytes_freed_; }
 
  private:
-  template <class, class>
-  friend class Compressor;
+  friend class sequence::State;
+  friend class sequence::Compaction;
 
   /// All of positions 0 .. `tokens` - 1; does not throw after `reserve_whole(tokens)`.
   void assign_whole(std::size_t tokens) {

@@ -1,0 +1,115 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/policy.hpp"
+#include "compresskv/core/retained.hpp"
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/fused.hpp"
+#include "compresskv/sequence/cross_layer.hpp"
+
+namespace compresskv::sequence {
+
+/// A scorer whose scores go on to the layers after it: `decay()` is what is left of them one layer later.
+template <class P>
+concept CarriesScores = requires(const P& plan) {
+  plan.scorer().decay();
+};
+
+/// Scores that travel from layer to layer by position: `score::Carried` and `score::ModelWide`. A layer's own
+/// become `decay * what came + own`, and go on. Two floats are held for each token of the sequence.
+///
+/// Layers that wait (the first `hold_layers()` of the scorer, or all where it must see the whole model) are
+/// chosen by what has been carried when they are cut.
+template <class P>
+class CarriedScores {
+  using S = typename P::scorer_type;
+
+ public:
+  static_assert(S::granularity == Granularity::layer,
+                "carried scores are those of a layer, not of its KV heads");
+  static_assert(P::allocator_type::reach == Reach::own_layer,
+                "scores and budgets cannot both go from layer to layer: choose budgets that are known before "
+                "the first layer");
+
+  explicit CarriedScores(const P& plan) : plan_(&plan) {}
+
+  void prepare(const Turn& turn) {
+    by_position_.reserve(turn.tokens);
+    next_.reserve(turn.tokens);
+  }
+  void start(const Turn& turn) noexcept {
+    by_position_.assign(turn.tokens, 0.0F);
+    next_.assign(turn.tokens, 0.0F);
+  }
+
+  std::size_t held_bytes() const { return 2 * by_position_.size() * sizeof(float); }
+  std::size_t waiting_layers() const {
+    const std::size_t layers = plan_->shape().layers;
+    if constexpr (P::reach == Reach::all_layers) {
+      return layers;
+    } else if constexpr (requires { plan_->scorer().hold_layers(); }) {
+      return (std::min)(plan_->scorer().hold_layers(), layers - 1);
+    } else {
+      return 0;
+    }
+  }
+
+  template <class Input, class Pass>
+  void arrive(const Input& in, const Scores<Granularity::layer>& scores, State& /*state*/, Pass& /*pass*/) {
+    const detail::PlainFloats plain;
+    const float decay = plan_->scorer().decay();
+    std::transform(by_position_.begin(), by_position_.end(), next_.begin(),
+                   [&](float score) { return decay * score; });
+    const std::span<float> own = scores.row(0);
+    Retained::Cursor positions = in.retained.cursor();
+    for (std::size_t t = 0; t < own.size(); ++t) {
+      const std::size_t position = positions.seek(t);
+      own[t] = kernel::fused(decay, by_position_[position], own[t]);
+      next_[position] = own[t];
+    }
+  }
+
+  /// Those that wait are cut when the first that does not has come.
+  bool changes(std::size_t /*layer*/, std::size_t arriving, const State& /*state*/) const {
+    return arriving == waiting_layers();
+  }
+
+  template <class Pass>
+  Scores<Granularity::layer> scores_of(std::size_t layer, const State& state, Pass& pass) {
+    const Scores<Granularity::layer> scores = pass.take_scores();
+    const std::span<float> own = scores.row(0);
+    Retained::Cursor positions = state.layer(layer).cursor();
+    for (std::size_t t = 0; t < own.size(); ++t) {
+      own[t] = next_[positions.seek(t)];
+    }
+    return scores;
+  }
+
+  void reserve(std::size_t /*layers*/, const State& /*state*/) {}
+  void keep(std::size_t /*layer*/, const Selection& /*selection*/) noexcept {}
+  void end_arrival(const Scores<Granularity::layer>& /*scores*/, const Selection& /*selection*/) noexcept {
+    std::copy(next_.begin(), next_.end(), by_position_.begin());
+  }
+
+  std::size_t memory_bytes() const { return (by_position_.capacity() + next_.capacity()) * sizeof(float); }
+
+ private:
+  const P* plan_;
+  std::vector<float> by_position_;  // of the layers that have arrived
+  std::vector<float> next_;         // the same, and of the one that arrives
+};
+
+template <CarriesScores P>
+struct CrossLayerOf<P> {
+  using type = CarriedScores<P>;
+};
+
+}  // namespace compresskv::sequence
+
+#include "compresskv/core/strict_float_end.hpp"

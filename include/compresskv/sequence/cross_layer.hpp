@@ -1,0 +1,72 @@
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+
+#include "compresskv/core/scores.hpp"
+#include "compresskv/core/selection.hpp"
+#include "compresskv/sequence/state.hpp"
+
+namespace compresskv::sequence {
+
+/// A turn that starts.
+struct Turn {
+  std::size_t tokens = 0;      ///< of the sequence by now
+  std::size_t per_layer = 0;   ///< p, mean rows a layer
+  std::size_t layers = 0;      ///< L
+  std::size_t score_rows = 0;  ///< rows of a layer's scores
+};
+
+/// What travels between the layers of a turn: state that a composition holds, and what it does with each
+/// layer that arrives. A new kind is one header of this folder: a class with these members, and the plans
+/// that take it, a specialisation of `CrossLayerOf`.
+///
+/// | member | meaning |
+/// | --- | --- |
+/// | `prepare(turn)`, `start(turn)` | makes room for a turn, may throw; takes it up, does not |
+/// | `held_bytes()` | bytes that it holds at most in this turn: they count towards the 1 % |
+/// | `waiting_layers()` | the first layers that only look on, until the one after them has arrived |
+/// | `arrive(input, scores, state, pass)` | a layer has arrived with these scores. May change them, and
+/// `state.next_capacities()`. May throw; the same layer then arrives again |
+/// | `changes(layer, arriving, state)` | whether an earlier layer is cut (again) now |
+/// | `scores_of(layer, state, pass)` | what an earlier layer, seen by `pass`, is chosen by |
+/// | `reserve(layers, state)` | makes room for what `keep` and `add` write; may throw |
+/// | `keep(layer, selection)` | an earlier layer was cut; does not throw |
+/// | `end_arrival(scores, selection)` | the arrival holds; the new layer was cut, unless it waits; does not
+/// throw |
+template <class C>
+concept CrossLayer = requires(C& over, const Turn& turn, State& state, std::size_t layer,
+                              const Selection& rows) {
+  over.prepare(turn);
+  { over.start(turn) }
+  noexcept;
+  { over.held_bytes() } -> std::same_as<std::size_t>;
+  { over.waiting_layers() } -> std::same_as<std::size_t>;
+  { over.changes(layer, layer, state) } -> std::same_as<bool>;
+  over.reserve(layer, state);
+  { over.keep(layer, rows) }
+  noexcept;
+  { over.memory_bytes() } -> std::same_as<std::size_t>;
+};
+
+/// Nothing travels: each layer is cut on its own.
+struct OwnLayer {
+  explicit OwnLayer(const auto& /*plan*/) {}
+  void prepare(const Turn&) {}
+  void start(const Turn&) noexcept {}
+  std::size_t held_bytes() const { return 0; }
+  std::size_t waiting_layers() const { return 0; }
+  bool changes(std::size_t, std::size_t, const State&) const { return false; }
+  void reserve(std::size_t, const State&) {}
+  void keep(std::size_t, const Selection&) noexcept {}
+  std::size_t memory_bytes() const { return 0; }
+};
+static_assert(CrossLayer<OwnLayer>);
+
+/// The kind that plan `P` takes.
+template <class P>
+struct CrossLayerOf {
+  using type = OwnLayer;
+};
+
+}  // namespace compresskv::sequence
