@@ -22,7 +22,7 @@ using reference::Layer;
 using reference::LayerCase;
 using Rows = std::vector<std::uint32_t>;
 
-/// METHOD.md section 4, in double.
+/// P of docs/method.md 5.5, in double.
 double preference(const Layer<float>& layer, double tau1, double tau2) {
   double entropy = 0.0;
   double variance = 0.0;

@@ -13,7 +13,7 @@ struct Bounds {
   std::size_t max = 0;
 };
 
-/// METHOD.md section 3, step 1.
+/// docs/method.md 5.3, before the walk.
 inline std::vector<std::size_t> first_budgets(const std::vector<double>& errors, std::size_t total,
                                               const Bounds& bounds) {
   const double spare = static_cast<double>(total) - static_cast<double>(errors.size() * bounds.min);

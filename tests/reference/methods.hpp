@@ -11,7 +11,7 @@
 
 namespace compresskv::reference {
 
-/// The baselines of METHOD.md section 4 in double, one loop after the other: `[row of scores][evictable
+/// The baselines of docs/method.md, 3 and 4, in double, one loop after the other: `[row of scores][evictable
 /// token]`.
 using ScoreRows = std::vector<std::vector<double>>;
 

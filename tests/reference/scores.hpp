@@ -26,7 +26,7 @@ inline std::vector<double> softmax(const std::vector<double>& logits) {
   return out;
 }
 
-/// Pooling as METHOD.md section 2, step 5 tells it: a padded copy, then a window over it.
+/// Pooling as docs/method.md 2.2 tells it: a padded copy, then a window over it.
 inline std::vector<double> pooled(const std::vector<double>& in, kernel::Pool pool, std::size_t width) {
   const std::size_t padding = width / 2;
   const double outside = pool == kernel::Pool::average ? 0.0 : -std::numeric_limits<double>::infinity();
@@ -50,7 +50,7 @@ struct WindowAttention {
   double largest_logit_mass = 0.0;  ///< max over queries and keys of scale * sum_e |q_e k_e|
 };
 
-/// Steps 2 and 3 of METHOD.md section 2. `key(row, dim)`, `query(i, dim)`. A query sees the last `sliding`
+/// Window attention of docs/method.md 2.1. `key(row, dim)`, `query(i, dim)`. A query sees the last `sliding`
 /// rows, its own included; a sink of finite logit takes weight and gives none.
 template <class Key, class Query>
 WindowAttention window_attention(Key&& key, Query&& query, std::size_t rows, std::size_t window,

@@ -27,7 +27,7 @@ namespace compresskv::budget {
 /// The window's own columns are left out; sums first, then powers. Rounding is half to even, bounds are
 /// `[w and what is protected, rows of the layer]`, and the walk to the total adds or takes one row a layer,
 /// lower layers first. A layer that has arrived never grows again: what it lost is gone. Paper: Qin et al.,
-/// ICLR 2025 (arXiv 2503.12491); METHOD.md section 4. Goes with `score::Cake`, or any scorer that looks at
+/// ICLR 2025 (arXiv 2503.12491); docs/method.md 5.5. Goes with `score::Cake`, or any scorer that looks at
 /// the window. Cost: the attention of all heads' windows, and a logarithm a weight.
 class Cake {
  public:

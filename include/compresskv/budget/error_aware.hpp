@@ -15,7 +15,7 @@
 
 namespace compresskv::budget {
 
-/// How the rounded budgets are moved to the exact total, one row at a time (METHOD.md section 3, step 2).
+/// How the rounded budgets are moved to the exact total, one row at a time (docs/method.md 5.3).
 enum class Walk {
   rounds,   ///< the released code: layers by falling error, +1 each, round after round; a surplus by rising
             ///< error, -1

@@ -19,7 +19,7 @@ namespace compresskv::budget {
 ///     p * L
 ///
 /// Rounding is half to even; the walk adds or takes one row a layer, lower layers first, round after round.
-/// One layer: p. Paper: Cai et al., 2024 (arXiv 2406.02069); METHOD.md section 4. Goes with `score::SnapKv`.
+/// One layer: p. Paper: Cai et al., 2024 (arXiv 2406.02069); docs/method.md 5.4. Goes with `score::SnapKv`.
 /// Cost: L rows of arithmetic plus one step a row moved.
 class Pyramid {
  public:

@@ -12,8 +12,8 @@
 
 namespace compresskv {
 
-/// For each layer its query heads, best retriever first: what calibration finds once per model (METHOD.md
-/// section 1) and `score::SemanticRetrieval` reads. A layer may list only its best heads.
+/// For each layer its query heads, best retriever first: what calibration finds once per model
+/// (docs/method.md 6.3) and `score::SemanticRetrieval` reads. A layer may list only its best heads.
 class HeadRanking {
  public:
   /// `layers[l]` lists query heads of layer `l` by falling retrieval score.

@@ -16,7 +16,7 @@
 
 namespace compresskv::kernel {
 
-/// How neighbouring tokens share their scores (METHOD.md section 2, step 5).
+/// How neighbouring tokens share their scores (docs/method.md 2.2).
 enum class Pool {
   average,  ///< divides by the width at the borders too: padding counts as zeros
   max,      ///< ignores padding

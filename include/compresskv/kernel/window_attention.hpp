@@ -373,7 +373,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
 
 }  // namespace detail
 
-/// Steps 2 to 4 of METHOD.md section 2: logits of the last `observers` queries with all keys, causal mask,
+/// Window attention (docs/method.md 2.1): logits of the last `observers` queries with all keys, causal mask,
 /// softmax over all keys in float32, sum over the queries, the window's own columns dropped.
 ///
 /// Calls `per_head(query_head, sums)` for each of `heads` (ascending), `sums` being one float an evictable

@@ -24,7 +24,7 @@ namespace compresskv::score {
 ///                   pool_t ( mean over window rows of a[t] + gamma * variance over window rows of a[t] )
 ///
 /// The variance is the unbiased one (0 for a window of one row). Goes with `budget::Cake`. Paper: Qin et al.,
-/// ICLR 2025 (arXiv 2503.12491); METHOD.md section 4. Cost: that of SnapKv, and two arrays a head more.
+/// ICLR 2025 (arXiv 2503.12491); docs/method.md 3.4. Cost: that of SnapKv, and two arrays a head more.
 class Cake {
  public:
   static constexpr Granularity granularity = Granularity::kv_head;

@@ -22,11 +22,12 @@ namespace compresskv::score {
 ///
 ///     s_l[t] = decay * s_(l-1)[t] + sum over the layer's top k heads h  r[l][h] * A[l][h][t]
 ///
-/// `A` is a head's pooled window score (METHOD.md section 2, steps 2 to 5), `r` its retrieval score (Eq. 5 of
+/// `A` is a head's pooled window score (docs/method.md 2.1, 2.2), `r` its retrieval score (Eq. 5 of
 /// arXiv 2606.24467): a layer whose heads retrieve nothing follows those below it. Scores go by position.
 /// Layers below the first retrieving heads know little: the first `hold_layers` wait for the scores of the
 /// layer that comes after them, and that many full layers are then alive at once. Arrives by
-/// `Compressor::arrive`. Cost: that of SemanticRetrieval, and two floats a token of the prompt.
+/// `Compressor::arrive`; docs/method.md 3.11. Cost: that of SemanticRetrieval, and two floats a token of the
+/// prompt.
 class Carried {
  public:
   static constexpr Granularity granularity = Granularity::layer;

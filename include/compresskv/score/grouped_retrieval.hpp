@@ -24,8 +24,8 @@ namespace compresskv::score {
 ///     SemanticRetrieval)
 ///
 /// A group without such a head falls back to the mean over all k heads of the layer, matched by position
-/// where KV heads hold different rows. A variant that the paper does not have: METHOD.md section 2, last
-/// paragraph. Same options, errors and cost as `SemanticRetrieval`, whose `shard` is not supported: a group's
+/// where KV heads hold different rows. A variant that the paper does not have: docs/method.md 3.2.
+/// Same options, errors and cost as `SemanticRetrieval`, whose `shard` is not supported: a group's
 /// heads are never split over ranks, but its fallback would be.
 class GroupedRetrieval {
  public:

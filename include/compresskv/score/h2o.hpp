@@ -22,7 +22,7 @@ namespace compresskv::score {
 ///
 /// Sums are not divided by how many queries could see a token, so that early tokens count for more, as in the
 /// paper. Wants every query of the prompt; after a compaction, those of the tokens since. Paper: Zhang et
-/// al., NeurIPS 2023 (arXiv 2306.14048); METHOD.md section 4. Cost: that of attention itself, quadratic in
+/// al., NeurIPS 2023 (arXiv 2306.14048); docs/method.md 3.5. Cost: that of attention itself, quadratic in
 /// the prompt; hand over `AttentionSums` where the engine can add them up itself.
 class H2O {
  public:

@@ -21,7 +21,7 @@ namespace compresskv::score {
 ///     mean[g] = mean over all rows of key / || key ||      score[g][t] = -cos( key[g][t], mean[g] )
 ///
 /// Looks at no query. A key of length 0 counts as orthogonal. Paper: Park et al., NeurIPS 2025 (arXiv
-/// 2504.15364); METHOD.md section 4. Cost: all keys are read twice.
+/// 2504.15364); docs/method.md 3.8. Cost: all keys are read twice.
 class KeyDiff {
  public:
   static constexpr Granularity granularity = Granularity::kv_head;

@@ -21,7 +21,7 @@ namespace compresskv::score {
 ///     score[g][t] = -|| key[g][t] ||
 ///
 /// Looks at no query. A length beyond float32, of finite keys, counts as its largest number. Paper: Devoto et
-/// al., EMNLP 2024 (arXiv 2406.11430); METHOD.md section 4. Cost: all keys are read once.
+/// al., EMNLP 2024 (arXiv 2406.11430); docs/method.md 3.7. Cost: all keys are read once.
 class Knorm {
  public:
   static constexpr Granularity granularity = Granularity::kv_head;

@@ -21,10 +21,11 @@ namespace compresskv::score {
 ///
 ///     s[t] = sum over the N best (layer, head) pairs  r[l][h] * A[l][h][t]
 ///
-/// `A` is a head's pooled window score (METHOD.md section 2, steps 2 to 5), `r` its retrieval score (Eq. 5 of
+/// `A` is a head's pooled window score (docs/method.md 2.1, 2.2), `r` its retrieval score (Eq. 5 of
 /// arXiv 2606.24467). Known only when all layers have been seen: `Compressor::arrive` for each, then
 /// `finish`, which shrinks them all; the whole cache is alive until then. Equal scores `r`: the lower layer,
-/// then the lower head. Cost: window attention of N heads in all, and two floats a token of the prompt.
+/// then the lower head; docs/method.md 3.12. Cost: window attention of N heads in all, and two floats a token
+/// of the prompt.
 class ModelWide {
  public:
   static constexpr Granularity granularity = Granularity::layer;

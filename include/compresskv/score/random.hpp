@@ -17,8 +17,8 @@ namespace compresskv::score {
 ///
 ///     score[g][t] = hash(seed, layer, KV head, position) in [0, 1)
 ///
-/// A token's score depends on nothing else, so that results repeat on any machine and over turns. METHOD.md
-/// section 4. Cost: a hash a row.
+/// A token's score depends on nothing else, so that results repeat on any machine and over turns.
+/// docs/method.md 3.10. Cost: a hash a row.
 class Random {
  public:
   static constexpr Granularity granularity = Granularity::kv_head;

@@ -29,7 +29,7 @@ struct HeadShard {
 ///
 ///     score[t] = 1/k  sum over k heads  pool_t ( sum over window rows i  softmax(q_i K^T / sqrt(d))[t] )
 ///
-/// One score per evictable token of the layer. Paper: arXiv 2606.24467, section 3; METHOD.md section 2.
+/// One score per evictable token of the layer. Paper: arXiv 2606.24467, section 3; docs/method.md 3.1.
 /// Cost: the keys of the KV heads that serve the `k` heads are read once; `2 * k * window * S * head_dim`
 /// flops.
 class SemanticRetrieval {

@@ -21,7 +21,7 @@ namespace compresskv::score {
 ///     score[g][t] = 1/G  sum over the G heads of group g  pool_t ( sum over window rows  softmax(q K^T)[t] )
 ///
 /// Groups are of consecutive heads; the comparison code that the CompressKV authors released averages over
-/// others. Paper: Li et al., NeurIPS 2024 (arXiv 2404.14469); METHOD.md section 4. PyramidKV is SnapKV with
+/// others. Paper: Li et al., NeurIPS 2024 (arXiv 2404.14469); docs/method.md 3.3. PyramidKV is SnapKV with
 /// `budget::Pyramid`. Cost: all keys are read once for as many heads as fit; `2 * H * window * S * head_dim`
 /// flops.
 class SnapKv {

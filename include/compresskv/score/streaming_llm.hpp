@@ -12,7 +12,7 @@ namespace compresskv::score {
 
 /// StreamingLLM: the first tokens (attention sinks) and the most recent ones, whatever they say.
 ///
-/// Position only, true positions kept. Paper: Xiao et al., ICLR 2024 (arXiv 2309.17453).
+/// Position only, true positions kept. Paper: Xiao et al., ICLR 2024 (arXiv 2309.17453); docs/method.md 3.9.
 /// Cost: one pass over the scores; no key is read.
 class StreamingLlm {
  public:

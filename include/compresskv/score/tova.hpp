@@ -20,7 +20,7 @@ namespace compresskv::score {
 ///     score[t] = 1/H  sum over all heads  softmax(q_last K^T)[t]
 ///
 /// Of recent tokens only the last is kept whatever its score. Paper: Oren et al., EMNLP 2024 (arXiv
-/// 2401.06104); METHOD.md section 4. Cost: all keys are read once; `2 * H * S * head_dim` flops.
+/// 2401.06104); docs/method.md 3.6. Cost: all keys are read once; `2 * H * S * head_dim` flops.
 class Tova {
  public:
   static constexpr Granularity granularity = Granularity::layer;

@@ -21,8 +21,8 @@ namespace compresskv::select {
 ///     windows
 ///
 /// Heads then keep different numbers of rows; the layer keeps `K * capacity` (or all it has). Equal scores:
-/// the lower row, then the lower KV head. Paper: Feng et al., NeurIPS 2025 (arXiv 2407.11550); METHOD.md
-/// section 4. Cost: linear in S, a KV head; scratch for all scores of the layer.
+/// the lower row, then the lower KV head. Paper: Feng et al., NeurIPS 2025 (arXiv 2407.11550);
+/// docs/method.md 4.3. Cost: linear in S, a KV head; scratch for all scores of the layer.
 class Adaptive {
  public:
   static constexpr Reach reach = Reach::own_layer;

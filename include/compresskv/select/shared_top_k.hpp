@@ -16,7 +16,7 @@ namespace compresskv::select {
 ///     row   0 ............................ S-w ......... S
 ///           | evictable: the best stay    | window: stays |
 ///
-/// CompressKV's rule (METHOD.md section 2). Equal scores: the lower position. Cost: linear in S.
+/// CompressKV's rule (docs/method.md 4.1). Equal scores: the lower position. Cost: linear in S.
 class SharedTopK {
  public:
   static constexpr Reach reach = Reach::own_layer;
