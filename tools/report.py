@@ -84,7 +84,7 @@ def read(path):
 def budget_text(budget):
     if budget is None:
         return "all"
-    return f"{100 * budget['ratio']:g} %" if "ratio" in budget else f"{budget['tokens']} tokens"
+    return f"{100 * budget['ratio']:g} %" if "ratio" in budget else f"{budget['tokens']} rows"
 
 
 def budget_key(budget):
@@ -196,7 +196,7 @@ def curves(records, unit):
         axis.set_xticks(ticks, [f"{100 * t:g} %" if unit == "ratio" else str(t) for t in ticks])
         axis.minorticks_off()
         axis.set_title(f"{panel[0]}, {panel[1]} tokens", fontsize=10)
-        axis.set_xlabel("share of the cache kept" if unit == "ratio" else "tokens a layer kept")
+        axis.set_xlabel("share of the cache kept" if unit == "ratio" else "rows a layer kept")
         axis.set_ylabel(label(panel[0]))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

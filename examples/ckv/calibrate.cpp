@@ -631,11 +631,11 @@ void add_calibrate(CLI::App& app) {
       ->capture_default_str();
   command
       ->add_option("--error-rows", arguments->error_rows,
-                   "Tokens that a layer keeps while its error is measured, window included")
+                   "Rows that a layer keeps while its error is measured, window included")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_flag("--curves", arguments->curves,
-                    fmt::format("Measure layers at budgets of 16, 32, 64, ... tokens, too, on {} prompts of "
+                    fmt::format("Measure layers at capacities of 16, 32, 64, ... rows, too, on {} prompts of "
                                 "each data set",
                                 curve_prompts));
   CLI::Option* ablate =

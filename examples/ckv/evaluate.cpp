@@ -638,7 +638,7 @@ void add_evaluate(CLI::App& app) {
       ->check(CLI::IsMember(task_names()))
       ->capture_default_str();
   command->add_option("--ratios", arguments->ratios, "Shares of the cache to keep")->delimiter(',');
-  command->add_option("--tokens", arguments->tokens, "Tokens a layer to keep, on average")
+  command->add_option("--tokens", arguments->tokens, "Rows a layer to keep, on average")
       ->delimiter(',')
       ->check(CLI::PositiveNumber);
   command->add_option("--lengths", arguments->lengths, "Lengths of the prompts in tokens: 1000,2000,4000")

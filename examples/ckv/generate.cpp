@@ -340,7 +340,7 @@ void add_generate(CLI::App& app) {
   CLI::Option_group* budget = command->add_option_group(
       "Budget", "How much to keep, window included: one of these; `full` takes none");
   arguments->rows_option =
-      budget->add_option("--rows", arguments->rows, "Tokens a layer, on average")->check(CLI::PositiveNumber);
+      budget->add_option("--rows", arguments->rows, "Rows a layer, on average")->check(CLI::PositiveNumber);
   arguments->ratio_option =
       budget->add_option("--ratio", arguments->ratio, "Share of the prompt that is kept, in (0, 1]");
   arguments->bytes_option = budget

@@ -12,7 +12,8 @@
 
 namespace compresskv {
 
-/// How much cache a sequence may keep, as the user says it; `resolve()` turns it into rows a layer (mean).
+/// How much cache a sequence may keep in the whole model, as the user says it. `resolve()` turns it into rows
+/// a layer: the mean, of which an allocator makes each layer's capacity.
 class Budget {
  public:
   /// Mean rows a layer, window included.
