@@ -19,7 +19,7 @@ auto plan_for(const compresskv::ModelShape& shape, const std::vector<std::uint32
           compresskv::HeadRanking(ranking),
           {.heads_per_layer = heads.size(), .window = observers, .pool_width = pool_width}},
       compresskv::select::SharedTopK{},
-      compresskv::budget::Uniform{compresskv::Budget::rows_per_layer(capacity)}};
+      compresskv::budget::Uniform{compresskv::Budget::tokens_per_layer(capacity)}};
 }
 
 using PlanType = decltype(plan_for(llama_8b, {}, 1));

@@ -39,7 +39,7 @@ constexpr std::size_t units = 2 * tokens * 8;  // of keys or values
 /// Retrieval heads 1 and 2 of layer 0, one on each KV head; both on KV head 1 in layer 1.
 const HeadRanking ranking{{{1, 2, 0, 3}, {3, 2, 0, 1}}};
 const score::SemanticRetrieval::Options options{.heads_per_layer = 2, .window = window};
-const budget::Uniform budget{Budget::rows_per_layer(10)};
+const budget::Uniform budget{Budget::tokens_per_layer(10)};
 const SemanticPlan semantic{shape, score::SemanticRetrieval{ranking, options}, select::SharedTopK{}, budget};
 const GroupedPlan grouped{shape, score::GroupedRetrieval{ranking, options}, select::GroupedTopK{}, budget};
 

@@ -301,7 +301,7 @@ TYPED_TEST(CompressorCases, RankSumsAreTheWholesWithinRounding) {
           score::SemanticRetrieval{
               HeadRanking{layer.ranking},
               {.heads_per_layer = 4, .shard = {.first_head = rank * 2 * group, .heads = 2 * group}}},
-          select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(c.capacity)});
+          select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(c.capacity)});
     }
     const auto observation = [&](std::size_t rank) {
       return QueryWindow<TypeParam>(layer.queries.data() + rank * 2 * group * 8 * c.head_dim,

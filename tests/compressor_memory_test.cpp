@@ -99,7 +99,7 @@ TYPED_TEST(Memory, TheSecondSequenceAllocatesNothing) {
   // One capacity is above the prompt's length, so that a layer stays whole; one has the least.
   for (const std::size_t mean : {40U, 200U, 299U}) {
     const Plan plan{shape, score::SemanticRetrieval{ranking_of(shape), {}}, select::SharedTopK{},
-                    budget::ErrorAware{errors, Budget::rows_per_layer(mean)}};
+                    budget::ErrorAware{errors, Budget::tokens_per_layer(mean)}};
     Cache<TypeParam> original({.kv_heads = 2, .rows = tokens, .head_dim = 24, .allocated_rows = tokens + 20},
                               reference::Arrangement::head_token_dim);
     Random random(1);
@@ -242,7 +242,7 @@ struct Layer<AffineInt8> {
 template <class T, class S, class Select>
 double share_alive(const ModelShape& shape, std::size_t tokens, std::size_t mean, const S& scorer,
                    const Select& selector) {
-  const Plan plan{shape, scorer, selector, budget::Uniform{Budget::rows_per_layer(mean)}};
+  const Plan plan{shape, scorer, selector, budget::Uniform{Budget::tokens_per_layer(mean)}};
   // All layers share one cache of zeros, and only the first is scored: what is held depends on neither.
   Layer<T> cache({.kv_heads = shape.kv_heads, .rows = tokens, .head_dim = shape.head_dim});
   const auto kv = cache.view();

@@ -103,7 +103,7 @@ class Running {
 // ---- row is not position ----
 
 TEST(Compressor, PositionsStayTrueOverRepeatedCompression) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     Random random(seed);
     Running sequence(60, seed);
@@ -137,7 +137,7 @@ TEST(Compressor, PositionsStayTrueOverRepeatedCompression) {
 }
 
 TEST(Compressor, RowOfAPositionIsNothingWhereItWasEvicted) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   Compressor compressor{plan};
   compressor.begin(60);
   Running sequence(60);
@@ -152,7 +152,7 @@ TEST(Compressor, RowOfAPositionIsNothingWhereItWasEvicted) {
 }
 
 TEST(Compressor, KvHeadsMayKeepDifferentRows) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   Compressor compressor{plan};
   compressor.begin(30);
   Running sequence(30);
@@ -191,7 +191,7 @@ struct UnevenKv : StridedKv<float> {
 static_assert(KvView<UnevenKv>);
 
 TEST(Compressor, UnevenHeadsGoOnAtTheSamePosition) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   Compressor compressor{plan};
   compressor.begin(30);
   Running sequence(30);
@@ -217,7 +217,7 @@ TEST(Compressor, UnevenHeadsGoOnAtTheSamePosition) {
 // ---- short prompts ----
 
 TEST(Compressor, WhatFitsStaysWhole) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   for (const std::size_t tokens : {1U, 3U, 4U, 19U, 20U}) {
     Compressor compressor{plan};
     compressor.begin(tokens);
@@ -234,7 +234,7 @@ TEST(Compressor, WhatFitsStaysWhole) {
 }
 
 TEST(Compressor, APromptShorterThanTheWindowGrowsIntoIt) {
-  const auto plan = plan_of(Budget::rows_per_layer(window));
+  const auto plan = plan_of(Budget::tokens_per_layer(window));
   for (const std::size_t prompt : {1U, 2U, 3U, 4U}) {
     Compressor compressor{plan};
     compressor.begin(prompt);
@@ -252,7 +252,7 @@ TEST(Compressor, APromptShorterThanTheWindowGrowsIntoIt) {
 }
 
 TEST(Compressor, EqualScoresKeepTheLowerPositions) {
-  const auto plan = plan_of(Budget::rows_per_layer(10));
+  const auto plan = plan_of(Budget::tokens_per_layer(10));
   Compressor compressor{plan};
   compressor.begin(40);
   Running sequence(40);
@@ -278,11 +278,12 @@ TEST(Compressor, BudgetsResolveWhenAPromptBegins) {
   };
   using Capacities = std::vector<std::size_t>;
   // m = 32, 36 rows beyond it: 32 + 27 and 32 + 9.
-  EXPECT_EQ(capacities(Budget::rows_per_layer(50), 1000), (Capacities{59, 41}));
+  EXPECT_EQ(capacities(Budget::tokens_per_layer(50), 1000), (Capacities{59, 41}));
   EXPECT_EQ(capacities(Budget::kept_ratio(0.05), 1000), (Capacities{59, 41}));
   EXPECT_EQ(capacities(Budget::bytes(50 * 2 * 2 * 64), 1000), (Capacities{59, 41}));
-  EXPECT_EQ(capacities(Budget::rows_per_layer(50), 50), (Capacities{50, 50})) << "nothing is evicted";
-  EXPECT_EQ(capacities(Budget::rows_per_layer(50), 51), (Capacities{51, 49})) << "no layer needs more than S";
+  EXPECT_EQ(capacities(Budget::tokens_per_layer(50), 50), (Capacities{50, 50})) << "nothing is evicted";
+  EXPECT_EQ(capacities(Budget::tokens_per_layer(50), 51), (Capacities{51, 49}))
+      << "no layer needs more than S";
   EXPECT_EQ(capacities(Budget::kept_ratio(0.001), 1000), (Capacities{4, 4})) << "never below the window";
 }
 
@@ -290,7 +291,7 @@ TEST(Compressor, EachLayerKeepsItsOwnCapacity) {
   const LayerErrors errors({0.75, 0.25}, {});
   const Plan plan{shape,
                   score::SemanticRetrieval{HeadRanking{{{0}, {1}}}, {.heads_per_layer = 1, .window = window}},
-                  select::SharedTopK{}, budget::ErrorAware{errors, Budget::rows_per_layer(50)}};
+                  select::SharedTopK{}, budget::ErrorAware{errors, Budget::tokens_per_layer(50)}};
   Compressor compressor{plan};
   compressor.begin(120);
   Running first(120, 1);
@@ -302,7 +303,7 @@ TEST(Compressor, EachLayerKeepsItsOwnCapacity) {
 // ---- sequences ----
 
 TEST(Compressor, ABeginForgetsTheSequenceBefore) {
-  const auto plan = plan_of(Budget::rows_per_layer(10));
+  const auto plan = plan_of(Budget::tokens_per_layer(10));
   Compressor compressor{plan};
   compressor.begin(60);
   Running first(60, 1);
@@ -320,7 +321,7 @@ TEST(Compressor, ABeginForgetsTheSequenceBefore) {
 }
 
 TEST(Compressor, ACopyGoesItsOwnWay) {
-  const auto plan = plan_of(Budget::rows_per_layer(10));
+  const auto plan = plan_of(Budget::tokens_per_layer(10));
   Compressor beam{plan};
   beam.begin(60);
   Running sequence(60);
@@ -340,7 +341,7 @@ TEST(Compressor, ACopyGoesItsOwnWay) {
 }
 
 TEST(Compressor, GathersFromACacheThatIsReadOnly) {
-  const auto plan = plan_of(Budget::rows_per_layer(10));
+  const auto plan = plan_of(Budget::tokens_per_layer(10));
   Compressor compressor{plan};
   compressor.begin(60);
   Running source(60);
@@ -356,7 +357,7 @@ TEST(Compressor, GathersFromACacheThatIsReadOnly) {
 }
 
 TEST(Compressor, ReduceSeesTheScoresAndDecides) {
-  const auto plan = plan_of(Budget::rows_per_layer(6));
+  const auto plan = plan_of(Budget::tokens_per_layer(6));
   Compressor compressor{plan};
   compressor.begin(40);
   Running sequence(40);
@@ -400,7 +401,7 @@ class Refusal : public testing::Test {
 
   QueryWindow<float> queries(const QueryShape& query) const { return {memory_.data(), query}; }
 
-  SemanticPlan plan_ = plan_of(Budget::rows_per_layer(10));
+  SemanticPlan plan_ = plan_of(Budget::tokens_per_layer(10));
   Compressor<SemanticPlan> compressor_ = [this] {
     Compressor<SemanticPlan> compressor{plan_};
     compressor.begin(40);
@@ -566,20 +567,20 @@ TEST(Plan, RefusesPoliciesThatDoNotFitTheModel) {
     return Plan{model, score::SemanticRetrieval{two_layers, {.heads_per_layer = 1, .window = 8}},
                 select::SharedTopK{}, budget::Uniform{budget}};
   };
-  EXPECT_NO_THROW(make(shape, Budget::rows_per_layer(8)));
+  EXPECT_NO_THROW(make(shape, Budget::tokens_per_layer(8)));
   ModelShape bad = shape;
   bad.kv_heads = 3;
-  expect_error<ArgumentError>([&] { make(bad, Budget::rows_per_layer(8)); }, {"multiple of kv_heads 3"});
+  expect_error<ArgumentError>([&] { make(bad, Budget::tokens_per_layer(8)); }, {"multiple of kv_heads 3"});
   bad = shape;
   bad.layers = 5;
-  expect_error<ArgumentError>([&] { make(bad, Budget::rows_per_layer(8)); }, {"the model has 5"});
-  expect_error<ArgumentError>([&] { make(shape, Budget::rows_per_layer(7)); },
+  expect_error<ArgumentError>([&] { make(bad, Budget::tokens_per_layer(8)); }, {"the model has 5"});
+  expect_error<ArgumentError>([&] { make(shape, Budget::tokens_per_layer(7)); },
                               {"budget is 7 rows a layer", "window alone is 8"});
   expect_error<ArgumentError>([&] { make(shape, Budget::bytes(1000)); }, {"needs ModelShape::kv_row_bytes"});
   expect_error<ArgumentError>(
       [&] {
         Plan(shape, score::SemanticRetrieval{two_layers, {.heads_per_layer = 1}}, select::SharedTopK{},
-             budget::ErrorAware{LayerErrors({1.0}, {}), Budget::rows_per_layer(8)});
+             budget::ErrorAware{LayerErrors({1.0}, {}), Budget::tokens_per_layer(8)});
       },
       {"layer errors have 1 layers", "the model has 2"});
 }

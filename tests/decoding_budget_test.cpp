@@ -61,7 +61,7 @@ struct EngineLayer {
 /// Generates with a compression after every `every` tokens; `check(kept, layer, next)` sees each.
 template <class S, class T, class Check>
 void generate(const S& scorer, const T& selector, std::size_t every, Check&& check) {
-  const Plan plan{shape, scorer, selector, budget::Uniform{Budget::rows_per_layer(capacity)}};
+  const Plan plan{shape, scorer, selector, budget::Uniform{Budget::tokens_per_layer(capacity)}};
   Random random(5);
   std::vector<EngineLayer> engine(layers);
   Compressor compressor{plan};

@@ -121,7 +121,7 @@ double share_held(const MethodInfo& method, const Case& c) {
   std::vector<std::uint32_t> heads(c.shape.query_heads);
   std::iota(heads.begin(), heads.end(), 0U);
   const MethodSettings settings{
-      .budget = Budget::rows_per_layer(rows),
+      .budget = Budget::tokens_per_layer(rows),
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(c.shape.layers, heads)),
       .scores = HeadScores(c.shape.layers, c.shape.query_heads,
                            std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5}))};

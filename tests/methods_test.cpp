@@ -25,7 +25,7 @@ constexpr std::size_t layers = 4;
 const ModelShape shape{.layers = layers, .query_heads = 6, .kv_heads = 3, .head_dim = 16};
 
 MethodSettings settings_of(std::size_t rows) {
-  return {.budget = Budget::rows_per_layer(rows),
+  return {.budget = Budget::tokens_per_layer(rows),
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5}))};
 }

@@ -80,7 +80,8 @@ class Planted {
   /// Share of the answer's span among the rows that `scorer` keeps; `cache` is compressed.
   template <class S>
   double span_kept(const S& scorer, std::size_t capacity, reference::Cache<T>& cache) const {
-    const Plan plan{shape_, scorer, select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(capacity)}};
+    const Plan plan{shape_, scorer, select::SharedTopK{},
+                    budget::Uniform{Budget::tokens_per_layer(capacity)}};
     Compressor compressor{plan};
     compressor.begin(tokens);
     const QueryWindow<T> observation(
@@ -107,7 +108,7 @@ class Planted {
     for (const std::uint32_t head : right_) {
       scores[head] = {0.9};
     }
-    const MethodSettings settings{.budget = Budget::rows_per_layer(capacity),
+    const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                   .heads = HeadRanking{{right_}},
                                   .scores = HeadScores(1, shape_.query_heads, scores),
                                   .heads_per_layer = std::min<std::size_t>(4, right_.size()),

@@ -58,7 +58,7 @@ void run(const std::vector<std::string>& args) {
       ckv::layout::head_token_dim);
   const ckv::QueryWindow<float> observation(
       queries.data(), {.query_heads = shape.query_heads, .queries = tokens, .head_dim = shape.head_dim});
-  const ckv::MethodSettings settings{.budget = ckv::Budget::rows_per_layer(number(7)), .window = number(6)};
+  const ckv::MethodSettings settings{.budget = ckv::Budget::tokens_per_layer(number(7)), .window = number(6)};
 
   std::cout.precision(std::numeric_limits<float>::max_digits10);
   ckv::with_method(ckv::method_named(args[0]).method, settings,

@@ -187,7 +187,7 @@ class LayerOf : public Layer {
 template <class T>
 std::unique_ptr<Layer> make(const std::string& method, std::vector<std::uint32_t> heads, std::size_t tokens,
                             int threads) {
-  const budget::Uniform budget{Budget::rows_per_layer(capacity)};
+  const budget::Uniform budget{Budget::tokens_per_layer(capacity)};
   if (method == "snapkv") {
     Plan plan{shape, score::SnapKv{{.window = window, .pool_width = 5}}, select::GroupedTopK{}, budget};
     return std::make_unique<LayerOf<T, decltype(plan)>>(plan, heads, tokens, threads);

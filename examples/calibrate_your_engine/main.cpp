@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
 
   const ckv::score::SemanticRetrieval::Options options{.heads_per_layer = 1, .window = 1};  // often 4 and 8
   const ckv::Plan equal{model, ckv::score::SemanticRetrieval{heads.scores().ranking(), options},
-                        ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::rows_per_layer(32)}};
+                        ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::tokens_per_layer(32)}};
   const auto errors = share_out(EvictionErrorAccumulator{model.layers},
                                 [&](std::size_t number, auto& own) { measure_errors(number, equal, own); });
   ckv::io::save_layer_errors(folder / "toy_layer_score.jsonl", errors.errors());
@@ -98,7 +98,7 @@ int main(int argc, char** argv) {
   const ckv::HeadRanking ranking = ckv::io::load_head_ranking(folder / "toy_head_idx.json");
   const ckv::LayerErrors costs = ckv::io::load_layer_errors(folder / "toy_layer_score.jsonl");
   const ckv::Plan plan{model, ckv::score::SemanticRetrieval{ranking, options}, ckv::select::SharedTopK{},
-                       ckv::budget::ErrorAware{costs, ckv::Budget::rows_per_layer(64)}};
+                       ckv::budget::ErrorAware{costs, ckv::Budget::tokens_per_layer(64)}};
   ckv::Compressor compressor{plan};
   compressor.begin(1000);
 

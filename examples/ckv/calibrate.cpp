@@ -528,7 +528,7 @@ void check(const CalibrateArguments& arguments, const engine::ModelConfig& confi
         fmt::format("--lengths {}: one stands there twice, drop it", fmt::join(arguments.lengths, ",")));
   }
   try {
-    compresskv::Budget::rows_per_layer(arguments.error_rows)
+    compresskv::Budget::tokens_per_layer(arguments.error_rows)
         .validate(arguments.settings.cache.window, shape_of(config, engine::KvType::f32));
   } catch (const compresskv::ArgumentError& error) {
     throw UsageError(fmt::format("--error-rows: {}", error.what()));

@@ -133,7 +133,7 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
   const Evaluation evaluation{loaded_, engine::KvType::f32, settings_->max_new_tokens};
   ReadPrompt read = evaluation.read(tokens, how.window, [](double) {});
   for (const std::size_t rows : budgets) {
-    how.budget = compresskv::Budget::rows_per_layer(rows);
+    how.budget = compresskv::Budget::tokens_per_layer(rows);
     engine::Sequence sequence = evaluation.compress(read, how, true).first;
     calibrate::EvictionErrorAccumulator errors{layers};
     errors.begin_run(prompt.data_set, prompt.run);

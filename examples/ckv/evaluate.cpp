@@ -205,7 +205,7 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
     }
     for (const std::size_t rows : arguments.tokens) {
-      add(method, {{"tokens", rows}}, compresskv::Budget::rows_per_layer(rows));
+      add(method, {{"tokens", rows}}, compresskv::Budget::tokens_per_layer(rows));
     }
   }
   return variants;

@@ -57,7 +57,7 @@ struct GenerateArguments {
 
 std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) {
   if (arguments.rows_option->count() > 0) {
-    return compresskv::Budget::rows_per_layer(arguments.rows);
+    return compresskv::Budget::tokens_per_layer(arguments.rows);
   }
   if (arguments.ratio_option->count() > 0) {
     try {

@@ -66,7 +66,7 @@ int main() {
   const ckv::Plan plan{
       ckv::ModelShape{.layers = 1, .query_heads = 4, .kv_heads = kv_heads, .head_dim = head_dim},
       ckv::score::SemanticRetrieval{ckv::HeadRanking{{{3, 2, 1, 0}}}, {.heads_per_layer = 2}},
-      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::rows_per_layer(64)}};
+      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::tokens_per_layer(64)}};
   ckv::Compressor compressor{plan};
   compressor.begin(cache.tokens);
   const auto& kept = compressor.compress(

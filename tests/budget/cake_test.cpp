@@ -17,7 +17,7 @@ Rows shared_out(const std::vector<double>& preferences, std::size_t total) {
   Rows capacities(preferences.size(), 1000);
   Rows most(preferences.size());
   const Rows least(preferences.size(), 8);
-  Cake{Budget::rows_per_layer(8)}.cascade(preferences, least, total, capacities, most);
+  Cake{Budget::tokens_per_layer(8)}.cascade(preferences, least, total, capacities, most);
   return capacities;
 }
 
@@ -35,7 +35,7 @@ TEST(CakeBudget, SharesOfTheLargestAndTheSmallestNumbers) {
 TEST(CakeBudget, RejectsATauThatIsNoNumberAboveZero) {
   for (const double tau :
        {0.0, -1.0, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
-    const Budget budget = Budget::rows_per_layer(8);
+    const Budget budget = Budget::tokens_per_layer(8);
     reference::expect_error<ArgumentError>([&] { Cake(budget, {.tau1 = tau}); }, {"tau1 is ", "above 0"});
     reference::expect_error<ArgumentError>([&] { Cake(budget, {.tau2 = tau}); }, {"tau2 is ", "above 0"});
   }

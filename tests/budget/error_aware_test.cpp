@@ -23,7 +23,7 @@ constexpr Walk both_walks[] = {Walk::rounds, Walk::extreme};
 
 Rows allocated(const LayerErrors& errors, const Allowance& allowance, const ErrorAware::Options& options) {
   Rows capacities(errors.layers(), 12345);
-  ErrorAware(errors, Budget::rows_per_layer(allowance.per_layer), options).allocate(allowance, capacities);
+  ErrorAware(errors, Budget::tokens_per_layer(allowance.per_layer), options).allocate(allowance, capacities);
   return capacities;
 }
 
@@ -181,7 +181,7 @@ TEST(ErrorAware, RejectsBoundsThatExcludeTheMean) {
 }
 
 TEST(ErrorAware, RejectsAnotherModel) {
-  const ErrorAware allocator{errors_of({0.5, 0.5}), Budget::rows_per_layer(20)};
+  const ErrorAware allocator{errors_of({0.5, 0.5}), Budget::tokens_per_layer(20)};
   expect_error<ArgumentError>(
       [&] { allocator.validate({.layers = 3, .query_heads = 1, .kv_heads = 1, .head_dim = 1}); },
       {"layer errors have 2 layers", "the model has 3", "calibrated for this model"});
@@ -189,7 +189,7 @@ TEST(ErrorAware, RejectsAnotherModel) {
 
 TEST(Uniform, GivesEveryLayerTheMean) {
   Rows rows(5);
-  Uniform(Budget::rows_per_layer(17)).allocate({.per_layer = 17, .window = 8, .tokens = 100}, rows);
+  Uniform(Budget::tokens_per_layer(17)).allocate({.per_layer = 17, .window = 8, .tokens = 100}, rows);
   EXPECT_EQ(rows, Rows(5, 17));
 }
 
@@ -197,7 +197,7 @@ TEST(Uniform, GivesEveryLayerTheMean) {
 static_assert(Allocator<ErrorAware> && Allocator<Uniform>);
 struct Own {
   static constexpr Reach reach = Reach::own_layer;
-  Budget budget() const { return Budget::rows_per_layer(1); }
+  Budget budget() const { return Budget::tokens_per_layer(1); }
   void validate(const ModelShape&) const {}
   void allocate(const Allowance&, std::span<std::size_t>) const {}
 };
@@ -223,7 +223,7 @@ static_assert(!Allocator<NoAllocate> && !Allocator<NotCopyable>);
 TEST(ErrorAware, NumbersAtTheEndOfTheirRange) {
   constexpr std::size_t half = std::size_t{1} << 63U;
   const LayerErrors errors = errors_of({0.9, 0.1});
-  const Budget budget = Budget::rows_per_layer(half);
+  const Budget budget = Budget::tokens_per_layer(half);
   Rows capacities(2);
   expect_error<ArgumentError>(
       [&] {

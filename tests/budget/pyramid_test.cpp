@@ -18,7 +18,7 @@ using Rows = std::vector<std::size_t>;
 
 Rows allocated(std::size_t layers, const Allowance& allowance, const Pyramid::Options& options = {}) {
   Rows capacities(layers, 12345);
-  Pyramid(Budget::rows_per_layer(allowance.per_layer), options).allocate(allowance, capacities);
+  Pyramid(Budget::tokens_per_layer(allowance.per_layer), options).allocate(allowance, capacities);
   return capacities;
 }
 
@@ -79,7 +79,7 @@ TEST(Pyramid, TheReleasedIntegersMissTheTotal) {
 }
 
 TEST(Pyramid, RejectsABetaThatIsNone) {
-  const Budget budget = Budget::rows_per_layer(30);
+  const Budget budget = Budget::tokens_per_layer(30);
   expect_error<ArgumentError>([&] { Pyramid(budget, {.beta = 0.5}); }, {"beta is 0.5", "at least 1"});
   expect_error<ArgumentError>([&] { Pyramid(budget, {.beta = std::numeric_limits<double>::quiet_NaN()}); },
                               {"beta is nan"});
@@ -89,7 +89,7 @@ TEST(Pyramid, NumbersAtTheEndOfTheirRange) {
   constexpr std::size_t half = std::size_t{1} << 63U;
   std::vector<std::size_t> capacities(2);
   for (const bool released : {false, true}) {
-    const Pyramid pyramid{Budget::rows_per_layer(half), {.beta = 1e300, .released_integers = released}};
+    const Pyramid pyramid{Budget::tokens_per_layer(half), {.beta = 1e300, .released_integers = released}};
     expect_error<ArgumentError>(
         [&] { pyramid.allocate({.per_layer = half, .window = 8, .tokens = half + 1}, capacities); },
         {"budget is 9223372036854775808 rows a layer, of 2 layers", "beyond 64 bits"});

@@ -20,7 +20,7 @@ constexpr std::size_t every = 32;
 class DecodingOnABudget : public RealModel {
  protected:
   static ckv::Compression on_budget(ckv::Method method) {
-    ckv::Compression how{.method = method, .budget = compresskv::Budget::rows_per_layer(rows)};
+    ckv::Compression how{.method = method, .budget = compresskv::Budget::tokens_per_layer(rows)};
     if (ckv::info(method).needs_heads) {
       how.heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"));
     }

@@ -255,7 +255,7 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
     EXPECT_EQ(record.at("prompt_tokens"), prompt.tokens.size());
     ckv::Compression how = compresskv_at(1.0);
     how.method = row.method;
-    how.budget = compresskv::Budget::rows_per_layer(40);
+    how.budget = compresskv::Budget::tokens_per_layer(40);
     if (!row.needs_heads) {
       how.errors.reset();
     }

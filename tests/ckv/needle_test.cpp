@@ -112,7 +112,7 @@ TEST_F(Uncompressed, DecodesBitForBitAsWithoutTheLibrary) {
       ckv::Compression how = compresskv_at(1.0);
       how.method = method;
       for (const compresskv::Budget budget :
-           {compresskv::Budget::kept_ratio(1.0), compresskv::Budget::rows_per_layer(100'000)}) {
+           {compresskv::Budget::kept_ratio(1.0), compresskv::Budget::tokens_per_layer(100'000)}) {
         how.budget = budget;
         const Trace kept = trace(how, {.kv_type = type});
         EXPECT_EQ(kept.kept, full.kept);

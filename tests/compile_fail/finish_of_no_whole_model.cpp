@@ -2,7 +2,7 @@
 #include "scorer.hpp"
 
 const ckv::Plan plan{shape, ckv::score::Cake{}, ckv::select::GroupedTopK{},
-                     ckv::budget::Cake{ckv::Budget::rows_per_layer(16)}};
+                     ckv::budget::Cake{ckv::Budget::tokens_per_layer(16)}};
 
 void finish(const ckv::StridedKv<float>& kv) {
   ckv::Compressor compressor{plan};

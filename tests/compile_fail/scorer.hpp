@@ -17,4 +17,4 @@ struct Scorer {
 };
 
 const ckv::ModelShape shape{.layers = 1, .query_heads = 2, .kv_heads = 1, .head_dim = 8};
-const ckv::budget::Uniform uniform{ckv::Budget::rows_per_layer(16)};
+const ckv::budget::Uniform uniform{ckv::Budget::tokens_per_layer(16)};

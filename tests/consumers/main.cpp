@@ -25,7 +25,7 @@ int main() {
 
   const ckv::Plan plan{
       shape, ckv::score::SemanticRetrieval{ckv::HeadRanking{{{1, 3}}}, {.heads_per_layer = 1, .window = 8}},
-      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::rows_per_layer(16)}};
+      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::tokens_per_layer(16)}};
   ckv::Compressor compressor{plan};
   compressor.begin(tokens);
   const ckv::StridedKv kv{keys.data(), values.data(), layer, ckv::layout::head_token_dim};

@@ -16,12 +16,12 @@ constexpr ModelShape shape{
     .layers = 4, .query_heads = 6, .kv_heads = 2, .head_dim = 16, .kv_row_bytes = 2 * 16 * sizeof(float)};
 
 TEST(Budget, TokensAreTakenAsGivenUpToThePrompt) {
-  const Budget budget = Budget::rows_per_layer(100);
+  const Budget budget = Budget::tokens_per_layer(100);
   EXPECT_EQ(budget.resolve(1000, 8, shape), 100U);
   EXPECT_EQ(budget.resolve(100, 8, shape), 100U);
   EXPECT_EQ(budget.resolve(99, 8, shape), 99U);
   EXPECT_EQ(budget.resolve(1, 8, shape), 1U);
-  EXPECT_EQ(Budget::rows_per_layer(8).resolve(1000, 8, shape), 8U);
+  EXPECT_EQ(Budget::tokens_per_layer(8).resolve(1000, 8, shape), 8U);
 }
 
 TEST(Budget, RatioIsTheShareKeptRoundedDownAndNeverBelowTheWindow) {
@@ -52,7 +52,7 @@ TEST(Budget, RatiosOutsideTheRangeAreRejected) {
 }
 
 TEST(Budget, LessThanTheWindowIsRejected) {
-  const auto tokens = Budget::rows_per_layer(7);
+  const auto tokens = Budget::tokens_per_layer(7);
   const auto expect_tokens = [](auto&& call) {
     expect_error<ArgumentError>(call,
                                 {"budget is 7 rows a layer", "window alone is 8", "at least the window"});
@@ -60,7 +60,7 @@ TEST(Budget, LessThanTheWindowIsRejected) {
   expect_tokens([&] { tokens.resolve(1000, 8, shape); });
   expect_tokens([&] { tokens.resolve(3, 8, shape); });
   expect_tokens([&] { tokens.validate(8, shape); });
-  expect_error<ArgumentError>([] { Budget::rows_per_layer(0).validate(8, shape); }, {"budget is 0 rows"});
+  expect_error<ArgumentError>([] { Budget::tokens_per_layer(0).validate(8, shape); }, {"budget is 0 rows"});
 
   const auto bytes = Budget::bytes(1024 * 8 - 1);
   const auto expect_bytes = [](auto&& call) {
@@ -78,14 +78,14 @@ TEST(Budget, BytesNeedTheSizeOfARow) {
   unknown.kv_row_bytes = 0;
   expect_error<ArgumentError>([&] { Budget::bytes(1 << 20).validate(8, unknown); },
                               {"budget in bytes needs ModelShape::kv_row_bytes", "which is 0"});
-  EXPECT_NO_THROW(Budget::rows_per_layer(8).validate(8, unknown));
+  EXPECT_NO_THROW(Budget::tokens_per_layer(8).validate(8, unknown));
 }
 
 TEST(Budget, NumbersAtTheEndOfTheirRange) {
   constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
   EXPECT_EQ(Budget::kept_ratio(1.0).resolve(most, 8, shape), most);
   EXPECT_EQ(Budget::kept_ratio(0.5).resolve(most, 8, shape), std::size_t{1} << 63U);
-  EXPECT_EQ(Budget::rows_per_layer(most).resolve(1000, 8, shape), 1000U);
+  EXPECT_EQ(Budget::tokens_per_layer(most).resolve(1000, 8, shape), 1000U);
   EXPECT_EQ(Budget::bytes(most).resolve(1000, 8, shape), 1000U);
   expect_error<ArgumentError>([&] { Budget::bytes(5).resolve(1000, most, shape); },
                               {"budget of 5 bytes is 0 rows a layer", "give at least 2^64 bytes"});

@@ -85,7 +85,8 @@ constexpr std::array cases{Case{"plain", 1100, 64}, Case{"odd", 77, 30}, Case{"s
 template <class Scorer, class Selector, class Kv, class Observed>
 void score(const std::string& name, const Scorer& scorer, const Selector& selector,
            const ckv::ModelShape& shape, std::size_t rows, const Kv& kv, const Observed& observed) {
-  const ckv::Plan plan{shape, scorer, selector, ckv::budget::Uniform{ckv::Budget::rows_per_layer(rows / 3)}};
+  const ckv::Plan plan{shape, scorer, selector,
+                       ckv::budget::Uniform{ckv::Budget::tokens_per_layer(rows / 3)}};
   ckv::Compressor compressor{plan};
   compressor.begin(rows);
   const auto scores = compressor.score(0, kv, observed);
@@ -167,7 +168,7 @@ void all_methods(const std::string& prefix, const Case& c) {
     ckv::SerialExecutor executor;
     Hash preference;
     preference.add(std::span<const double>(
-        std::array{ckv::budget::Cake{ckv::Budget::rows_per_layer(8), {.tau1 = 1.6, .tau2 = 0.4}}.preference(
+        std::array{ckv::budget::Cake{ckv::Budget::tokens_per_layer(8), {.tau1 = 1.6, .tau2 = 0.4}}.preference(
             input, workspace, executor)}));
     preference.print(prefix + " preference");
 
@@ -201,7 +202,7 @@ void matrix(const std::string& prefix) {
   const ckv::ModelShape shape{
       .layers = layers, .query_heads = query_heads, .kv_heads = kv_heads, .head_dim = 8};
   const ckv::Plan plan{shape, ckv::score::Cake{}, ckv::select::Adaptive{},
-                       ckv::budget::Uniform{ckv::Budget::rows_per_layer(20)}};
+                       ckv::budget::Uniform{ckv::Budget::tokens_per_layer(20)}};
   ckv::Compressor compressor{plan};
   compressor.begin(tokens);
   Hash hash;

@@ -634,7 +634,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   const bool by_share = data.ConsumeBool();
   const auto amount = data.ConsumeIntegralInRange<std::size_t>(1, 60);
   MethodSettings settings{.budget = by_share ? Budget::kept_ratio(static_cast<double>(amount) / 60.0)
-                                             : Budget::rows_per_layer(amount),
+                                             : Budget::tokens_per_layer(amount),
                           .heads = HeadRanking(ranking),
                           .scores = HeadScores(sizes.layers, heads, runs),
                           .window = sizes.window};

@@ -77,7 +77,7 @@ TYPED_TEST(RotaryOf, RerotationIsRotatingAtTheRowIndexFromScratch) {
   constexpr std::size_t rows = 40;
   constexpr std::size_t head_dim = 16;
   const Plan plan{ModelShape{.layers = 1, .query_heads = 2, .kv_heads = 2, .head_dim = head_dim},
-                  score::StreamingLlm{}, select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(20)}};
+                  score::StreamingLlm{}, select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(20)}};
   std::uint64_t seed = 0;
   for (const Rotary& rotary : rotaries()) {
     SCOPED_TRACE(++seed);
@@ -133,7 +133,7 @@ TYPED_TEST(RotaryOf, RerotationIsRotatingAtTheRowIndexFromScratch) {
 
 TEST(Rotary, RefusesHeadsThatHoldDifferentRowsAndRotationsThatDoNotFit) {
   const Plan plan{ModelShape{.layers = 1, .query_heads = 2, .kv_heads = 2, .head_dim = 6},
-                  score::StreamingLlm{}, select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(20)}};
+                  score::StreamingLlm{}, select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(20)}};
   reference::Cache<float> cache({.kv_heads = 2, .rows = 30, .head_dim = 6},
                                 reference::Arrangement::head_token_dim);
   reference::Random random(1);

@@ -181,7 +181,7 @@ struct Layer {
                                       .window = c.window,
                                       .pool = c.pool,
                                       .pool_width = c.pool_width}},
-            select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(c.capacity)}};
+            select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(c.capacity)}};
   }
 
  private:

@@ -151,7 +151,7 @@ void expect_scores(const S& scorer, Layer<float>& layer, const ScoreRows& expect
     }
   }();
   const std::size_t capacity = std::max(layer.sizes.capacity, scorer.window());
-  const Plan plan{layer.shape, scorer, selector, budget::Uniform{Budget::rows_per_layer(capacity)}};
+  const Plan plan{layer.shape, scorer, selector, budget::Uniform{Budget::tokens_per_layer(capacity)}};
   Compressor compressor{plan};
   compressor.begin(layer.sizes.rows);
   const auto scores = compressor.score(0, layer.cache.view(), layer.observation());

@@ -47,7 +47,7 @@ TEST(Cake, TokensThatAreLookedAtUnevenlyStay) {
   const auto rows_with = [&](float gamma) {
     const Plan plan{ModelShape{.layers = 1, .query_heads = 1, .kv_heads = 1, .head_dim = 4},
                     score::Cake{{.gamma = gamma, .window = 2, .pool_width = 1}}, select::GroupedTopK{},
-                    budget::Uniform{Budget::rows_per_layer(4)}};
+                    budget::Uniform{Budget::tokens_per_layer(4)}};
     Compressor compressor{plan};
     compressor.begin(6);
     const auto rows =

@@ -30,7 +30,7 @@ GroupedPlan plan_of(const Layer<float>& layer) {
                                    .window = c.window,
                                    .pool = c.pool,
                                    .pool_width = c.pool_width}},
-          select::GroupedTopK{}, budget::Uniform{Budget::rows_per_layer(c.capacity)}};
+          select::GroupedTopK{}, budget::Uniform{Budget::tokens_per_layer(c.capacity)}};
 }
 
 struct Expected {

@@ -52,7 +52,7 @@ TEST(H2O, IsTheReferenceOverGeneratedLayers) {
 TEST(H2O, WantsEveryQueryOfThePromptAndThenThoseSince) {
   Layer<float> layer({.group = 2, .rows = 40, .extra_queries = 32});
   const Plan plan{layer.shape, score::H2O{}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(12)}};
+                  budget::Uniform{Budget::tokens_per_layer(12)}};
   Compressor compressor{plan};
   compressor.begin(40);
   const QueryWindow<float> few(layer.queries.data(), {.query_heads = 2, .queries = 39, .head_dim = 8});
@@ -72,7 +72,7 @@ TEST(H2O, SumsOfTheEngineServeAsWell) {
   const std::vector<float> sums{2.0F, 0.5F, 0.0F, 0.4F, 0.1F};
   const Plan plan{ModelShape{.layers = 1, .query_heads = 1, .kv_heads = 1, .head_dim = 4},
                   score::H2O{{.window = 1}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(3)}};
+                  budget::Uniform{Budget::tokens_per_layer(3)}};
   Compressor compressor{plan};
   compressor.begin(5);
   const auto rows =

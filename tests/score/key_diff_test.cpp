@@ -36,7 +36,7 @@ TEST(KeyDiff, AKeyOfNoLengthIsOrthogonal) {
     layer.cache.keys[layer.cache.at(0, 7, dim)] = 0.0F;
   }
   const Plan plan{layer.shape, score::KeyDiff{{.window = 2}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(4)}};
+                  budget::Uniform{Budget::tokens_per_layer(4)}};
   Compressor compressor{plan};
   compressor.begin(20);
   const auto scores = compressor.score(0, layer.cache.view());
@@ -62,7 +62,7 @@ TEST(KeyDiff, KeysOfDenormalNumbersHaveTheirDirection) {
     }
   }
   const Plan plan{layer.shape, score::KeyDiff{{.window = 3}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(10)}};
+                  budget::Uniform{Budget::tokens_per_layer(10)}};
   Compressor compressor{plan};
   compressor.begin(40);
   const auto row = compressor.score(0, layer.cache.view()).row(0);
@@ -78,7 +78,7 @@ TEST(KeyDiff, NamesTheKeyThatIsNotFinite) {
     Layer<float> layer({.head_dim = 4, .rows = 20, .window = 2, .capacity = 4});
     layer.cache.keys[layer.cache.at(0, 7, 2)] = poison;
     const Plan plan{layer.shape, score::KeyDiff{{.window = 2}}, select::GroupedTopK{},
-                    budget::Uniform{Budget::rows_per_layer(4)}};
+                    budget::Uniform{Budget::tokens_per_layer(4)}};
     Compressor compressor{plan};
     compressor.begin(20);
     expect_error<ScoreError>([&] { compressor.compress(0, layer.cache.view()); }, {"row 0 token 7 is "});

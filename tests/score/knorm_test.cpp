@@ -35,7 +35,7 @@ TEST(Knorm, LengthsBeyondFloat32CountAsItsLargest) {
     layer.cache.keys[layer.cache.at(0, 4, dim)] = std::bit_cast<float>(std::uint32_t{8});  // 2^-146
   }
   const Plan plan{layer.shape, score::Knorm{{.window = 2}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(4)}};
+                  budget::Uniform{Budget::tokens_per_layer(4)}};
   Compressor compressor{plan};
   compressor.begin(20);
   const auto scores = compressor.score(0, layer.cache.view()).row(0);

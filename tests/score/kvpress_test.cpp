@@ -59,7 +59,7 @@ class Kvpress : public testing::Test {
 
   Ours ours(Method method) {
     Ours out;
-    const MethodSettings settings{.budget = Budget::rows_per_layer(capacity_),
+    const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity_),
                                   .window = window_,
                                   .pool_width = recorded_.at("pool_width").get<std::size_t>()};
     with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
@@ -172,7 +172,7 @@ TEST_F(Kvpress, PyramidsAreTheirsWithTheWindowOnTop) {
     SCOPED_TRACE(testing::Message() << "L " << theirs.size() << " p " << rows << " w " << window);
     const auto ours_of = [&](std::size_t per_layer) {
       std::vector<std::size_t> capacities(theirs.size());
-      budget::Pyramid{Budget::rows_per_layer(per_layer)}.allocate(
+      budget::Pyramid{Budget::tokens_per_layer(per_layer)}.allocate(
           {.per_layer = per_layer, .window = window, .tokens = number("tokens")}, capacities);
       EXPECT_EQ(std::accumulate(capacities.begin(), capacities.end(), std::size_t{0}),
                 per_layer * theirs.size());

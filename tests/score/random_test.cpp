@@ -17,7 +17,7 @@ const ModelShape shape{.layers = 2, .query_heads = 4, .kv_heads = 2, .head_dim =
 
 std::vector<float> scores_of(std::uint64_t seed, std::size_t layer, std::size_t tokens) {
   const Plan plan{shape, score::Random{{.seed = seed, .window = 1}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(10)}};
+                  budget::Uniform{Budget::tokens_per_layer(10)}};
   Compressor compressor{plan};
   compressor.begin(tokens);
   const std::vector<float> none(4 * tokens, 0.0F);
@@ -52,7 +52,7 @@ TEST(Random, IsUniformAndDependsOnSeedLayerHeadAndPosition) {
 TEST(Random, ATokenKeepsItsScoreWhenItsRowChanges) {
   reference::Layer<float> layer({.group = 1, .kv_heads = 2, .rows = 100});
   const Plan plan{layer.shape, score::Random{}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(40)}};
+                  budget::Uniform{Budget::tokens_per_layer(40)}};
   Compressor compressor{plan};
   compressor.begin(100);
   const auto before = compressor.score(0, layer.cache.view());

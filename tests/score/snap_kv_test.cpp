@@ -29,7 +29,7 @@ TEST(SnapKv, AveragesConsecutiveHeads) {
   // first of the second group token 5: a mean over (0, 2) and (1, 3) would mix them.
   const ModelShape shape{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 4};
   const Plan plan{shape, score::SnapKv{{.window = 1, .pool_width = 1}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(2)}};
+                  budget::Uniform{Budget::tokens_per_layer(2)}};
   std::vector<float> weights(4 * 10, 0.0F);
   weights[1 * 10 + 3] = 1.0F;
   weights[2 * 10 + 5] = 1.0F;

@@ -15,7 +15,7 @@ using Rows = std::vector<std::uint32_t>;
 Rows kept(std::size_t tokens, std::size_t capacity, const score::StreamingLlm::Options& options) {
   const Plan plan{ModelShape{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 3},
                   score::StreamingLlm{options}, select::SharedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(capacity)}};
+                  budget::Uniform{Budget::tokens_per_layer(capacity)}};
   reference::Cache<float> cache({.kv_heads = 2, .rows = tokens, .head_dim = 3},
                                 reference::Arrangement::token_head_dim);
   reference::Random random(tokens);

@@ -26,7 +26,7 @@ TEST(Tova, KeepsNoWindowButTheLastToken) {
   // The last query looks at tokens 0 and 2 alone: recent ones go.
   const std::vector<float> weights{0.5F, 0.0F, 0.4F, 0.0F, 0.0F, 0.1F};
   const Plan plan{ModelShape{.layers = 1, .query_heads = 1, .kv_heads = 1, .head_dim = 4}, score::Tova{},
-                  select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(3)}};
+                  select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(3)}};
   Compressor compressor{plan};
   compressor.begin(6);
   const auto rows =

@@ -391,7 +391,7 @@ TEST(AllOrNothing, AnExecutorMayFailInEveryLoopOfEveryCall) {
 
 TEST(AllOrNothing, KeysAreTurnedOnceWhateverTheExecutorDoes) {
   const std::vector<float> queries = some_queries();
-  const Plan plan{shape, score::Tova{}, select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(40)}};
+  const Plan plan{shape, score::Tova{}, select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(40)}};
   using R = Calls<std::remove_const_t<decltype(plan)>, FailingExecutor>;
   FailingExecutor::Plan failing;
   R begun{.compressor = Compressor(plan, FailingExecutor{&failing}), .caches = {}, .queries = &queries};
@@ -415,7 +415,7 @@ TEST(AllOrNothing, KeysAreTurnedOnceWhateverTheExecutorDoes) {
 
 TEST(AllOrNothing, ABatchSaysWhichSequencesAnExecutorLeftOut) {
   const std::vector<float> queries = some_queries();
-  const Plan plan{shape, score::Tova{}, select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(40)}};
+  const Plan plan{shape, score::Tova{}, select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(40)}};
   using R = Calls<std::remove_const_t<decltype(plan)>, SerialExecutor>;
   std::vector<R> runs(4, R{.compressor = Compressor(plan), .caches = {}, .queries = &queries});
   std::vector<BatchItem<Compressor<std::remove_const_t<decltype(plan)>>, PagedKv<float>, QueryWindow<float>>>
@@ -500,7 +500,7 @@ TEST(AllOrNothing, ACascadeKeepsWhatIsProtectedInEveryLayerOrSaysThatItCannot) {
       }
     }
     const Plan plan{shape, score::Cake{{.window = window}}, select::GroupedTopK{},
-                    budget::Cake{Budget::rows_per_layer(mean)}};
+                    budget::Cake{Budget::tokens_per_layer(mean)}};
     using R = Calls<std::remove_const_t<decltype(plan)>, SerialExecutor>;
     R run{.compressor = Compressor(plan), .caches = {}, .queries = &queries};
     run.caches.append(300);
@@ -531,9 +531,9 @@ TEST(AllOrNothing, LayersThatWaitAreCheckedBeforeAnyMoves) {
   const HeadScores scores(layers, query_heads, std::vector<std::vector<double>>(layers * query_heads, {1.0}));
   // The least layer has room for two tokens beside the window.
   const budget::ErrorAware falling{
-      LayerErrors({1.0, 0.5, 0.001}, {}), Budget::rows_per_layer(20), {.min_rows = 6}};
+      LayerErrors({1.0, 0.5, 0.001}, {}), Budget::tokens_per_layer(20), {.min_rows = 6}};
   const budget::ErrorAware rising{
-      LayerErrors({0.001, 0.5, 1.0}, {}), Budget::rows_per_layer(20), {.min_rows = 6}};
+      LayerErrors({0.001, 0.5, 1.0}, {}), Budget::tokens_per_layer(20), {.min_rows = 6}};
   const auto check = [&](const auto& plan, std::size_t refused_at) {
     using R = Calls<std::remove_cvref_t<decltype(plan)>, SerialExecutor>;
     R run{.compressor = Compressor(plan), .caches = {}, .queries = &queries};
@@ -561,7 +561,7 @@ TEST(AllOrNothing, LayersThatWaitAreCheckedBeforeAnyMoves) {
 TEST(AllOrNothing, RowsOfALayerThatMayShrinkAgainAreLeftAlone) {
   const std::vector<float> queries = some_queries();
   const Plan plan{shape, score::Cake{{.window = window}}, select::GroupedTopK{},
-                  budget::Cake{Budget::rows_per_layer(40)}};
+                  budget::Cake{Budget::tokens_per_layer(40)}};
   using R = Calls<std::remove_const_t<decltype(plan)>, SerialExecutor>;
   R run{.compressor = Compressor(plan), .caches = {}, .queries = &queries};
   run.go(0);
@@ -581,7 +581,7 @@ TEST(AllOrNothing, RowsOfALayerThatMayShrinkAgainAreLeftAlone) {
 TEST(AllOrNothing, TruncatingEndsATurnThatIsUnderWay) {
   const std::vector<float> queries = some_queries();
   const auto plan = Plan{shape, score::Cake{{.window = window}}, select::GroupedTopK{},
-                         budget::Cake{Budget::rows_per_layer(40)}};
+                         budget::Cake{Budget::tokens_per_layer(40)}};
   using R = Calls<std::remove_const_t<decltype(plan)>, SerialExecutor>;
   R run{.compressor = Compressor(plan), .caches = {}, .queries = &queries};
   run.go(0);

@@ -85,23 +85,23 @@ struct Engine {
 
 auto per_head_plan() {
   return Plan{shape, score::SnapKv{{.window = window}}, select::Adaptive{},
-              budget::Uniform{Budget::rows_per_layer(30)}};
+              budget::Uniform{Budget::tokens_per_layer(30)}};
 }
 auto carried_plan() {
   return Plan{shape,
               score::Carried{HeadScores(layers, 4, std::vector<std::vector<double>>(layers * 4, {1.0})),
                              {.window = window}},
-              select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(30)}};
+              select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(30)}};
 }
 auto whole_plan() {
   return Plan{shape,
               score::ModelWide{HeadScores(layers, 4, std::vector<std::vector<double>>(layers * 4, {1.0})),
                                {.heads = 4, .window = window}},
-              select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(30)}};
+              select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(30)}};
 }
 auto cake_plan() {
   return Plan{shape, score::Cake{{.window = window}}, select::GroupedTopK{},
-              budget::Cake{Budget::rows_per_layer(30)}};
+              budget::Cake{Budget::tokens_per_layer(30)}};
 }
 
 template <class C>
@@ -396,7 +396,7 @@ TEST(Held, ALayerTurnedToItsRowsStillKnowsWhatMayCome) {
 
 TEST(Turned, LayersOfEqualRowsGoOnInTurnsFromTheirRowCount) {
   const Plan plan{shape, score::SnapKv{{.window = window}}, select::GroupedTopK{},
-                  budget::Uniform{Budget::rows_per_layer(30)}};
+                  budget::Uniform{Budget::tokens_per_layer(30)}};
   Engine engine(7);
   engine.append(60);
   Compressor compressor{plan};

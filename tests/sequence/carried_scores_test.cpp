@@ -124,7 +124,7 @@ TEST(Carried, EachLayerKeepsTheBestByWhatLayersBelowSawToo) {
           model.shape,
           score::Carried{model.scores(),
                          {.heads_per_layer = heads, .decay = 0.7F, .hold_layers = hold, .window = c.window}},
-          select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(c.capacity)}};
+          select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(c.capacity)}};
       Compressor compressor{plan};
       compressor.begin(c.rows);
       Scores64 carried(c.rows - c.observed(), 0.0);
@@ -161,7 +161,7 @@ TEST(ModelWide, AllLayersKeepOneSetByTheBestHeadsOfTheModel) {
     const Model original = model;
     const std::size_t heads = std::min<std::size_t>(5, c.query_heads() * layer_count);
     const Plan plan{model.shape, score::ModelWide{model.scores(), {.heads = heads, .window = c.window}},
-                    select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(c.capacity)}};
+                    select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(c.capacity)}};
     Compressor compressor{plan};
     compressor.begin(c.rows);
     for (std::size_t l = 0; l < layer_count; ++l) {
@@ -207,7 +207,7 @@ TEST(Carried, ErrorAwareBudgetsCutPrefixesOfOneOrder) {
   Model model(c, 3);
   const Plan plan{model.shape, score::ModelWide{model.scores(), {.heads = 3, .window = 8}},
                   select::SharedTopK{},
-                  budget::ErrorAware{LayerErrors({0.7, 0.2, 0.1}, {}), Budget::rows_per_layer(40)}};
+                  budget::ErrorAware{LayerErrors({0.7, 0.2, 0.1}, {}), Budget::tokens_per_layer(40)}};
   Compressor compressor{plan};
   compressor.begin(c.rows);
   for (std::size_t l = 0; l < 3; ++l) {
@@ -225,7 +225,7 @@ TEST(Carried, RanksAddTheirParts) {
   Model whole(c, 3);
   Model doubled = whole;
   const Plan plan{whole.shape, score::Carried{whole.scores(), {.heads_per_layer = 2, .window = 8}},
-                  select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(40)}};
+                  select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(40)}};
   Compressor one{plan};
   Compressor two{plan};
   one.begin(c.rows);
@@ -249,7 +249,7 @@ TEST(CrossLayer, WhatIsMissingOrOutOfOrderIsNamedAndNothingMoves) {
   const LayerCase c{.group = 2, .kv_heads = 2, .head_dim = 16, .rows = 60, .window = 8, .capacity = 20};
   Model model(c, 3);
   const Plan plan{model.shape, score::ModelWide{model.scores(), {.heads = 3, .window = 8}},
-                  select::SharedTopK{}, budget::Uniform{Budget::rows_per_layer(20)}};
+                  select::SharedTopK{}, budget::Uniform{Budget::tokens_per_layer(20)}};
   Compressor compressor{plan};
   compressor.begin(c.rows);
   const auto before = model.layers[0].cache;

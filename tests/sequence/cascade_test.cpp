@@ -84,7 +84,7 @@ auto plan_of(const LayerCase& c, std::size_t layers, const S& scorer, const T& s
   return Plan{
       ModelShape{
           .layers = layers, .query_heads = c.query_heads(), .kv_heads = c.kv_heads, .head_dim = c.head_dim},
-      scorer, selector, budget::Cake{Budget::rows_per_layer(c.capacity)}};
+      scorer, selector, budget::Cake{Budget::tokens_per_layer(c.capacity)}};
 }
 
 StridedKv<float> view_of(Layer<float>& layer, std::span<const std::size_t> rows) {
@@ -143,7 +143,7 @@ void expect_cascade(const LayerCase& c, std::size_t count, const S& scorer, cons
   for (std::size_t l = 0; l < count; ++l) {
     Layer<float> fresh = original[l];
     const Plan alone{plan.shape(), scorer, selector,
-                     budget::Uniform{Budget::rows_per_layer(compressor.capacities()[l])}};
+                     budget::Uniform{Budget::tokens_per_layer(compressor.capacities()[l])}};
     Compressor once{alone};
     once.begin(c.rows);
     const Retained& expected = once.compress(l, fresh.cache.view(), fresh.observation());
@@ -252,7 +252,7 @@ TEST(Cascade, ATurnBeginsAnew) {
 }
 
 TEST(CakeBudget, RejectsOptionsByName) {
-  const Budget budget = Budget::rows_per_layer(30);
+  const Budget budget = Budget::tokens_per_layer(30);
   expect_error<ArgumentError>([&] { budget::Cake(budget, {.tau1 = 0.0}); }, {"tau1 is 0", "above 0"});
   expect_error<ArgumentError>([&] { budget::Cake(budget, {.tau2 = -1.0}); }, {"tau2 is -1"});
 }
@@ -262,7 +262,7 @@ TEST(CakeBudget, LayersThatPreferNothingCountTheSame) {
   std::vector<std::size_t> most(3);
   const std::vector<double> none(3, 0.0);
   const std::vector<std::size_t> least(3, 2);
-  budget::Cake(Budget::rows_per_layer(5)).cascade(none, least, 16, capacities, most);
+  budget::Cake(Budget::tokens_per_layer(5)).cascade(none, least, 16, capacities, most);
   EXPECT_EQ(capacities, (std::vector<std::size_t>{6, 5, 5}));
 }
 
@@ -271,7 +271,7 @@ TEST(CakeBudget, NoLayerFallsBelowItsLeast) {
   std::vector<std::size_t> most(3);
   const std::vector<double> preferences{0.0, 1.0, 100.0};
   const std::vector<std::size_t> least{2, 7, 3};
-  const budget::Cake cake(Budget::rows_per_layer(5));
+  const budget::Cake cake(Budget::tokens_per_layer(5));
   cake.cascade(preferences, least, 16, capacities, most);
   EXPECT_EQ(capacities, (std::vector<std::size_t>{2, 7, 7}));
   expect_error<ArgumentError>(

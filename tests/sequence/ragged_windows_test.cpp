@@ -29,7 +29,7 @@ constexpr ModelShape shape{
     .layers = 1, .query_heads = query_heads, .kv_heads = kv_heads, .head_dim = head_dim};
 
 MethodSettings settings() {
-  MethodSettings out{.budget = Budget::rows_per_layer(capacity),
+  MethodSettings out{.budget = Budget::tokens_per_layer(capacity),
                      // Of group 0 none: its KV head falls back to the other's.
                      .heads = HeadRanking({{3, 2, 1, 0}}),
                      .window = window};
@@ -116,7 +116,8 @@ TEST(RaggedWindows, EachHeadKeepsItsOwn) {
 /// Scorers that look at one head at a time choose for it what they choose beside a longer head.
 TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   const auto check = [](const auto& scorer) {
-    const Plan plan{shape, scorer, select::GroupedTopK{}, budget::Uniform{Budget::rows_per_layer(capacity)}};
+    const Plan plan{shape, scorer, select::GroupedTopK{},
+                    budget::Uniform{Budget::tokens_per_layer(capacity)}};
     for (std::uint64_t seed = 1; seed <= 10; ++seed) {
       const auto beside_short = compressed(plan, 2, 3, seed);
       const auto beside_long = compressed(plan, 40, 3, seed);
@@ -137,7 +138,7 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
 /// What a short head leaves of the layer's rows goes to the others.
 TEST(RaggedWindows, AdaptiveKeepsAsManyRowsAsTheLayerMay) {
   const Plan plan{shape, score::SnapKv{{.window = window}}, select::Adaptive{},
-                  budget::Uniform{Budget::rows_per_layer(capacity)}};
+                  budget::Uniform{Budget::tokens_per_layer(capacity)}};
   const auto held = compressed(plan, 1, 3, 7);
   EXPECT_EQ(held[0].size() + held[1].size(), kv_heads * capacity);
 }

@@ -98,7 +98,7 @@ struct Sequence {
 TEST(Turns, PositionsStayTrueOverManyTurns) {
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     SCOPED_TRACE(seed);
-    const auto plan = plan_of(seed % 2 == 0 ? Budget::rows_per_layer(30) : Budget::kept_ratio(0.25));
+    const auto plan = plan_of(seed % 2 == 0 ? Budget::tokens_per_layer(30) : Budget::kept_ratio(0.25));
     Sequence sequence(50 + seed, seed);
     Compressor compressor{plan};
     compressor.begin(sequence.next);
@@ -116,7 +116,7 @@ TEST(Turns, PositionsStayTrueOverManyTurns) {
 }
 
 TEST(Turns, APromptInChunksNeverHoldsMoreThanItsWorkingRowsAndAChunk) {
-  const auto plan = plan_of(Budget::rows_per_layer(40));
+  const auto plan = plan_of(Budget::tokens_per_layer(40));
   Sequence sequence(60, 3);
   Compressor compressor{plan};
   compressor.begin(60);
@@ -132,7 +132,7 @@ TEST(Turns, APromptInChunksNeverHoldsMoreThanItsWorkingRowsAndAChunk) {
 }
 
 TEST(Turns, AFailedTurnChangesNothing) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   Compressor compressor{plan};
   expect_error<ArgumentError>([&] { compressor.begin_turn(60); },
                               {"begin() was not called", "not begin_turn()"});
@@ -154,7 +154,7 @@ TEST(Turns, AFailedTurnChangesNothing) {
 TEST(Turns, TokensTakenBackAreAsIfTheyHadNeverBeen) {
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     SCOPED_TRACE(seed);
-    const auto plan = plan_of(Budget::rows_per_layer(20));
+    const auto plan = plan_of(Budget::tokens_per_layer(20));
     Sequence sequence(60, seed);
     Compressor compressor{plan};
     compressor.begin(60);
@@ -188,7 +188,7 @@ TEST(Turns, TokensTakenBackAreAsIfTheyHadNeverBeen) {
 }
 
 TEST(Turns, TruncateReachesLayersThatAreWholeAndHeadsThatDiffer) {
-  const auto plan = plan_of(Budget::rows_per_layer(20));
+  const auto plan = plan_of(Budget::tokens_per_layer(20));
   Sequence sequence(60, 5);
   Compressor compressor{plan};
   compressor.begin(60);
@@ -226,7 +226,7 @@ TEST(Protection, ProtectedTokensStayAndTheBestOfTheRest) {
       }
     }
     protection.positions = listed;
-    const auto plan = plan_of(Budget::rows_per_layer(32));
+    const auto plan = plan_of(Budget::tokens_per_layer(32));
     Sequence sequence(60, seed);
     Compressor compressor{plan};
     compressor.begin(60);
@@ -251,7 +251,7 @@ TEST(Protection, ProtectedTokensStayAndTheBestOfTheRest) {
 
 TEST(Protection, HoldsByPositionOverTurns) {
   const Rows listed{10, 33, 70};
-  const auto plan = plan_of(Budget::rows_per_layer(16));
+  const auto plan = plan_of(Budget::tokens_per_layer(16));
   Sequence sequence(60, 6);
   Compressor compressor{plan};
   const Rows first{10, 33};
@@ -275,7 +275,7 @@ TEST(Protection, HoldsByPositionOverTurns) {
 TEST(Protection, EachKvHeadKeepsItsOwn) {
   const Plan plan{shape,
                   score::GroupedRetrieval{HeadRanking{{{1, 2}}}, {.heads_per_layer = 2, .window = window}},
-                  select::GroupedTopK{}, budget::Uniform{Budget::rows_per_layer(12)}};
+                  select::GroupedTopK{}, budget::Uniform{Budget::tokens_per_layer(12)}};
   Sequence sequence(60, 7);
   Compressor compressor{plan};
   const Rows listed{20, 21};
@@ -290,7 +290,7 @@ TEST(Protection, EachKvHeadKeepsItsOwn) {
 }
 
 TEST(Protection, TooManyTokensAreRefusedBeforeAnythingMoves) {
-  const auto plan = plan_of(Budget::rows_per_layer(16));
+  const auto plan = plan_of(Budget::tokens_per_layer(16));
   Sequence sequence(60, 8);
   Compressor compressor{plan};
   compressor.begin(60, {.keep_first = 13});
@@ -307,7 +307,7 @@ TEST(Protection, TooManyTokensAreRefusedBeforeAnythingMoves) {
 }
 
 TEST(Protection, RejectsPositionsThatAreNot) {
-  const auto plan = plan_of(Budget::rows_per_layer(16));
+  const auto plan = plan_of(Budget::tokens_per_layer(16));
   Compressor compressor{plan};
   compressor.begin(60);
   const auto begin = [&](const Rows& positions) { compressor.begin(50, {.positions = positions}); };

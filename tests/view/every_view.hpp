@@ -36,7 +36,7 @@ inline score::SemanticRetrieval::Options retrieval(const LayerCase& c) {
 }
 
 inline budget::Uniform budget_of(const LayerCase& c) {
-  return budget::Uniform{Budget::rows_per_layer(c.capacity)};
+  return budget::Uniform{Budget::tokens_per_layer(c.capacity)};
 }
 
 struct MethodNames {

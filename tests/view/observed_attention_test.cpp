@@ -257,7 +257,8 @@ TEST(ObservedAttention, TellsNaNFromWeightsThatAreNone) {
   Layer<float> layer({.group = 1, .rows = 40});
   std::vector<float> weights(8 * 40, 0.01F);
   const auto compress = [&](const auto& scorer) {
-    const Plan plan{layer.shape, scorer, select::GroupedTopK{}, budget::Uniform{Budget::rows_per_layer(16)}};
+    const Plan plan{layer.shape, scorer, select::GroupedTopK{},
+                    budget::Uniform{Budget::tokens_per_layer(16)}};
     Compressor compressor{plan};
     compressor.begin(40);
     compressor.compress(0, layer.cache.view(),

@@ -33,7 +33,7 @@ struct Sequence {
   reference::SemanticPlan plan{{.layers = 1, .query_heads = 2, .kv_heads = 2, .head_dim = 4},
                                score::SemanticRetrieval{HeadRanking{{{0, 1}}}, {.heads_per_layer = 1}},
                                select::SharedTopK{},
-                               budget::Uniform{Budget::rows_per_layer(10)}};
+                               budget::Uniform{Budget::tokens_per_layer(10)}};
   Random random{3};
   Pool pool;
 

@@ -104,7 +104,7 @@ struct Memory<AffineInt8> {
 /// The rows of `view` that a method keeps.
 template <class V>
 Selection selected(Method method, const Layer<float>& layer, const V& view) {
-  const MethodSettings settings{.budget = Budget::rows_per_layer(capacity),
+  const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                 .heads = HeadRanking{layer.ranking},
                                 .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
                                 .model_heads = 4};

@@ -17,7 +17,7 @@ namespace compresskv {
 class Budget {
  public:
   /// Mean rows a layer, window included.
-  static Budget rows_per_layer(std::size_t rows) { return Budget{Unit::rows, 0.0, rows}; }
+  static Budget tokens_per_layer(std::size_t rows) { return Budget{Unit::tokens, 0.0, rows}; }
 
   /// Share of the prompt **kept**, in (0, 1]. Throws ArgumentError outside.
   static Budget kept_ratio(double share) {
@@ -50,12 +50,12 @@ class Budget {
   }
 
  private:
-  enum class Unit { rows, ratio, bytes };
+  enum class Unit { tokens, ratio, bytes };
 
   Budget(Unit unit, double share, std::uint64_t amount) : unit_(unit), share_(share), amount_(amount) {}
 
   std::size_t fixed_rows(std::size_t window, const ModelShape& shape) const {
-    if (unit_ == Unit::rows) {
+    if (unit_ == Unit::tokens) {
       detail::require(amount_ >= window, "budget is ", amount_, " rows a layer, the window alone is ", window,
                       ": give at least the window");
       return amount_;
