@@ -26,8 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::uint64_t any = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t most_tokens = std::numeric_limits<std::uint32_t>::max();  // positions have 32 bits
 constexpr std::uint64_t most_threads = 1024;
 
 std::string reason(int failure) { return std::generic_category().message(failure); }
@@ -41,23 +39,19 @@ std::optional<Number> number_of(std::string_view text) {
   return whole ? std::optional(number) : std::nullopt;
 }
 
-/// What is wrong with a count; nothing, and `text` as CLI11 reads it, where it is one: 010 is ten.
-std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most) {
-  const auto number = number_of<std::uint64_t>(text);
-  if (!number || *number < least || *number > most) {
-    return fmt::format("'{}' is no whole number from {} to {}", text, least, most);
-  }
-  text = std::to_string(*number);
-  return {};
-}
+enum class Sign { any, not_negative, positive };
 
-/// The same for a real number. Some are kept as float.
-std::string check_real(const std::string& text, bool negative) {
+/// What is wrong with a real number; nothing where it is one. Some are kept as float.
+std::string check_real(const std::string& text, Sign sign) {
   const auto number = number_of<double>(text);
   if (!number || !(std::abs(*number) <= std::numeric_limits<float>::max())) {
     return fmt::format("'{}' is no finite number, such as 0.25", text);
   }
-  return *number < 0.0 && !negative ? fmt::format("'{}' is below 0: give 0 or more", text) : std::string();
+  if (sign == Sign::positive && *number <= 0.0) {
+    return fmt::format("'{}' is not above 0: give more than 0", text);
+  }
+  return sign == Sign::not_negative && *number < 0.0 ? fmt::format("'{}' is below 0: give 0 or more", text)
+                                                     : std::string();
 }
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
@@ -131,26 +125,38 @@ int write_all(const fs::path& path, const std::string& text, int flags) {
 
 }  // namespace
 
+std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most) {
+  const auto number = number_of<std::uint64_t>(text);
+  if (!number || *number < least || *number > most) {
+    return fmt::format("'{}' is no whole number from {} to {}", text, least, most);
+  }
+  text = std::to_string(*number);
+  return {};
+}
+
 void check_values(CLI::App& app) {
   for_options(app, [](CLI::Option& option) {
-    // What CLI11 shows of an option in the help says what it takes.
+    // What CLI11 shows of an option in the help says what it takes: its type, then what its own validators
+    // are called. `transform` puts this one before them, so that its message is the one that is seen.
     const std::string type = option.get_type_name();
-    const bool counts = type.find("POSITIVE") != std::string::npos;
+    const auto says = [&](const char* word) { return type.find(word) != std::string::npos; };
+    const Sign sign = says("POSITIVE")      ? Sign::positive
+                      : says("NONNEGATIVE") ? Sign::not_negative
+                                            : Sign::any;
     CLI::Validator validator;
     if (is_input(option)) {
       const bool may_be_pipe = option.get_name() == "--prompt-file";
       validator.operation([may_be_pipe](std::string& path) { return check_input(path, may_be_pipe); });
-    } else if (type.starts_with("FLOAT")) {
-      const bool negative = type.find("NONNEGATIVE") == std::string::npos;
-      validator.operation([negative](std::string& text) { return check_real(text, negative); });
+    } else if (says("SIZE")) {
+      return;  // byte_count looks at it
+    } else if (says("FLOAT")) {
+      validator.operation([sign](std::string& text) { return check_real(text, sign); });
     } else if (type.starts_with("INT")) {
       validator.operation([](std::string& text) { return check_count(text, 0, most_threads); });
-    } else if (type.find("SIZE") != std::string::npos) {
-      return;  // byte_count looks at it
-    } else if (type.starts_with("UINT") || counts) {
-      const bool amount = counts || type.find("NONNEGATIVE") != std::string::npos;
-      validator.operation(
-          [=](std::string& text) { return check_count(text, counts ? 1 : 0, amount ? most_tokens : any); });
+    } else if (says("UINT") || sign == Sign::positive) {
+      const std::uint64_t most = sign == Sign::any ? any_number : most_tokens;
+      const std::uint64_t least = sign == Sign::positive ? 1 : 0;
+      validator.operation([=](std::string& text) { return check_count(text, least, most); });
     } else {
       return;
     }
@@ -187,7 +193,7 @@ CLI::Validator byte_count() {
             std::string number = text.substr(0, unit);
             std::string bytes;
             try {
-              if (check_count(number, 1, any).empty()) {
+              if (check_count(number, 1, any_number).empty()) {
                 bytes = number + text.substr(unit);
                 if (!units(bytes).empty()) {
                   bytes.clear();
@@ -199,7 +205,7 @@ CLI::Validator byte_count() {
             if (bytes.empty()) {
               return fmt::format(
                   "'{}' is no whole number from 1 to {} bytes, in units of your choice: 2MiB, 500kB", text,
-                  any);
+                  any_number);
             }
             text = bytes;
             return {};

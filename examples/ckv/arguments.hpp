@@ -3,7 +3,9 @@
 
 #include <CLI/CLI.hpp>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -11,6 +13,13 @@
 #include "method.hpp"
 
 namespace ckv {
+
+constexpr std::uint64_t any_number = std::numeric_limits<std::uint64_t>::max();
+constexpr std::uint64_t most_tokens = std::numeric_limits<std::uint32_t>::max();  ///< positions have 32 bits
+
+/// What is wrong with a count, with its bounds; nothing, and `text` as CLI11 reads it, where it is one: 010
+/// is ten.
+std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most);
 
 /// Has every number that the subcommands take checked as it is written, whichever option it belongs to: CLI11
 /// alone takes -1 for 2^64 - 1, what is above 2^64 for that, 010 for 8, and nan for a share. Also that what

@@ -1,14 +1,18 @@
 // What the tool takes on its command line, and how it says no: exit codes, messages, streams that do not take
 // what it prints.
 
+#include "ckv/arguments.hpp"
+
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "message_of.hpp"
@@ -18,6 +22,7 @@
 namespace ckv_test {
 namespace {
 
+using compresskv::test::message_of;
 using compresskv::test::says;
 
 std::string tool() { return quoted(COMPRESSKV_CKV_BINARY); }
@@ -133,6 +138,59 @@ TEST(Arguments, ANumberOutOfItsBoundsNamesThem) {
   refuse({"evaluate", "--lengths", "5,0"}, {"--lengths", "'0'", "from 1 to"});
   refuse({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "streaming", "--ratio", "0"},
          {"--ratio", "budget ratio is 0"});
+}
+
+TEST(Arguments, AValidatorOfTheOptionsOwnNeverSpeaksFirst) {
+  CLI::App app{"numbers"};
+  double real = 0.0;
+  double amount = 0.0;
+  std::size_t count = 0;
+  app.add_option("--real", real)->check(CLI::PositiveNumber);
+  app.add_option("--amount", amount)->check(CLI::NonNegativeNumber)->type_name("FLOAT of it");
+  app.add_option("--count", count)->check(CLI::PositiveNumber);
+  ckv::check_values(app);
+  const auto message = [&](std::vector<std::string> arguments) {
+    return message_of<CLI::ValidationError>([&] { app.parse(std::move(arguments)); });
+  };
+  for (const char* wrong : {"0", "-0.5", "-0"}) {
+    EXPECT_EQ(message({std::string("--real=") + wrong}),
+              "--real: '" + std::string(wrong) + "' is not above 0: give more than 0");
+  }
+  EXPECT_EQ(message({"--amount=-1"}), "--amount: '-1' is below 0: give 0 or more");
+  EXPECT_EQ(message({"--count=0"}), "--count: '0' is no whole number from 1 to 4294967295");
+  app.parse(std::vector<std::string>{"--real=0.5", "--amount=0", "--count=010"});
+  EXPECT_EQ(real, 0.5);
+  EXPECT_EQ(amount, 0.0);
+  EXPECT_EQ(count, 10U);
+}
+
+TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string out = folder.path("out.jsonl").string();
+  const auto evaluate = [&](const std::string& method) {
+    return Arguments{"evaluate", "--model", model, "--out", out, "--ratios", "0.5", "--methods", method};
+  };
+  const std::string count = " is no whole number from 1 to 4294967295";
+  for (const auto& [option, wrong] : std::vector<std::pair<std::string, std::string>>{
+           {"window=-1", "window '-1'" + count},
+           {"window=8x", "window '8x'" + count},
+           {"window", "window ''" + count},
+           {"min=0", "min '0'" + count},
+           {"heads=0", "heads '0'" + count},
+           {"width=", "width ''" + count},
+           {"model=4294967296", "model '4294967296'" + count},
+           {"hold=-1", "hold '-1' is no whole number from 0 to 4"},
+           {"decay=101", "decay '101' is no whole number from 0 to 100"},
+           {"seed=x", "seed 'x' is no whole number from 0 to 18446"},
+           {"pool=sum", "pool 'sum' is none: give avg or max"},
+           {"errors", "there are no layer errors; name them with --errors"},
+           {"size=3", "'size=3' is not known; options are uniform,"}}) {
+    expect_usage_error(evaluate("snapkv:" + option), "--methods snapkv:" + option + ": " + wrong);
+  }
+  for (const char* right : {"seed=0", "hold=0", "decay=0", "decay=100", "window=010"}) {
+    expect_failure(evaluate(std::string("snapkv:") + right), "broken.gguf");
+  }
 }
 
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
