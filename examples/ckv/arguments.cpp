@@ -1,8 +1,6 @@
 #include "arguments.hpp"
 
-#include <fcntl.h>
 #include <fmt/core.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +8,7 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <compresskv/io/text_file.hpp>
 #include <cstdint>
 #include <fstream>
 #include <limits>
@@ -17,7 +16,6 @@
 #include <string_view>
 #include <system_error>
 
-#include "engine/error.hpp"
 #include "terminal.hpp"
 #include "usage_error.hpp"
 
@@ -25,10 +23,9 @@ namespace ckv {
 namespace {
 
 namespace fs = std::filesystem;
+namespace files = compresskv::io::detail;
 
 constexpr std::uint64_t most_threads = 1024;
-
-std::string reason(int failure) { return std::generic_category().message(failure); }
 
 /// Reads all of `text` as a number; nothing where it is none or out of the type's range.
 template <class Number>
@@ -64,15 +61,12 @@ bool is_input(const CLI::Option& option) {
 /// What is wrong with what lies at a path. A prompt may come through a pipe; the others are read twice. One
 /// that is absent is left to `wrong_input`: what the options say among themselves comes first.
 std::string check_input(const std::string& path, bool may_be_pipe) {
-  if (path.empty()) {
-    return "'' is no path: give a file";
-  }
-  struct stat entry = {};
-  if (stat(path.c_str(), &entry) != 0 || S_ISREG(entry.st_mode) || (may_be_pipe && S_ISFIFO(entry.st_mode))) {
+  std::error_code unknown;
+  if (!path.empty() && fs::status(path, unknown).type() == fs::file_type::not_found) {
     return {};
   }
-  const char* what = S_ISDIR(entry.st_mode) ? "a folder" : S_ISFIFO(entry.st_mode) ? "a pipe" : "a device";
-  return fmt::format("'{}' is {}: give a file", path, what);
+  const std::string wrong = files::why_not_read(path, may_be_pipe);
+  return wrong.empty() ? wrong : fmt::format("'{}': {}", path, wrong);
 }
 
 /// Goes over all options, those of groups too.
@@ -84,43 +78,6 @@ void for_options(App& app, const Visit& visit) {
   for (auto* inner : app.get_subcommands([](const CLI::App*) { return true; })) {
     for_options(*inner, visit);
   }
-}
-
-/// A file that is open; closed where it is let go.
-class Descriptor {
- public:
-  explicit Descriptor(int number) : number_(number) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() { close(); }
-
-  int number() const { return number_; }
-  /// The error of it: some systems tell only then that a disk is full.
-  int close() {
-    const int failed = number_ >= 0 && ::close(number_) != 0 ? errno : 0;
-    number_ = -1;
-    return failed;
-  }
-
- private:
-  int number_;
-};
-
-/// Writes all of it; 0 or the error.
-int write_all(const fs::path& path, const std::string& text, int flags) {
-  Descriptor out{open(path.c_str(), O_WRONLY | O_CLOEXEC | flags, 0666)};
-  if (out.number() < 0) {
-    return errno;
-  }
-  for (std::string_view rest = text; !rest.empty();) {
-    const ssize_t count = write(out.number(), rest.data(), rest.size());
-    if (count >= 0) {
-      rest.remove_prefix(static_cast<std::size_t>(count));
-    } else if (errno != EINTR) {
-      return errno;
-    }
-  }
-  return out.close();
 }
 
 }  // namespace
@@ -171,8 +128,12 @@ std::optional<std::string> wrong_input(const CLI::App& app) {
       return;
     }
     for (const std::string& path : option.results()) {
-      if (access(path.c_str(), R_OK) != 0) {
-        wrong = fmt::format("{} '{}': {}", option.get_name(), path, reason(errno));
+      std::string why = files::why_not_read(path, true);
+      if (why.empty() && access(path.c_str(), R_OK) != 0) {
+        why = files::cannot_be_opened(errno);
+      }
+      if (!why.empty()) {
+        wrong = fmt::format("{} '{}': {}", option.get_name(), path, why);
       } else if (option.get_name() == "--heads" || option.get_name() == "--errors") {
         char first = '\0';
         if (std::ifstream in{path}; !(in >> first) || first != '{') {
@@ -278,76 +239,40 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
 }
 
 std::string read_text_file(const fs::path& path) {
-  const auto refuse = [&](const std::string& why) -> std::string {
-    throw engine::Error(fmt::format("cannot read '{}': {}", path.string(), why));
-  };
-  int number = -1;
-  while ((number = open(path.c_str(), O_RDONLY | O_CLOEXEC)) < 0) {  // waits for who writes a named pipe
-    if (errno != EINTR) {
-      return refuse(reason(errno));
-    }
-    check_interrupt();
-  }
-  const Descriptor file{number};
-  struct stat entry = {};
-  if (fstat(number, &entry) != 0) {
-    return refuse(reason(errno));
-  }
-  if (S_ISCHR(entry.st_mode) || S_ISBLK(entry.st_mode)) {
-    return refuse("it is a device, which may have no end; give a file");
-  }
+  const std::string wrong = files::why_not_read(path, true);
+  files::require(wrong.empty(), path, wrong);
   std::string text;
-  std::array<char, 1 << 16> piece{};
-  for (;;) {
-    const ssize_t count = read(number, piece.data(), piece.size());
-    if (count == 0) {
-      return text;
-    }
-    if (count > 0) {
-      text.append(piece.data(), static_cast<std::size_t>(count));
-    } else if (errno != EINTR) {
-      return refuse(reason(errno));
-    }
+  files::read_pieces(path, [&](std::string_view piece) {
+    text += piece;
     check_interrupt();
-  }
+  });
+  return text;
 }
 
 void write_text_file(const fs::path& path, const std::string& text) {
   std::error_code unknown;
   const fs::file_status there = fs::status(path, unknown);
-  int failure = 0;
-  if (fs::exists(there) && !fs::is_regular_file(there)) {
-    failure = write_all(path, text, 0);
-  } else {
-    // Where the path is a link, what it leads to is replaced.
-    const fs::path place = fs::exists(there) ? fs::canonical(path, unknown) : path;
-    fs::path partial = place;
-    partial += ".partial";
-    failure = write_all(partial, text, O_CREAT | O_TRUNC);
-    std::error_code moved;
-    if (failure == 0) {
-      fs::rename(partial, place, moved);
-      failure = moved.value();
-    }
-    if (failure != 0) {
-      fs::remove(partial, unknown);
-    }
+  if (!fs::exists(there) || fs::is_regular_file(there) || fs::is_directory(there)) {
+    files::write_text(path, text);
+    return;
   }
-  if (failure != 0) {
-    throw engine::Error(fmt::format("cannot write '{}': {}", path.string(), reason(failure)));
-  }
+  const std::string stopped = files::overwrite(path, text);
+  files::require(stopped.empty(), path, "cannot be written, ", stopped, ": give the path of a file");
 }
 
 void check_writable(const char* option, const fs::path& path) {
-  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  std::error_code unknown;
-  const bool there = fs::exists(path, unknown);
-  const bool file = !there || fs::is_regular_file(path, unknown);
-  if (fs::is_directory(path, unknown)) {
-    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(EISDIR)));
+  std::string wrong = files::why_not_written(path, true);
+  if (wrong.empty()) {
+    const fs::path folder = files::behind_links(path).parent_path();
+    const bool there = fs::exists(path);
+    const bool is_file = !there || fs::is_regular_file(path);
+    if ((there && access(path.c_str(), W_OK) != 0) ||
+        (is_file && access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)) {
+      wrong = fmt::format("cannot be written, {}: check the permissions", files::reason_of(errno));
+    }
   }
-  if ((there && access(path.c_str(), W_OK) != 0) || (file && access(folder.c_str(), W_OK | X_OK) != 0)) {
-    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(errno)));
+  if (!wrong.empty()) {
+    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), wrong));
   }
 }
 

@@ -69,12 +69,12 @@ struct CalibrationFiles {
 std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
                                                  const std::string& sha256);
 
-/// The bytes of a file or a pipe. Throws engine::Error naming it and the system's reason; Interrupted where a
-/// pipe keeps it waiting and a signal comes.
+/// The bytes of a file or a pipe. Throws compresskv::FileError naming it and the system's reason; Interrupted
+/// where a pipe keeps it waiting and a signal comes.
 std::string read_text_file(const std::filesystem::path& path);
 
-/// Writes a file whole or not at all: beside its place first, then renamed; what is there and no file, such
-/// as /dev/stdout, is written to as it is. Throws engine::Error naming it and the system's reason.
+/// Writes a file as the library does, whole or not at all; what is there and no file, such as /dev/stdout, is
+/// written to as it is. Throws compresskv::FileError naming it and the system's reason.
 void write_text_file(const std::filesystem::path& path, const std::string& text);
 
 /// Throws UsageError, naming the option, where `write_text_file` could not even begin: before hours of work.

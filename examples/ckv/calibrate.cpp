@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <compresskv/io/calibration_files.hpp>
-#include <compresskv/io/json_file.hpp>
 #include <cstddef>
 #include <cstdio>
 #include <filesystem>
@@ -71,7 +70,6 @@ const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 std::vector<NeedleText> wanted_needles(const CalibrateArguments& arguments) {
   std::vector<NeedleText> needles;
   if (!arguments.needle_file.empty()) {
-    compresskv::io::detail::require_regular(arguments.needle_file);
     needles = read_needles(arguments.needle_file);
   } else {
     for (const Needle& needle : calibration_needles()) {

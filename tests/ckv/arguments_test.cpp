@@ -9,6 +9,8 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
+#include <compresskv/core/error.hpp>
+#include <filesystem>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -223,12 +225,12 @@ TEST(Arguments, NoSubcommandPrintsTheHelpAndAnUnknownOneIsNamed) {
   expect_usage_error({"inspect", "m.gguf", "--fast"}, "--fast");
 }
 
-TEST(Arguments, AFileThatIsNotThereIsWrongUsageWithTheSystemsReason) {
+TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   const Folder folder;
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   const std::string none = folder.path("none").string();
   const std::string out = folder.path("out").string();
-  const std::string there = ": No such file or directory";
+  const std::string there = ": no such file: check the path";
   const auto refuse = [&](const Arguments& arguments, const std::string& option) {
     expect_usage_error(arguments, option + " '" + none + "'" + there);
   };
@@ -263,6 +265,20 @@ TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
   refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
 }
 
+TEST(Arguments, AFileIsWrittenWhereItsLinkLeads) {
+  const Folder folder;
+  std::filesystem::create_symlink("target", folder.path("link"));
+  for (const char* text : {"first", "second"}) {  // made, then replaced
+    ckv::check_writable("--json", folder.path("link"));
+    ckv::write_text_file(folder.path("link"), text);
+    EXPECT_TRUE(std::filesystem::is_symlink(folder.path("link")));
+    EXPECT_EQ(read(folder.path("target")), text);
+  }
+  ckv::check_writable("--json", "/dev/full");
+  EXPECT_EQ(message_of<compresskv::FileError>([] { ckv::write_text_file("/dev/full", "text"); }),
+            "/dev/full: cannot be written, No space left on device: give the path of a file");
+}
+
 TEST(Arguments, WhatIsNoFileIsNotReadFrom) {
   const Folder folder;
   const std::string pipe = folder.path("pipe").string();
@@ -295,8 +311,13 @@ TEST(Arguments, AnOutputThatCannotBeIsRefusedBeforeTheWork) {
   const Folder folder;
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   expect_usage_error({"demo", "--model", model, "--json", folder.path("none/out.json").string()},
-                     "--json '" + folder.path("none/out.json").string() + "': No such file or directory");
-  expect_usage_error({"demo", "--model", model, "--json", folder.path("").string()}, "Is a directory");
+                     "--json '" + folder.path("none/out.json").string() +
+                         "': cannot be written, there is no folder " + folder.path("none").string());
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("").string()},
+                     "': cannot be written, it is a folder: give the path of a file");
+  std::filesystem::create_symlink("none/out.json", folder.path("link"));
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("link").string()},
+                     "': cannot be written, there is no folder " + folder.path("none").string());
 }
 
 // ---- streams

@@ -208,9 +208,10 @@ TEST(OwnNeedles, ABadLineIsNamed) {
     EXPECT_NE(said.find("needles.jsonl' line 3: " + what), std::string::npos) << said;
   }
   EXPECT_NE(message("\n").find("holds no needle"), std::string::npos) << message("\n");
-  EXPECT_NE(
-      message_of<engine::Error>([&] { ckv::read_needles(folder.path("none.jsonl")); }).find("none.jsonl"),
-      std::string::npos);
+  EXPECT_NE(message_of<compresskv::FileError>([&] {
+              ckv::read_needles(folder.path("none.jsonl"));
+            }).find("none.jsonl"),
+            std::string::npos);
 }
 
 // ---- with the real model
