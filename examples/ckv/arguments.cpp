@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <compresskv/io/json_file.hpp>
 #include <compresskv/io/text_file.hpp>
 #include <cstdint>
 #include <fstream>
@@ -15,6 +16,7 @@
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 #include "terminal.hpp"
 #include "usage_error.hpp"
@@ -67,6 +69,22 @@ std::string check_input(const std::string& path, bool may_be_pipe) {
   }
   const std::string wrong = files::why_not_read(path, may_be_pipe);
   return wrong.empty() ? wrong : fmt::format("'{}': {}", path, wrong);
+}
+
+/// What shows in the first bytes of a file that it is no JSON object. The loaders pass over a byte-order mark
+/// of UTF-8, too.
+std::string why_no_json(const std::string& path) {
+  std::array<char, 3> start{};
+  std::ifstream in{path, std::ios::binary};
+  in.read(start.data(), start.size());
+  const std::string_view mark(start.data(), start.size());
+  if (mark.starts_with("\xFF\xFE") || mark.starts_with("\xFE\xFF")) {
+    return "is UTF-16, by its byte-order mark, and not UTF-8";
+  }
+  in.clear();
+  in.seekg(mark == "\xEF\xBB\xBF" ? 3 : 0);
+  char first = '\0';
+  return (in >> first) && first == '{' ? "" : "is no JSON";
 }
 
 /// Goes over all options, those of groups too.
@@ -135,12 +153,12 @@ std::optional<std::string> wrong_input(const CLI::App& app) {
       if (!why.empty()) {
         wrong = fmt::format("{} '{}': {}", option.get_name(), path, why);
       } else if (option.get_name() == "--heads" || option.get_name() == "--errors") {
-        char first = '\0';
-        if (std::ifstream in{path}; !(in >> first) || first != '{') {
-          wrong = fmt::format("{} '{}': is no JSON: give one of the files that `ckv calibrate` writes, {}",
-                              option.get_name(), path,
-                              option.get_name() == "--heads" ? "NAME_head_idx.json or NAME_head_scores.json"
-                                                             : "NAME_layer_score.jsonl");
+        const std::string ending = option.get_name() == "--heads"
+                                       ? "NAME_head_idx.json or NAME_head_scores.json"
+                                       : "NAME_layer_score.jsonl";
+        if (const std::string other = why_no_json(path); !other.empty()) {
+          wrong = fmt::format("{} '{}': {}: give one of the files that `ckv calibrate` writes, {}",
+                              option.get_name(), path, other, ending);
         }
       }
     }
@@ -217,23 +235,32 @@ void CacheArguments::apply_to(Compression& how) const {
 }
 
 std::optional<CalibrationFiles> find_calibration(const fs::path& models, const std::string& sha256) {
+  std::vector<std::string> unread;  // one may be of this very model
   std::error_code failure;
   for (const auto& folder : fs::directory_iterator{models, failure}) {
     const fs::path record_file = folder.path() / "calibration.json";
-    if (!fs::is_regular_file(record_file, failure)) {
+    if (!fs::exists(record_file, failure)) {
       continue;
     }
-    const auto record = nlohmann::json::parse(read_text_file(record_file), nullptr, false);
-    const auto text = [&](const char* key) {
-      const auto found = record.is_object() ? record.find(key) : record.end();
-      return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
-    };
-    if (text("model_sha256") == sha256) {
-      const std::string name = text("model");
-      return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
-                              .errors = folder.path() / (name + "_layer_score.jsonl"),
-                              .scores = folder.path() / (name + "_head_scores.json")};
+    try {
+      const auto refuse = [&](const std::string& why) { files::fail(record_file, why); };
+      const auto record = files::parse_json<nlohmann::json>(files::read_text(record_file), "", refuse);
+      const auto text = [&](const char* key) {
+        const auto found = record.is_object() ? record.find(key) : record.end();
+        return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
+      };
+      if (text("model_sha256") == sha256) {
+        const std::string name = text("model");
+        return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
+                                .errors = folder.path() / (name + "_layer_score.jsonl"),
+                                .scores = folder.path() / (name + "_head_scores.json")};
+      }
+    } catch (const compresskv::FileError& error) {
+      unread.push_back(fmt::format("passed over: {}", error.what()));
     }
+  }
+  for (const std::string& message : unread) {
+    complain(message);
   }
   return std::nullopt;
 }

@@ -64,8 +64,8 @@ struct CalibrationFiles {
   std::filesystem::path scores = {};  ///< raw, of each head
 };
 
-/// The calibration of this very file among the folders of `models`, told by its digest. A record that is none
-/// is passed over.
+/// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot
+/// be read are passed over, and named on stderr where no other is the one.
 std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
                                                  const std::string& sha256);
 

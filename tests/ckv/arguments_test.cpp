@@ -261,8 +261,27 @@ TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
   };
   const std::string is_none =
       " '" + text + "': is no JSON: give one of the files that `ckv calibrate` writes, ";
+  const std::string wide = folder.write("wide.json", std::string("\xFF\xFE{\0\n\0", 6)).string();
+  refuse({"--heads", wide},
+         "--heads '" + wide + "': is UTF-16, by its byte-order mark, and not UTF-8: give one");
   refuse({"--heads", text}, "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
   refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
+}
+
+TEST(Arguments, AByteOrderMarkMakesACalibrationNoText) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string heads = folder.write("heads.json", "\xEF\xBB\xBF {\"0\": [0]}").string();
+  // What is wrong is the model alone.
+  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", heads},
+                 "broken.gguf");
+  const std::string marked = folder
+                                 .write("text.json",
+                                        "\xEF\xBB\xBF"
+                                        "Call me")
+                                 .string();
+  expect_usage_error({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", marked},
+                     "'" + marked + "': is no JSON: give");
 }
 
 TEST(Arguments, AFileIsWrittenWhereItsLinkLeads) {
@@ -277,6 +296,31 @@ TEST(Arguments, AFileIsWrittenWhereItsLinkLeads) {
   ckv::check_writable("--json", "/dev/full");
   EXPECT_EQ(message_of<compresskv::FileError>([] { ckv::write_text_file("/dev/full", "text"); }),
             "/dev/full: cannot be written, No space left on device: give the path of a file");
+}
+
+TEST(Arguments, CalibrationsThatCannotBeReadAreNamedWhereNoOtherIsTheOne) {
+  const Folder folder;
+  const auto record = [&](const char* name, const std::string& text) {
+    std::filesystem::create_directory(folder.path(name));
+    return folder.write((std::string(name) + "/calibration.json").c_str(), text).string();
+  };
+  const std::string mine = R"({"model": "m", "model_sha256": "abc"})";
+  const std::string twice = record("twice", R"({"model": "m", "model_sha256": "abc", "model": "n"})");
+  const std::string nul = record("nul", mine + std::string(1, '\0'));
+  const auto find = [&](const std::string& sha256) {
+    testing::internal::CaptureStderr();
+    const auto found = ckv::find_calibration(folder.path(""), sha256);
+    return std::pair(found, testing::internal::GetCapturedStderr());
+  };
+  const auto [none, said] = find("abc");
+  EXPECT_FALSE(none);
+  EXPECT_TRUE(says(said, {"ckv: passed over: " + twice + ": key \"model\" stands twice"}));
+  EXPECT_TRUE(says(said, {"ckv: passed over: " + nul + ": holds a NUL byte"}));
+  record("mine", "\xEF\xBB\xBF" + mine);
+  const auto [found, silence] = find("abc");
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->heads, folder.path("mine") / "m_head_idx.json");
+  EXPECT_EQ(silence, "");
 }
 
 TEST(Arguments, WhatIsNoFileIsNotReadFrom) {
