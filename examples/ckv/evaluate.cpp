@@ -360,8 +360,8 @@ class Grid {
     }
     if (answered < arguments_->prompts) {
       progress.clear();
-      fmt::print(stderr, "ckv: {} at {} tokens: the full cache answers {} of the {} prompts wanted\n", task,
-                 length, answered, arguments_->prompts);
+      complain(fmt::format("{} at {} tokens: the full cache answers {} of the {} prompts wanted", task,
+                           length, answered, arguments_->prompts));
     }
   }
 
@@ -563,8 +563,18 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     throw engine::Error(
         "nothing was measured: the full cache answers none of the prompts; give other --lengths or --tasks");
   }
-  fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>11}{:>10}{:>13}\n", "task", "tokens", "budget", "method",
-             "prompts", "result", "KV bytes", "compress ms");
+  std::size_t widest = 28;
+  for (const Variant& variant : variants) {
+    widest = std::max(widest, variant.method.size() + 1);
+  }
+  const Table table{{{.title = "task", .width = 10, .left = true},
+                     {.title = "tokens", .width = 7},
+                     {.title = " budget", .width = 17, .left = true},
+                     {.title = "method", .width = widest, .left = true},
+                     {.title = "prompts", .width = 8},
+                     {.title = "result", .width = 10},
+                     {.title = "KV bytes", .width = 11},
+                     {.title = "compress ms", .width = 13}}};
   const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
                        const Json& budget) {
     const auto found = sums.find({task, length, budget.dump(), method});
@@ -573,9 +583,11 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
     const Sum& sum = found->second;
     const auto count = static_cast<double>(sum.prompts);
-    fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>9.3g}{:<2}{:>10.0f}{:>13.1f}\n", task, length,
-               budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump(), method,
-               sum.prompts, sum.value / count, sum.unit, sum.bytes / count, sum.ms / count);
+    const std::string amount =
+        budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump();
+    table.row({task, std::to_string(length), " " + amount, method, std::to_string(sum.prompts),
+               fmt::format("{:.3g}{}", sum.value / count, sum.unit), fmt::format("{:.0f}", sum.bytes / count),
+               fmt::format("{:.1f}", sum.ms / count)});
   };
   for (const std::string& task : arguments.tasks) {
     for (const std::size_t length : arguments.lengths) {
@@ -585,9 +597,10 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
       }
     }
   }
-  fmt::print("\nresult: answers that are right, perplexity, or relative error, as the task is\n");
+  fmt::print("\n");
+  print_text("result: answers that are right, perplexity, or relative error, as the task is");
   if (!variants.empty()) {
-    fmt::print("Every method held the same bytes at each budget: checked.\n");
+    print_text("Every method held the same bytes at each budget: checked.");
   }
 }
 

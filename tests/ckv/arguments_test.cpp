@@ -37,15 +37,6 @@ Outcome run_shell(const std::string& command) {
   return {.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .out = "", .err = read(folder.path("err"))};
 }
 
-std::size_t longest_line(const std::string& text) {
-  std::istringstream lines{text};
-  std::size_t longest = 0;
-  for (std::string line; std::getline(lines, line);) {
-    longest = std::max(longest, line.size());
-  }
-  return longest;
-}
-
 // ---- numbers
 // ---------------------------------------------------------------------------------------------------
 
@@ -466,26 +457,7 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
 }
 
 TEST_F(ArgumentsWithModel, TablesKeepToTheWidthOfTheTerminal) {
-  const auto inspect = [&](const std::string& columns) {
-    const Folder folder;
-    const std::string out = folder.path("out").string();
-    const Outcome outcome =
-        run_shell("COLUMNS=" + columns + " " + tool() + " inspect " + model() + " >" + quoted(out));
-    EXPECT_EQ(outcome.code, 0) << outcome.err;
-    return read(out);
-  };
-  const std::string wide = inspect("");
-  EXPECT_GT(longest_line(wide), 80U);
-  for (const std::size_t columns : {80U, 40U}) {
-    const std::string narrow = inspect(std::to_string(columns));
-    EXPECT_LE(longest_line(narrow), columns) << narrow;
-    // Nothing is lost but the path, which may be one word wider than the terminal.
-    const auto numbers = [](const std::string& text) {
-      std::istringstream words{text.substr(text.find("\nKV cache of"))};
-      return std::vector<std::string>{std::istream_iterator<std::string>{words}, {}};
-    };
-    EXPECT_EQ(numbers(narrow), numbers(wide)) << narrow;
-  }
+  expect_narrow_output({"inspect", model_path()}, "\nKV cache of");
 }
 
 /// What appears on a terminal of so many columns.

@@ -298,6 +298,7 @@ TEST_F(CalibrateWithModel, ResumedAndSharedRunsAreTheSameToTheByte) {
     names.insert(name);
   }
   EXPECT_EQ(names, all_files);
+  expect_narrow_output(calibrate("whole", everything), "tokens");  // all is measured: it is said again
 
   const auto ranking = compresskv::io::load_head_ranking(path("whole") / "tiny_head_idx.json");
   EXPECT_NO_THROW(ranking.validate(30, 9));

@@ -156,6 +156,15 @@ TEST_F(EvaluateWithModel, TheFullCacheAloneIsComparedWithNothing) {
   EXPECT_EQ(outcome.out.find("checked"), std::string::npos) << outcome.out;
 }
 
+TEST_F(EvaluateWithModel, TheSummaryKeepsToTheWidthOfTheTerminal) {
+  const Folder folder;
+  // Also a name wider than its column.
+  expect_narrow_output(evaluate(folder.path("out.jsonl").string(),
+                                {"--methods", "streaming,compresskv:heads=2:window=4:pool=max", "--ratios",
+                                 "0.5", "--tasks", "perplexity", "--prompts", "1", "--depths", "1"}),
+                       "task");
+}
+
 TEST_F(EvaluateWithModel, FilesThatAreNoneEndItSoon) {
   const Folder folder;
   const std::string out = folder.path("out.jsonl").string();
