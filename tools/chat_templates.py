@@ -731,7 +731,7 @@ def main():
     options = arguments.parse_args()
     path = options.write / "chat_templates.json"
     recorded = json.loads(path.read_text(encoding="ascii"))[0]
-    print(write(path, list(chat_cases((recorded["template"], recorded["bos"], recorded["eos"])))))
+    print(write(path, chat_cases((recorded["template"], recorded["bos"], recorded["eos"]))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 #include "arguments.hpp"
 
-#include <fcntl.h>
 #include <fmt/core.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,14 +8,16 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <compresskv/io/json_file.hpp>
+#include <compresskv/io/text_file.hpp>
 #include <cstdint>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
-#include "engine/error.hpp"
 #include "terminal.hpp"
 #include "usage_error.hpp"
 
@@ -25,12 +25,9 @@ namespace ckv {
 namespace {
 
 namespace fs = std::filesystem;
+namespace files = compresskv::io::detail;
 
-constexpr std::uint64_t any = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t most_tokens = std::numeric_limits<std::uint32_t>::max();  // positions have 32 bits
 constexpr std::uint64_t most_threads = 1024;
-
-std::string reason(int failure) { return std::generic_category().message(failure); }
 
 /// Reads all of `text` as a number; nothing where it is none or out of the type's range.
 template <class Number>
@@ -41,23 +38,19 @@ std::optional<Number> number_of(std::string_view text) {
   return whole ? std::optional(number) : std::nullopt;
 }
 
-/// What is wrong with a count; nothing, and `text` as CLI11 reads it, where it is one: 010 is ten.
-std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most) {
-  const auto number = number_of<std::uint64_t>(text);
-  if (!number || *number < least || *number > most) {
-    return fmt::format("'{}' is no whole number from {} to {}", text, least, most);
-  }
-  text = std::to_string(*number);
-  return {};
-}
+enum class Sign { any, not_negative, positive };
 
-/// The same for a real number. Some are kept as float.
-std::string check_real(const std::string& text, bool negative) {
+/// What is wrong with a real number; nothing where it is one. Some are kept as float.
+std::string check_real(const std::string& text, Sign sign) {
   const auto number = number_of<double>(text);
   if (!number || !(std::abs(*number) <= std::numeric_limits<float>::max())) {
     return fmt::format("'{}' is no finite number, such as 0.25", text);
   }
-  return *number < 0.0 && !negative ? fmt::format("'{}' is below 0: give 0 or more", text) : std::string();
+  if (sign == Sign::positive && *number <= 0.0) {
+    return fmt::format("'{}' is not above 0: give more than 0", text);
+  }
+  return sign == Sign::not_negative && *number < 0.0 ? fmt::format("'{}' is below 0: give 0 or more", text)
+                                                     : std::string();
 }
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
@@ -70,15 +63,28 @@ bool is_input(const CLI::Option& option) {
 /// What is wrong with what lies at a path. A prompt may come through a pipe; the others are read twice. One
 /// that is absent is left to `wrong_input`: what the options say among themselves comes first.
 std::string check_input(const std::string& path, bool may_be_pipe) {
-  if (path.empty()) {
-    return "'' is no path: give a file";
-  }
-  struct stat entry = {};
-  if (stat(path.c_str(), &entry) != 0 || S_ISREG(entry.st_mode) || (may_be_pipe && S_ISFIFO(entry.st_mode))) {
+  std::error_code unknown;
+  if (!path.empty() && fs::status(path, unknown).type() == fs::file_type::not_found) {
     return {};
   }
-  const char* what = S_ISDIR(entry.st_mode) ? "a folder" : S_ISFIFO(entry.st_mode) ? "a pipe" : "a device";
-  return fmt::format("'{}' is {}: give a file", path, what);
+  const std::string wrong = files::why_not_read(path, may_be_pipe);
+  return wrong.empty() ? wrong : fmt::format("'{}': {}", path, wrong);
+}
+
+/// What shows in the first bytes of a file that it is no JSON object. The loaders pass over a byte-order mark
+/// of UTF-8, too.
+std::string why_no_json(const std::string& path) {
+  std::array<char, 3> start{};
+  std::ifstream in{path, std::ios::binary};
+  in.read(start.data(), start.size());
+  const std::string_view mark(start.data(), start.size());
+  if (mark.starts_with("\xFF\xFE") || mark.starts_with("\xFE\xFF")) {
+    return "is UTF-16, by its byte-order mark, and not UTF-8";
+  }
+  in.clear();
+  in.seekg(mark == "\xEF\xBB\xBF" ? 3 : 0);
+  char first = '\0';
+  return (in >> first) && first == '{' ? "" : "is no JSON";
 }
 
 /// Goes over all options, those of groups too.
@@ -92,65 +98,40 @@ void for_options(App& app, const Visit& visit) {
   }
 }
 
-/// A file that is open; closed where it is let go.
-class Descriptor {
- public:
-  explicit Descriptor(int number) : number_(number) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() { close(); }
-
-  int number() const { return number_; }
-  /// The error of it: some systems tell only then that a disk is full.
-  int close() {
-    const int failed = number_ >= 0 && ::close(number_) != 0 ? errno : 0;
-    number_ = -1;
-    return failed;
-  }
-
- private:
-  int number_;
-};
-
-/// Writes all of it; 0 or the error.
-int write_all(const fs::path& path, const std::string& text, int flags) {
-  Descriptor out{open(path.c_str(), O_WRONLY | O_CLOEXEC | flags, 0666)};
-  if (out.number() < 0) {
-    return errno;
-  }
-  for (std::string_view rest = text; !rest.empty();) {
-    const ssize_t count = write(out.number(), rest.data(), rest.size());
-    if (count >= 0) {
-      rest.remove_prefix(static_cast<std::size_t>(count));
-    } else if (errno != EINTR) {
-      return errno;
-    }
-  }
-  return out.close();
-}
-
 }  // namespace
+
+std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most) {
+  const auto number = number_of<std::uint64_t>(text);
+  if (!number || *number < least || *number > most) {
+    return fmt::format("'{}' is no whole number from {} to {}", text, least, most);
+  }
+  text = std::to_string(*number);
+  return {};
+}
 
 void check_values(CLI::App& app) {
   for_options(app, [](CLI::Option& option) {
-    // What CLI11 shows of an option in the help says what it takes.
+    // What CLI11 shows of an option in the help says what it takes: its type, then what its own validators
+    // are called. `transform` puts this one before them, so that its message is the one that is seen.
     const std::string type = option.get_type_name();
-    const bool counts = type.find("POSITIVE") != std::string::npos;
+    const auto says = [&](const char* word) { return type.find(word) != std::string::npos; };
+    const Sign sign = says("POSITIVE")      ? Sign::positive
+                      : says("NONNEGATIVE") ? Sign::not_negative
+                                            : Sign::any;
     CLI::Validator validator;
     if (is_input(option)) {
       const bool may_be_pipe = option.get_name() == "--prompt-file";
       validator.operation([may_be_pipe](std::string& path) { return check_input(path, may_be_pipe); });
-    } else if (type.starts_with("FLOAT")) {
-      const bool negative = type.find("NONNEGATIVE") == std::string::npos;
-      validator.operation([negative](std::string& text) { return check_real(text, negative); });
+    } else if (says("SIZE")) {
+      return;  // byte_count looks at it
+    } else if (says("FLOAT")) {
+      validator.operation([sign](std::string& text) { return check_real(text, sign); });
     } else if (type.starts_with("INT")) {
       validator.operation([](std::string& text) { return check_count(text, 0, most_threads); });
-    } else if (type.find("SIZE") != std::string::npos) {
-      return;  // byte_count looks at it
-    } else if (type.starts_with("UINT") || counts) {
-      const bool amount = counts || type.find("NONNEGATIVE") != std::string::npos;
-      validator.operation(
-          [=](std::string& text) { return check_count(text, counts ? 1 : 0, amount ? most_tokens : any); });
+    } else if (says("UINT") || sign == Sign::positive) {
+      const std::uint64_t most = sign == Sign::any ? any_number : most_tokens;
+      const std::uint64_t least = sign == Sign::positive ? 1 : 0;
+      validator.operation([=](std::string& text) { return check_count(text, least, most); });
     } else {
       return;
     }
@@ -165,15 +146,19 @@ std::optional<std::string> wrong_input(const CLI::App& app) {
       return;
     }
     for (const std::string& path : option.results()) {
-      if (access(path.c_str(), R_OK) != 0) {
-        wrong = fmt::format("{} '{}': {}", option.get_name(), path, reason(errno));
+      std::string why = files::why_not_read(path, true);
+      if (why.empty() && access(path.c_str(), R_OK) != 0) {
+        why = files::cannot_be_opened(errno);
+      }
+      if (!why.empty()) {
+        wrong = fmt::format("{} '{}': {}", option.get_name(), path, why);
       } else if (option.get_name() == "--heads" || option.get_name() == "--errors") {
-        char first = '\0';
-        if (std::ifstream in{path}; !(in >> first) || first != '{') {
-          wrong = fmt::format("{} '{}': is no JSON: give one of the files that `ckv calibrate` writes, {}",
-                              option.get_name(), path,
-                              option.get_name() == "--heads" ? "NAME_head_idx.json or NAME_head_scores.json"
-                                                             : "NAME_layer_score.jsonl");
+        const std::string ending = option.get_name() == "--heads"
+                                       ? "NAME_head_idx.json or NAME_head_scores.json"
+                                       : "NAME_layer_score.jsonl";
+        if (const std::string other = why_no_json(path); !other.empty()) {
+          wrong = fmt::format("{} '{}': {}: give one of the files that `ckv calibrate` writes, {}",
+                              option.get_name(), path, other, ending);
         }
       }
     }
@@ -187,7 +172,7 @@ CLI::Validator byte_count() {
             std::string number = text.substr(0, unit);
             std::string bytes;
             try {
-              if (check_count(number, 1, any).empty()) {
+              if (check_count(number, 1, any_number).empty()) {
                 bytes = number + text.substr(unit);
                 if (!units(bytes).empty()) {
                   bytes.clear();
@@ -199,7 +184,7 @@ CLI::Validator byte_count() {
             if (bytes.empty()) {
               return fmt::format(
                   "'{}' is no whole number from 1 to {} bytes, in units of your choice: 2MiB, 500kB", text,
-                  any);
+                  any_number);
             }
             text = bytes;
             return {};
@@ -250,98 +235,71 @@ void CacheArguments::apply_to(Compression& how) const {
 }
 
 std::optional<CalibrationFiles> find_calibration(const fs::path& models, const std::string& sha256) {
+  std::vector<std::string> unread;  // one may be of this very model
   std::error_code failure;
   for (const auto& folder : fs::directory_iterator{models, failure}) {
     const fs::path record_file = folder.path() / "calibration.json";
-    if (!fs::is_regular_file(record_file, failure)) {
+    if (!fs::exists(record_file, failure)) {
       continue;
     }
-    const auto record = nlohmann::json::parse(read_text_file(record_file), nullptr, false);
-    const auto text = [&](const char* key) {
-      const auto found = record.is_object() ? record.find(key) : record.end();
-      return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
-    };
-    if (text("model_sha256") == sha256) {
-      const std::string name = text("model");
-      return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
-                              .errors = folder.path() / (name + "_layer_score.jsonl"),
-                              .scores = folder.path() / (name + "_head_scores.json")};
+    try {
+      const auto refuse = [&](const std::string& why) { files::fail(record_file, why); };
+      const auto record = files::parse_json<nlohmann::json>(files::read_text(record_file), "", refuse);
+      const auto text = [&](const char* key) {
+        const auto found = record.is_object() ? record.find(key) : record.end();
+        return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
+      };
+      if (text("model_sha256") == sha256) {
+        const std::string name = text("model");
+        return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
+                                .errors = folder.path() / (name + "_layer_score.jsonl"),
+                                .scores = folder.path() / (name + "_head_scores.json")};
+      }
+    } catch (const compresskv::FileError& error) {
+      unread.push_back(fmt::format("passed over: {}", error.what()));
     }
+  }
+  for (const std::string& message : unread) {
+    complain(message);
   }
   return std::nullopt;
 }
 
 std::string read_text_file(const fs::path& path) {
-  const auto refuse = [&](const std::string& why) -> std::string {
-    throw engine::Error(fmt::format("cannot read '{}': {}", path.string(), why));
-  };
-  int number = -1;
-  while ((number = open(path.c_str(), O_RDONLY | O_CLOEXEC)) < 0) {  // waits for who writes a named pipe
-    if (errno != EINTR) {
-      return refuse(reason(errno));
-    }
-    check_interrupt();
-  }
-  const Descriptor file{number};
-  struct stat entry = {};
-  if (fstat(number, &entry) != 0) {
-    return refuse(reason(errno));
-  }
-  if (S_ISCHR(entry.st_mode) || S_ISBLK(entry.st_mode)) {
-    return refuse("it is a device, which may have no end; give a file");
-  }
+  const std::string wrong = files::why_not_read(path, true);
+  files::require(wrong.empty(), path, wrong);
   std::string text;
-  std::array<char, 1 << 16> piece{};
-  for (;;) {
-    const ssize_t count = read(number, piece.data(), piece.size());
-    if (count == 0) {
-      return text;
-    }
-    if (count > 0) {
-      text.append(piece.data(), static_cast<std::size_t>(count));
-    } else if (errno != EINTR) {
-      return refuse(reason(errno));
-    }
+  files::read_pieces(path, [&](std::string_view piece) {
+    text += piece;
     check_interrupt();
-  }
+  });
+  return text;
 }
 
 void write_text_file(const fs::path& path, const std::string& text) {
   std::error_code unknown;
   const fs::file_status there = fs::status(path, unknown);
-  int failure = 0;
-  if (fs::exists(there) && !fs::is_regular_file(there)) {
-    failure = write_all(path, text, 0);
-  } else {
-    // Where the path is a link, what it leads to is replaced.
-    const fs::path place = fs::exists(there) ? fs::canonical(path, unknown) : path;
-    fs::path partial = place;
-    partial += ".partial";
-    failure = write_all(partial, text, O_CREAT | O_TRUNC);
-    std::error_code moved;
-    if (failure == 0) {
-      fs::rename(partial, place, moved);
-      failure = moved.value();
-    }
-    if (failure != 0) {
-      fs::remove(partial, unknown);
-    }
+  if (!fs::exists(there) || fs::is_regular_file(there) || fs::is_directory(there)) {
+    files::write_text(path, text);
+    return;
   }
-  if (failure != 0) {
-    throw engine::Error(fmt::format("cannot write '{}': {}", path.string(), reason(failure)));
-  }
+  const std::string stopped = files::overwrite(path, text);
+  files::require(stopped.empty(), path, "cannot be written, ", stopped, ": give the path of a file");
 }
 
 void check_writable(const char* option, const fs::path& path) {
-  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  std::error_code unknown;
-  const bool there = fs::exists(path, unknown);
-  const bool file = !there || fs::is_regular_file(path, unknown);
-  if (fs::is_directory(path, unknown)) {
-    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(EISDIR)));
+  std::string wrong = files::why_not_written(path, true);
+  if (wrong.empty()) {
+    const fs::path folder = files::behind_links(path).parent_path();
+    const bool there = fs::exists(path);
+    const bool is_file = !there || fs::is_regular_file(path);
+    if ((there && access(path.c_str(), W_OK) != 0) ||
+        (is_file && access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)) {
+      wrong = fmt::format("cannot be written, {}: check the permissions", files::reason_of(errno));
+    }
   }
-  if ((there && access(path.c_str(), W_OK) != 0) || (file && access(folder.c_str(), W_OK | X_OK) != 0)) {
-    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), reason(errno)));
+  if (!wrong.empty()) {
+    throw UsageError(fmt::format("{} '{}': {}", option, path.string(), wrong));
   }
 }
 

@@ -3,7 +3,9 @@
 
 #include <CLI/CLI.hpp>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -11,6 +13,13 @@
 #include "method.hpp"
 
 namespace ckv {
+
+constexpr std::uint64_t any_number = std::numeric_limits<std::uint64_t>::max();
+constexpr std::uint64_t most_tokens = std::numeric_limits<std::uint32_t>::max();  ///< positions have 32 bits
+
+/// What is wrong with a count, with its bounds; nothing, and `text` as CLI11 reads it, where it is one: 010
+/// is ten.
+std::string check_count(std::string& text, std::uint64_t least, std::uint64_t most);
 
 /// Has every number that the subcommands take checked as it is written, whichever option it belongs to: CLI11
 /// alone takes -1 for 2^64 - 1, what is above 2^64 for that, 010 for 8, and nan for a share. Also that what
@@ -55,17 +64,17 @@ struct CalibrationFiles {
   std::filesystem::path scores = {};  ///< raw, of each head
 };
 
-/// The calibration of this very file among the folders of `models`, told by its digest. A record that is none
-/// is passed over.
+/// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot
+/// be read are passed over, and named on stderr where no other is the one.
 std::optional<CalibrationFiles> find_calibration(const std::filesystem::path& models,
                                                  const std::string& sha256);
 
-/// The bytes of a file or a pipe. Throws engine::Error naming it and the system's reason; Interrupted where a
-/// pipe keeps it waiting and a signal comes.
+/// The bytes of a file or a pipe. Throws compresskv::FileError naming it and the system's reason; Interrupted
+/// where a pipe keeps it waiting and a signal comes.
 std::string read_text_file(const std::filesystem::path& path);
 
-/// Writes a file whole or not at all: beside its place first, then renamed; what is there and no file, such
-/// as /dev/stdout, is written to as it is. Throws engine::Error naming it and the system's reason.
+/// Writes a file as the library does, whole or not at all; what is there and no file, such as /dev/stdout, is
+/// written to as it is. Throws compresskv::FileError naming it and the system's reason.
 void write_text_file(const std::filesystem::path& path, const std::string& text);
 
 /// Throws UsageError, naming the option, where `write_text_file` could not even begin: before hours of work.

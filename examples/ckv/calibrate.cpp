@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <compresskv/io/calibration_files.hpp>
-#include <compresskv/io/json_file.hpp>
 #include <cstddef>
 #include <cstdio>
 #include <filesystem>
@@ -71,7 +70,6 @@ const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 std::vector<NeedleText> wanted_needles(const CalibrateArguments& arguments) {
   std::vector<NeedleText> needles;
   if (!arguments.needle_file.empty()) {
-    compresskv::io::detail::require_regular(arguments.needle_file);
     needles = read_needles(arguments.needle_file);
   } else {
     for (const Needle& needle : calibration_needles()) {
@@ -195,10 +193,10 @@ class CalibrationWork {
     const std::size_t ablated = arguments_->ablates() ? ablated_before() : 0;
     const std::size_t ablations = arguments_->ablates() ? arguments_->ablate_prompts : 0;
     if (!records_->empty() && (!heads.empty() || !errors.empty() || ablated < ablations)) {
-      fmt::print(stderr,
-                 "ckv: going on: {} of {} prompts are done for the heads, {} of {} for the layer errors{}\n",
-                 runs_.size() - heads.size(), runs_.size(), prompts_.size() - errors.size(), prompts_.size(),
-                 ablations == 0 ? "" : fmt::format(", {} of {} for the masks", ablated, ablations));
+      complain(fmt::format(
+          "going on: {} of {} prompts are done for the heads, {} of {} for the layer errors{}",
+          runs_.size() - heads.size(), runs_.size(), prompts_.size() - errors.size(), prompts_.size(),
+          ablations == 0 ? "" : fmt::format(", {} of {} for the masks", ablated, ablations)));
     }
     const std::size_t passes = 1 + arguments_->ablate_heads.size() * (2 + ablation_draws);
     Progress progress{"calibrate", tokens_of(heads) + tokens_of(errors) +
@@ -356,8 +354,8 @@ class CalibrationWork {
     }
     if (ablated_.size() < wanted) {
       progress.clear();
-      fmt::print(stderr, "ckv: --ablate: the model answers {} of the {} prompts wanted\n", ablated_.size(),
-                 wanted);
+      complain(
+          fmt::format("--ablate: the model answers {} of the {} prompts wanted", ablated_.size(), wanted));
     }
   }
 
@@ -447,45 +445,52 @@ Json calibration_json(const CalibrateArguments& arguments, const std::string& na
 }
 
 void print_stability(const Json& stability) {
+  fmt::print("\n");
   if (stability.is_null()) {
-    fmt::print("\nstability: too few prompts counted to compare halves of them; give more\n");
+    print_text("stability: too few prompts counted to compare halves of them; give more");
     return;
   }
   const Json& halves = stability.at("halves");
-  fmt::print(
-      "\nrankings from {} and from {} other prompts: {:.0f} % of the best 4 heads a layer the same, "
-      "rank correlation over all heads {:.3f}\n",
+  print_text(fmt::format(
+      "rankings from {} and from {} other prompts: {:.0f} % of the best 4 heads a layer the same, rank "
+      "correlation over all heads {:.3f}",
       halves.at("prompts").at(0).get<std::size_t>(), halves.at("prompts").at(1).get<std::size_t>(),
-      100.0 * halves.at("top4_overlap").get<double>(), halves.at("rank_correlation").get<double>());
+      100.0 * halves.at("top4_overlap").get<double>(), halves.at("rank_correlation").get<double>()));
   for (const Json& row : stability.at("by_prompts")) {
-    fmt::print("  {:>3} prompts: {:.0f} % of the best 4 as from all\n", row.at("prompts").get<std::size_t>(),
-               100.0 * row.at("top4_overlap").get<double>());
+    print_text(fmt::format("  {:>3} prompts: {:.0f} % of the best 4 as from all",
+                           row.at("prompts").get<std::size_t>(),
+                           100.0 * row.at("top4_overlap").get<double>()));
   }
 }
 
 void print_masks(const Json& rows) {
-  fmt::print("\nright answers with so many heads masked, of {} that are right with none\n{:<8}",
-             rows.at(0).at("prompts").get<std::size_t>(), "masked");
-  std::map<std::size_t, std::map<std::string, double>> table;
-  for (const Json& row : rows) {
-    table[row.at("masked")][row.at("heads")] = row.at("right");
-  }
-  for (const auto& [heads, right] : table.begin()->second) {
-    fmt::print("{:>10}", heads);
-  }
-  for (const auto& [masked, shares] : table) {
-    fmt::print("\n{:<8}", masked);
-    for (const auto& [heads, right] : shares) {
-      fmt::print("{:>8.0f} %", 100.0 * right);
-    }
-  }
   fmt::print("\n");
+  print_text(fmt::format("right answers with so many heads masked, of {} that are right with none",
+                         rows.at(0).at("prompts").get<std::size_t>()));
+  std::map<std::size_t, std::map<std::string, double>> shares;
+  for (const Json& row : rows) {
+    shares[row.at("masked")][row.at("heads")] = row.at("right");
+  }
+  std::vector<Table::Column> columns = {{.title = "masked", .width = 8, .left = true}};
+  for (const auto& [heads, right] : shares.begin()->second) {
+    columns.push_back({.title = heads, .width = 10});
+  }
+  const Table table{columns};
+  for (const auto& [masked, of] : shares) {
+    std::vector<std::string> cells = {std::to_string(masked)};
+    for (const auto& [heads, right] : of) {
+      cells.push_back(fmt::format("{:.0f} %", 100.0 * right));
+    }
+    table.row(cells);
+  }
 }
 
 void print_summary(const CalibrateArguments& arguments, const CalibrationWork& work,
                    const compresskv::HeadScores& scores, const compresskv::LayerErrors& errors,
                    const Json& told) {
-  fmt::print("{:<8}{:>10}{:>10}\n", "tokens", "prompts", "counted");
+  const Table table{{{.title = "tokens", .width = 8, .left = true},
+                     {.title = "prompts", .width = 10},
+                     {.title = "counted", .width = 10}}};
   for (const std::size_t length : arguments.lengths) {
     std::size_t prompts = 0;
     std::size_t counted = 0;
@@ -493,7 +498,7 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
       prompts += run.length == length ? 1 : 0;
       counted += run.length == length && work.scores().runs().at(run.run).counted ? 1U : 0U;
     }
-    fmt::print("{:<8}{:>10}{:>10}\n", length, prompts, counted);
+    table.row({std::to_string(length), std::to_string(prompts), std::to_string(counted)});
   }
 
   const std::vector<engine::HeadIndex> heads = best_heads(scores);
@@ -570,10 +575,11 @@ void calibrate(CalibrateArguments& arguments) {
   write_text_file(arguments.out / "calibration.json", told.dump(1) + "\n");
 
   print_summary(arguments, work, scores, errors, told);
-  fmt::print(
-      "\nwritten to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, _layer_score.jsonl, "
-      "calibration.json, records.jsonl\n",
-      arguments.out.string(), name);
+  fmt::print("\n");
+  print_text(fmt::format(
+      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, _layer_score.jsonl, "
+      "calibration.json, records.jsonl",
+      arguments.out.string(), name));
 }
 
 }  // namespace

@@ -211,8 +211,9 @@ void demo(const DemoArguments& arguments) {
     print_row(rows, info(method), share, question, result);
     out["runs"].push_back(run_json(info(method), share, question, result));
   }
-  fmt::print(
-      "\ncompress ms: all the library's work and giving the memory back; in brackets its share of prefill\n");
+  fmt::print("\n");
+  print_text(
+      "compress ms: all the library's work and giving the memory back; in brackets its share of prefill");
   if (!arguments.json.empty()) {
     write_text_file(arguments.json, out.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
   }

@@ -4,11 +4,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <charconv>
+#include <array>
 #include <cmath>
 #include <compresskv/io/calibration_files.hpp>
 #include <compresskv/io/json_file.hpp>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <limits>
@@ -17,6 +18,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -70,6 +72,36 @@ double rounded(double milliseconds) { return std::round(1000.0 * milliseconds) /
 
 // ---- what is asked for ----
 
+/// A number that may follow a method's name: "window=8".
+struct MethodOption {
+  std::string_view name;
+  std::string_view unit;
+  std::uint64_t least;
+  std::uint64_t most;
+  void (*set)(Compression& how, std::uint64_t number);
+};
+
+constexpr std::array<MethodOption, 8> method_options = {{
+    {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
+    {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
+    {"heads", "N", 1, most_tokens,
+     [](Compression& how, std::uint64_t number) { how.heads_per_layer = number; }},
+    {"width", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.pool_width = number; }},
+    {"seed", "N", 0, any_number, [](Compression& how, std::uint64_t number) { how.seed = number; }},
+    {"decay", "PERCENT", 0, 100,
+     [](Compression& how, std::uint64_t number) { how.decay = static_cast<float>(number) / 100.0F; }},
+    {"hold", "N", 0, most_tokens, [](Compression& how, std::uint64_t number) { how.hold_layers = number; }},
+    {"model", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.model_heads = number; }},
+}};
+
+std::string method_option_help() {
+  std::string text = "uniform, errors, equal, pool=avg, pool=max";
+  for (const MethodOption& option : method_options) {
+    text += fmt::format(", {}={}", option.name, option.unit);
+  }
+  return text;
+}
+
 /// "name:option:option": a method and what is special about it.
 Compression parse_method(const std::string& text, const Compression& base,
                          const std::optional<compresskv::LayerErrors>& errors) {
@@ -85,49 +117,39 @@ Compression parse_method(const std::string& text, const Compression& base,
   } catch (const compresskv::ArgumentError& error) {
     throw UsageError(fmt::format("--methods: {}", error.what()));
   }
+  const auto refuse = [&](const std::string& why) {
+    throw UsageError(fmt::format("--methods {}: {}", text, why));
+  };
   // The paper's budgets belong to the paper's method; the others' are their own.
   bool by_errors = info(how.method).needs_heads && errors.has_value();
   for (std::size_t i = 1; i < parts.size(); ++i) {
     const std::string& part = parts[i];
     const std::size_t equals = std::min(part.find('='), part.size());
     const std::string name = part.substr(0, equals);
-    const std::string value = equals < part.size() ? part.substr(equals + 1) : std::string();
-    std::size_t number = 0;
-    const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), number);
-    const bool is_number =
-        !value.empty() && failure == std::errc{} && end == value.data() + value.size() && number > 0;
-    if (part == "uniform") {
+    std::string value = equals < part.size() ? part.substr(equals + 1) : std::string();
+    const auto option = std::find_if(method_options.begin(), method_options.end(),
+                                     [&](const MethodOption& row) { return row.name == name; });
+    if (option != method_options.end()) {
+      if (const std::string wrong = check_count(value, option->least, option->most); !wrong.empty()) {
+        refuse(fmt::format("{} {}", name, wrong));
+      }
+      option->set(how, std::stoull(value));
+    } else if (part == "uniform") {
       by_errors = false;
-    } else if (part == "errors" && errors) {
-      by_errors = true;
     } else if (part == "errors") {
-      throw UsageError(fmt::format("--methods {} wants layer errors: name them with --errors", text));
-    } else if (name == "window" && is_number) {
-      how.window = number;
-    } else if (name == "min" && is_number) {
-      how.min_rows = number;
-    } else if (name == "heads" && is_number) {
-      how.heads_per_layer = number;
-    } else if (name == "width" && is_number) {
-      how.pool_width = number;
-    } else if (name == "seed" && is_number) {
-      how.seed = number;
-    } else if (name == "hold" && is_number) {
-      how.hold_layers = number;
-    } else if (name == "model" && is_number) {
-      how.model_heads = number;
-    } else if (name == "decay" && is_number && number <= 100) {
-      how.decay = static_cast<float>(number) / 100.0F;
+      if (!errors) {
+        refuse("there are no layer errors; name them with --errors");
+      }
+      by_errors = true;
     } else if (part == "equal") {
       how.equal_weights = true;
-    } else if (part == "pool=avg" || part == "pool=max") {
-      how.pool = part == "pool=max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
+    } else if (name == "pool") {
+      if (value != "avg" && value != "max") {
+        refuse(fmt::format("pool '{}' is none: give avg or max", value));
+      }
+      how.pool = value == "max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
     } else {
-      throw UsageError(fmt::format(
-          "--methods {}: '{}' is not known; options are uniform, errors, min=ROWS, window=N, heads=N, "
-          "width=N, "
-          "seed=N, pool=avg, pool=max, and of methods over layers decay=PERCENT, hold=N, model=N and equal",
-          text, part));
+      refuse(fmt::format("'{}' is not known; options are {}", part, method_option_help()));
     }
   }
   if (by_errors) {
@@ -338,8 +360,8 @@ class Grid {
     }
     if (answered < arguments_->prompts) {
       progress.clear();
-      fmt::print(stderr, "ckv: {} at {} tokens: the full cache answers {} of the {} prompts wanted\n", task,
-                 length, answered, arguments_->prompts);
+      complain(fmt::format("{} at {} tokens: the full cache answers {} of the {} prompts wanted", task,
+                           length, answered, arguments_->prompts));
     }
   }
 
@@ -541,8 +563,18 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     throw engine::Error(
         "nothing was measured: the full cache answers none of the prompts; give other --lengths or --tasks");
   }
-  fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>11}{:>10}{:>13}\n", "task", "tokens", "budget", "method",
-             "prompts", "result", "KV bytes", "compress ms");
+  std::size_t widest = 28;
+  for (const Variant& variant : variants) {
+    widest = std::max(widest, variant.method.size() + 1);
+  }
+  const Table table{{{.title = "task", .width = 10, .left = true},
+                     {.title = "tokens", .width = 7},
+                     {.title = " budget", .width = 17, .left = true},
+                     {.title = "method", .width = widest, .left = true},
+                     {.title = "prompts", .width = 8},
+                     {.title = "result", .width = 10},
+                     {.title = "KV bytes", .width = 11},
+                     {.title = "compress ms", .width = 13}}};
   const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
                        const Json& budget) {
     const auto found = sums.find({task, length, budget.dump(), method});
@@ -551,9 +583,11 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
     const Sum& sum = found->second;
     const auto count = static_cast<double>(sum.prompts);
-    fmt::print("{:<10}{:>7} {:<16}{:<28}{:>8}{:>9.3g}{:<2}{:>10.0f}{:>13.1f}\n", task, length,
-               budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump(), method,
-               sum.prompts, sum.value / count, sum.unit, sum.bytes / count, sum.ms / count);
+    const std::string amount =
+        budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump();
+    table.row({task, std::to_string(length), " " + amount, method, std::to_string(sum.prompts),
+               fmt::format("{:.3g}{}", sum.value / count, sum.unit), fmt::format("{:.0f}", sum.bytes / count),
+               fmt::format("{:.1f}", sum.ms / count)});
   };
   for (const std::string& task : arguments.tasks) {
     for (const std::size_t length : arguments.lengths) {
@@ -563,9 +597,10 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
       }
     }
   }
-  fmt::print("\nresult: answers that are right, perplexity, or relative error, as the task is\n");
+  fmt::print("\n");
+  print_text("result: answers that are right, perplexity, or relative error, as the task is");
   if (!variants.empty()) {
-    fmt::print("Every method held the same bytes at each budget: checked.\n");
+    print_text("Every method held the same bytes at each budget: checked.");
   }
 }
 

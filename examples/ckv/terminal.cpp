@@ -133,6 +133,8 @@ void print_entry(std::string_view what, std::string_view text, std::size_t inden
   print_line(line, width);
 }
 
+void print_text(std::string_view text) { print_entry("", text, 0); }
+
 Table::Table(std::vector<Column> columns) : columns_(std::move(columns)), width_(columns_of(STDOUT_FILENO)) {
   std::vector<std::string> titles;
   for (const Column& column : columns_) {

@@ -39,6 +39,9 @@ std::string_view cut(std::string_view text, std::size_t columns);
 /// than the terminal.
 void print_entry(std::string_view what, std::string_view text, std::size_t indent);
 
+/// A text on stdout; broken between words where it is wider than the terminal.
+void print_text(std::string_view text);
+
 /// A table on stdout. Where the terminal is narrower, each row, and the head with it, breaks into several
 /// lines; what is wider than a line alone is cut.
 class Table {

@@ -1,14 +1,20 @@
 // What the tool takes on its command line, and how it says no: exit codes, messages, streams that do not take
 // what it prints.
 
+#include "ckv/arguments.hpp"
+
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
+#include <compresskv/core/error.hpp>
+#include <filesystem>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "message_of.hpp"
@@ -18,6 +24,7 @@
 namespace ckv_test {
 namespace {
 
+using compresskv::test::message_of;
 using compresskv::test::says;
 
 std::string tool() { return quoted(COMPRESSKV_CKV_BINARY); }
@@ -28,15 +35,6 @@ Outcome run_shell(const std::string& command) {
   const std::string whole = "{ " + command + "; } 2>" + quoted(folder.path("err").string());
   const int status = std::system(whole.c_str());
   return {.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .out = "", .err = read(folder.path("err"))};
-}
-
-std::size_t longest_line(const std::string& text) {
-  std::istringstream lines{text};
-  std::size_t longest = 0;
-  for (std::string line; std::getline(lines, line);) {
-    longest = std::max(longest, line.size());
-  }
-  return longest;
 }
 
 // ---- numbers
@@ -135,6 +133,59 @@ TEST(Arguments, ANumberOutOfItsBoundsNamesThem) {
          {"--ratio", "budget ratio is 0"});
 }
 
+TEST(Arguments, AValidatorOfTheOptionsOwnNeverSpeaksFirst) {
+  CLI::App app{"numbers"};
+  double real = 0.0;
+  double amount = 0.0;
+  std::size_t count = 0;
+  app.add_option("--real", real)->check(CLI::PositiveNumber);
+  app.add_option("--amount", amount)->check(CLI::NonNegativeNumber)->type_name("FLOAT of it");
+  app.add_option("--count", count)->check(CLI::PositiveNumber);
+  ckv::check_values(app);
+  const auto message = [&](std::vector<std::string> arguments) {
+    return message_of<CLI::ValidationError>([&] { app.parse(std::move(arguments)); });
+  };
+  for (const char* wrong : {"0", "-0.5", "-0"}) {
+    EXPECT_EQ(message({std::string("--real=") + wrong}),
+              "--real: '" + std::string(wrong) + "' is not above 0: give more than 0");
+  }
+  EXPECT_EQ(message({"--amount=-1"}), "--amount: '-1' is below 0: give 0 or more");
+  EXPECT_EQ(message({"--count=0"}), "--count: '0' is no whole number from 1 to 4294967295");
+  app.parse(std::vector<std::string>{"--real=0.5", "--amount=0", "--count=010"});
+  EXPECT_EQ(real, 0.5);
+  EXPECT_EQ(amount, 0.0);
+  EXPECT_EQ(count, 10U);
+}
+
+TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string out = folder.path("out.jsonl").string();
+  const auto evaluate = [&](const std::string& method) {
+    return Arguments{"evaluate", "--model", model, "--out", out, "--ratios", "0.5", "--methods", method};
+  };
+  const std::string count = " is no whole number from 1 to 4294967295";
+  for (const auto& [option, wrong] : std::vector<std::pair<std::string, std::string>>{
+           {"window=-1", "window '-1'" + count},
+           {"window=8x", "window '8x'" + count},
+           {"window", "window ''" + count},
+           {"min=0", "min '0'" + count},
+           {"heads=0", "heads '0'" + count},
+           {"width=", "width ''" + count},
+           {"model=4294967296", "model '4294967296'" + count},
+           {"hold=-1", "hold '-1' is no whole number from 0 to 4"},
+           {"decay=101", "decay '101' is no whole number from 0 to 100"},
+           {"seed=x", "seed 'x' is no whole number from 0 to 18446"},
+           {"pool=sum", "pool 'sum' is none: give avg or max"},
+           {"errors", "there are no layer errors; name them with --errors"},
+           {"size=3", "'size=3' is not known; options are uniform,"}}) {
+    expect_usage_error(evaluate("snapkv:" + option), "--methods snapkv:" + option + ": " + wrong);
+  }
+  for (const char* right : {"seed=0", "hold=0", "decay=0", "decay=100", "window=010"}) {
+    expect_failure(evaluate(std::string("snapkv:") + right), "broken.gguf");
+  }
+}
+
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
   const Folder folder;
   const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
@@ -165,12 +216,12 @@ TEST(Arguments, NoSubcommandPrintsTheHelpAndAnUnknownOneIsNamed) {
   expect_usage_error({"inspect", "m.gguf", "--fast"}, "--fast");
 }
 
-TEST(Arguments, AFileThatIsNotThereIsWrongUsageWithTheSystemsReason) {
+TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   const Folder folder;
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   const std::string none = folder.path("none").string();
   const std::string out = folder.path("out").string();
-  const std::string there = ": No such file or directory";
+  const std::string there = ": no such file: check the path";
   const auto refuse = [&](const Arguments& arguments, const std::string& option) {
     expect_usage_error(arguments, option + " '" + none + "'" + there);
   };
@@ -201,8 +252,66 @@ TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
   };
   const std::string is_none =
       " '" + text + "': is no JSON: give one of the files that `ckv calibrate` writes, ";
+  const std::string wide = folder.write("wide.json", std::string("\xFF\xFE{\0\n\0", 6)).string();
+  refuse({"--heads", wide},
+         "--heads '" + wide + "': is UTF-16, by its byte-order mark, and not UTF-8: give one");
   refuse({"--heads", text}, "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
   refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
+}
+
+TEST(Arguments, AByteOrderMarkMakesACalibrationNoText) {
+  const Folder folder;
+  const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
+  const std::string heads = folder.write("heads.json", "\xEF\xBB\xBF {\"0\": [0]}").string();
+  // What is wrong is the model alone.
+  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", heads},
+                 "broken.gguf");
+  const std::string marked = folder
+                                 .write("text.json",
+                                        "\xEF\xBB\xBF"
+                                        "Call me")
+                                 .string();
+  expect_usage_error({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", marked},
+                     "'" + marked + "': is no JSON: give");
+}
+
+TEST(Arguments, AFileIsWrittenWhereItsLinkLeads) {
+  const Folder folder;
+  std::filesystem::create_symlink("target", folder.path("link"));
+  for (const char* text : {"first", "second"}) {  // made, then replaced
+    ckv::check_writable("--json", folder.path("link"));
+    ckv::write_text_file(folder.path("link"), text);
+    EXPECT_TRUE(std::filesystem::is_symlink(folder.path("link")));
+    EXPECT_EQ(read(folder.path("target")), text);
+  }
+  ckv::check_writable("--json", "/dev/full");
+  EXPECT_EQ(message_of<compresskv::FileError>([] { ckv::write_text_file("/dev/full", "text"); }),
+            "/dev/full: cannot be written, No space left on device: give the path of a file");
+}
+
+TEST(Arguments, CalibrationsThatCannotBeReadAreNamedWhereNoOtherIsTheOne) {
+  const Folder folder;
+  const auto record = [&](const char* name, const std::string& text) {
+    std::filesystem::create_directory(folder.path(name));
+    return folder.write((std::string(name) + "/calibration.json").c_str(), text).string();
+  };
+  const std::string mine = R"({"model": "m", "model_sha256": "abc"})";
+  const std::string twice = record("twice", R"({"model": "m", "model_sha256": "abc", "model": "n"})");
+  const std::string nul = record("nul", mine + std::string(1, '\0'));
+  const auto find = [&](const std::string& sha256) {
+    testing::internal::CaptureStderr();
+    const auto found = ckv::find_calibration(folder.path(""), sha256);
+    return std::pair(found, testing::internal::GetCapturedStderr());
+  };
+  const auto [none, said] = find("abc");
+  EXPECT_FALSE(none);
+  EXPECT_TRUE(says(said, {"ckv: passed over: " + twice + ": key \"model\" stands twice"}));
+  EXPECT_TRUE(says(said, {"ckv: passed over: " + nul + ": holds a NUL byte"}));
+  record("mine", "\xEF\xBB\xBF" + mine);
+  const auto [found, silence] = find("abc");
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->heads, folder.path("mine") / "m_head_idx.json");
+  EXPECT_EQ(silence, "");
 }
 
 TEST(Arguments, WhatIsNoFileIsNotReadFrom) {
@@ -237,8 +346,13 @@ TEST(Arguments, AnOutputThatCannotBeIsRefusedBeforeTheWork) {
   const Folder folder;
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   expect_usage_error({"demo", "--model", model, "--json", folder.path("none/out.json").string()},
-                     "--json '" + folder.path("none/out.json").string() + "': No such file or directory");
-  expect_usage_error({"demo", "--model", model, "--json", folder.path("").string()}, "Is a directory");
+                     "--json '" + folder.path("none/out.json").string() +
+                         "': cannot be written, there is no folder " + folder.path("none").string());
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("").string()},
+                     "': cannot be written, it is a folder: give the path of a file");
+  std::filesystem::create_symlink("none/out.json", folder.path("link"));
+  expect_usage_error({"demo", "--model", model, "--json", folder.path("link").string()},
+                     "': cannot be written, there is no folder " + folder.path("none").string());
 }
 
 // ---- streams
@@ -343,26 +457,7 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
 }
 
 TEST_F(ArgumentsWithModel, TablesKeepToTheWidthOfTheTerminal) {
-  const auto inspect = [&](const std::string& columns) {
-    const Folder folder;
-    const std::string out = folder.path("out").string();
-    const Outcome outcome =
-        run_shell("COLUMNS=" + columns + " " + tool() + " inspect " + model() + " >" + quoted(out));
-    EXPECT_EQ(outcome.code, 0) << outcome.err;
-    return read(out);
-  };
-  const std::string wide = inspect("");
-  EXPECT_GT(longest_line(wide), 80U);
-  for (const std::size_t columns : {80U, 40U}) {
-    const std::string narrow = inspect(std::to_string(columns));
-    EXPECT_LE(longest_line(narrow), columns) << narrow;
-    // Nothing is lost but the path, which may be one word wider than the terminal.
-    const auto numbers = [](const std::string& text) {
-      std::istringstream words{text.substr(text.find("\nKV cache of"))};
-      return std::vector<std::string>{std::istream_iterator<std::string>{words}, {}};
-    };
-    EXPECT_EQ(numbers(narrow), numbers(wide)) << narrow;
-  }
+  expect_narrow_output({"inspect", model_path()}, "\nKV cache of");
 }
 
 /// What appears on a terminal of so many columns.

@@ -156,6 +156,15 @@ TEST_F(EvaluateWithModel, TheFullCacheAloneIsComparedWithNothing) {
   EXPECT_EQ(outcome.out.find("checked"), std::string::npos) << outcome.out;
 }
 
+TEST_F(EvaluateWithModel, TheSummaryKeepsToTheWidthOfTheTerminal) {
+  const Folder folder;
+  // Also a name wider than its column.
+  expect_narrow_output(evaluate(folder.path("out.jsonl").string(),
+                                {"--methods", "streaming,compresskv:heads=2:window=4:pool=max", "--ratios",
+                                 "0.5", "--tasks", "perplexity", "--prompts", "1", "--depths", "1"}),
+                       "task");
+}
+
 TEST_F(EvaluateWithModel, FilesThatAreNoneEndItSoon) {
   const Folder folder;
   const std::string out = folder.path("out.jsonl").string();
@@ -219,9 +228,9 @@ TEST_F(EvaluateWithModel, OptionsThatMakeNoSenseAreNamed) {
   const std::string out = folder.path("out.jsonl").string();
   expect_usage_error(evaluate(out, {"--ratios", "1.5"}), "--ratios has 1.5: each is a share kept, in (0, 1]");
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "snap"}), "method is 'snap'");
-  expect_usage_error(
-      evaluate(out, {"--ratios", "0.1", "--methods", "snapkv:size=3"}),
-      "--methods snapkv:size=3: 'size=3' is not known; options are uniform, errors, min=ROWS, window=N");
+  expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "snapkv:size=3"}),
+                     "--methods snapkv:size=3: 'size=3' is not known; options are uniform, errors, equal, "
+                     "pool=avg, pool=max, min=ROWS, window=N");
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "compresskv", "--models-dir",
                                     folder.path("none").string()}),
                      "--methods compresskv needs --heads: no calibration of this model in ");

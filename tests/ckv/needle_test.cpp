@@ -169,7 +169,7 @@ TEST(Haystack, MissingFileIsNamed) {
   try {
     ckv::Haystack::from_file("/nowhere/book.txt");
     FAIL() << "no error";
-  } catch (const engine::Error& error) {
+  } catch (const compresskv::FileError& error) {
     EXPECT_NE(std::string(error.what()).find("/nowhere/book.txt"), std::string::npos) << error.what();
   }
 }

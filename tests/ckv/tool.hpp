@@ -5,11 +5,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -68,9 +71,10 @@ inline std::string quoted(const std::string& text) {
   return out + "'";
 }
 
-inline Outcome run_tool(const Arguments& arguments) {
+/// `environment`: of the run, such as COLUMNS=80.
+inline Outcome run_tool(const Arguments& arguments, const std::string& environment = {}) {
   const Folder folder;
-  std::string command = quoted(COMPRESSKV_CKV_BINARY);
+  std::string command = environment + " " + quoted(COMPRESSKV_CKV_BINARY);
   for (const std::string& argument : arguments) {
     command += " " + quoted(argument);
   }
@@ -103,6 +107,40 @@ inline void expect_refused(const Arguments& arguments, const std::vector<std::st
     EXPECT_NE(outcome.err.find(part), std::string::npos) << outcome.err;
   }
   EXPECT_EQ(outcome.out, "");
+}
+
+inline std::size_t longest_line(const std::string& text) {
+  std::istringstream lines{text};
+  std::size_t longest = 0;
+  for (std::string line; std::getline(lines, line);) {
+    longest = std::max(longest, line.size());
+  }
+  return longest;
+}
+
+/// What is printed from `start` on keeps to the width of the terminal, and no word of it is lost but paths,
+/// which may be wider.
+inline void expect_narrow_output(const Arguments& arguments, const std::string& start) {
+  const auto words = [&](const std::string& text) {
+    std::istringstream all{text.substr(std::min(text.find(start), text.size()))};
+    std::vector<std::string> some;
+    for (std::string word; all >> word;) {
+      if (word.find('/') == std::string::npos) {
+        some.push_back(word);
+      }
+    }
+    return some;
+  };
+  const Outcome wide = run_tool(arguments, "COLUMNS=");
+  EXPECT_EQ(wide.code, 0) << wide.err;
+  EXPECT_GT(longest_line(wide.out), 80U) << wide.out;
+  EXPECT_FALSE(words(wide.out).empty()) << wide.out;
+  for (const std::size_t columns : {80U, 40U}) {
+    const Outcome narrow = run_tool(arguments, "COLUMNS=" + std::to_string(columns));
+    EXPECT_EQ(narrow.code, 0) << narrow.err;
+    EXPECT_LE(longest_line(narrow.out), columns) << narrow.out;
+    EXPECT_EQ(words(narrow.out), words(wide.out)) << narrow.out;
+  }
 }
 
 }  // namespace ckv_test

@@ -534,6 +534,24 @@ TEST(SentencePiece, BytesThenUnknownThenAnError) {
   expect_error([&] { strict.encode("az"); }, "no token for 'z'");
 }
 
+TEST(SentencePiece, TextBecomesNoControlTokenByBeingUnknown) {
+  const auto refuses = [](const TokenizerSpec& spec) {
+    const Tokenizer tokenizer(spec);
+    expect_error([&] { tokenizer.encode("az"); },
+                 "no unknown token (tokenizer.ggml.unknown_token_id) that ends");
+    expect_error([&] { tokenizer.encode(PromptText("az", true)); }, "no token for 'z'");
+  };
+  TokenizerSpec spec = small_sentencepiece_spec();
+  for (const TokenId control : {1, 11}) {  // <s>, and <x>, which neither begins nor ends anything
+    spec.unk = control;
+    refuses(spec);
+  }
+  spec.unk = 2;  // </s>
+  refuses(spec);
+  spec.unk = spec.eos = 0;  // of type unknown, but an end
+  refuses(spec);
+}
+
 // ---- broken vocabularies
 // ---------------------------------------------------------------------------------------
 

@@ -200,6 +200,28 @@ TEST_F(CalibrationFiles, RejectsWhatIsNoRegularFile) {
             std::string::npos);
 }
 
+TEST_F(CalibrationFiles, WhatTheSystemRefusesHasItsReason) {
+  // What a regular file is that cannot be read; as root, too.
+  const fs::path unmapped = "/proc/self/mem";
+  if (fs::is_regular_file(unmapped)) {
+    EXPECT_EQ(message_of<FileError>([&] { load_head_ranking(unmapped); }),
+              unmapped.string() + ": cannot be read to its end, Input/output error: check the disk");
+  }
+  const fs::path file = write(R"({"0": [1, 0]})");
+  rlimit old_limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &old_limit), 0);
+  rlimit limit = old_limit;
+  limit.rlim_cur = 0;
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  const std::string read = message_of<FileError>([&] { load_head_ranking(file); });
+  const std::string written = message_of<FileError>([&] { save_head_ranking(file, HeadRanking({{0, 1}})); });
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &old_limit), 0);
+  EXPECT_EQ(read, file.string() + ": cannot be opened, Too many open files: check the permissions");
+  EXPECT_TRUE(written.starts_with(file.string() + ": cannot be written, Too many open files: check "))
+      << written;
+  EXPECT_EQ(load_head_ranking(file), HeadRanking({{1, 0}}));
+}
+
 TEST_F(CalibrationFiles, RejectsWhatIsTooLargeToBeOne) {
   const fs::path file = write("{}");
   fs::resize_file(file, (std::uintmax_t{1} << 40U));  // a hole, which takes no space
@@ -545,6 +567,29 @@ TEST_F(CalibrationFiles, SavingThroughALinkReplacesWhatItLeadsTo) {
   EXPECT_EQ(load_head_ranking(path("target")), HeadRanking({{1, 0}}));
 }
 
+TEST_F(CalibrationFiles, SavingThroughALinkMakesWhatItLeadsTo) {
+  const HeadRanking ranking({{1, 0}});
+  fs::create_directory(path("folder"));
+  fs::create_symlink("folder/target", path("second"));
+  fs::create_symlink("second", path("first"));
+  save_head_ranking(path("first"), ranking);
+  EXPECT_TRUE(fs::is_symlink(path("first")));
+  EXPECT_TRUE(fs::is_symlink(path("second")));
+  EXPECT_EQ(load_head_ranking(path("folder") / "target"), ranking);
+  EXPECT_EQ(files_in_folder(), 3U);
+
+  fs::create_symlink("none/target", path("nowhere"));
+  EXPECT_EQ(message_of<FileError>([&] { save_head_ranking(path("nowhere"), ranking); }),
+            path("nowhere").string() + ": cannot be written, there is no folder " + path("none").string() +
+                ": create it first");
+  fs::create_symlink("round", path("round"));
+  EXPECT_EQ(message_of<FileError>([&] { save_head_ranking(path("round"), ranking); }),
+            path("round").string() +
+                ": cannot be written, Too many levels of symbolic links: check the path "
+                "and its permissions");
+  EXPECT_TRUE(fs::is_symlink(path("round")));
+}
+
 TEST_F(CalibrationFiles, SavingRejectsWhatCouldNotBeReadBack) {
   const auto of = [&](auto save) {
     return message_of<FileError>([&] { save(path()); }).substr(path().string().size());
@@ -595,7 +640,7 @@ TEST_F(CalibrationFiles, AWriteThatStopsShortKeepsTheOldFile) {
   ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &old_limit), 0);
   std::signal(SIGXFSZ, old_handler);
   EXPECT_EQ(message, path().string() +
-                         ": cannot be written, writing stopped short: check the space on the disk and the "
+                         ": cannot be written, File too large: check the space on the disk and the "
                          "permissions; what was there is unchanged");
   EXPECT_EQ(load_head_ranking(path()), HeadRanking({{0, 1}}));
   EXPECT_EQ(files_in_folder(), 1U);

@@ -4,9 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <set>
 #include <string>
 #include <string_view>
@@ -14,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "compresskv/core/error.hpp"
+#include "compresskv/io/text_file.hpp"
 
-/// How the files of this folder are read and written: regular files of bounded size, whole, JSON without what
-/// JSON libraries pass over in silence.
+/// How the files of this folder are read: regular files of bounded size, JSON without what JSON libraries
+/// pass over in silence.
 namespace compresskv::io::detail {
 
 /// No calibration is as large; what is would take many times its size to parse.
@@ -25,18 +23,6 @@ inline constexpr std::uintmax_t largest_file = std::uintmax_t{256} << 20U;
 
 /// The formats nest three deep.
 inline constexpr int deepest_json = 16;
-
-template <class... Parts>
-[[noreturn]] void fail(const std::filesystem::path& file, const Parts&... parts) {
-  compresskv::detail::fail<FileError>(file.string(), ": ", parts...);
-}
-
-template <class... Parts>
-void require(bool holds, const std::filesystem::path& file, const Parts&... parts) {
-  if (!holds) [[unlikely]] {
-    fail(file, parts...);
-  }
-}
 
 /// In quotes and ASCII, with what moves a terminal's cursor escaped.
 inline std::string quoted(std::string_view text) {
@@ -59,31 +45,6 @@ std::string shown(const Json& value) {
   return value.is_string() ? shown_text(value.template get_ref<const std::string&>()) : value.dump();
 }
 
-/// "a pipe" and the like of what is there but no regular file.
-inline std::string kind_of(std::filesystem::file_type type) {
-  using Type = std::filesystem::file_type;
-  return type == Type::directory   ? "a folder"
-         : type == Type::fifo      ? "a pipe"
-         : type == Type::socket    ? "a socket"
-         : type == Type::character ? "a device"
-         : type == Type::block     ? "a device"
-                                   : "no regular file";
-}
-
-/// Throws FileError where reading could wait or go on for ever, or nothing is there. A file that cannot be
-/// opened is left to who opens it.
-inline void require_regular(const std::filesystem::path& file) {
-  std::error_code failure;
-  const std::filesystem::file_type type = std::filesystem::status(file, failure).type();
-  require(type != std::filesystem::file_type::not_found, file, "no such file: check the path");
-  require(type != std::filesystem::file_type::none, file, "cannot be looked at, ", failure.message(),
-          ": check the path and its permissions");
-  require(type != std::filesystem::file_type::directory, file,
-          "is a folder: give the path of the file in it");
-  require(type == std::filesystem::file_type::regular, file, "is ", kind_of(type),
-          ": give the path of a regular file");
-}
-
 inline std::string read_text(const std::filesystem::path& file) {
   require_regular(file);
   const auto require_size = [&](std::uintmax_t bytes) {
@@ -93,15 +54,11 @@ inline std::string read_text(const std::filesystem::path& file) {
   std::error_code unknown;
   const std::uintmax_t bytes = std::filesystem::file_size(file, unknown);
   require_size(unknown ? 0 : bytes);
-  std::ifstream stream(file, std::ios::binary);
-  require(stream.is_open(), file, "cannot be opened: check the permissions");
   std::string text;
-  std::vector<char> piece(std::size_t{1} << 16U);
-  while (stream.read(piece.data(), static_cast<std::streamsize>(piece.size())), stream.gcount() > 0) {
-    text.append(piece.data(), static_cast<std::size_t>(stream.gcount()));
+  read_pieces(file, [&](std::string_view piece) {
+    text += piece;
     require_size(text.size());  // it may grow, and files of /proc have no size
-  }
-  require(!stream.bad(), file, "cannot be read to its end: check the disk");
+  });
   require(text.find_first_not_of(" \t\r\n") != std::string::npos, file,
           "is empty: a calibration that was stopped may have left it, make it again");
   return text;
@@ -149,40 +106,6 @@ Json parse_json(std::string_view text, const std::string& where, const Refuse& r
            ": numbers must be finite (no NaN, no Infinity) and the text whole; make the file again");
   }
   return Json();
-}
-
-/// Writes `text` beside `file` and moves it into place, so that neither a stopped run nor a full disk leaves
-/// half a file or costs the one that was there. A link stays one: what it leads to is replaced. What is there
-/// and no regular file is refused, for it would be replaced as well.
-inline void write_text(const std::filesystem::path& file, const std::string& text) {
-  std::error_code unknown;
-  const auto folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
-  require(std::filesystem::is_directory(folder, unknown), file, "cannot be written, there is no folder ",
-          folder.string(), ": create it first");
-  const std::filesystem::file_type type = std::filesystem::status(file, unknown).type();
-  require(type != std::filesystem::file_type::directory, file,
-          "cannot be written, it is a folder: give the path of a file");
-  require(type == std::filesystem::file_type::regular || type == std::filesystem::file_type::not_found, file,
-          "cannot be written, it is ", kind_of(type), ": give the path of a regular file or of none");
-  const std::filesystem::path target =
-      type == std::filesystem::file_type::regular ? std::filesystem::canonical(file, unknown) : file;
-  require(!target.empty(), file, "cannot be written, ", unknown.message(), ": check the path");
-  const auto temporary =
-      std::filesystem::path(target).concat(".tmp-" + std::to_string(std::random_device{}()));
-  std::ofstream stream(temporary, std::ios::binary);
-  require(stream.is_open(), file, "cannot be written, no file can be made in ", folder.string(),
-          ": check the permissions");
-  stream.write(text.data(), static_cast<std::streamsize>(text.size()));
-  stream.close();
-  std::error_code moved;
-  if (stream.good()) {
-    std::filesystem::rename(temporary, target, moved);
-  }
-  if (!stream.good() || moved) {
-    std::filesystem::remove(temporary, unknown);
-    fail(file, "cannot be written, ", moved ? moved.message() : "writing stopped short",
-         ": check the space on the disk and the permissions; what was there is unchanged");
-  }
 }
 
 }  // namespace compresskv::io::detail

@@ -3,8 +3,8 @@
 #include <cassert>
 #include <cmath>
 #include <cstddef>
-#include <span>
 
+#include "compresskv/core/borrowed.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
@@ -30,8 +30,8 @@ struct Rotary {
   RotaryPairing pairing = RotaryPairing::half_split;
   double position_scale = 1.0;  ///< linear scaling: 1 / factor
   /// Divisors of the frequencies, `dims / 2` of them (Llama 3.1's `rope_freqs`; any scaling by frequency);
-  /// empty: all 1.
-  std::span<const float> frequency_factors = {};
+  /// empty: all 1. They are kept, not copied.
+  Borrowed<const float> frequency_factors = {};
 
   /// Throws ArgumentError where it does not fit rows of `head_dim` elements.
   void validate(std::size_t head_dim) const {
