@@ -193,24 +193,33 @@ struct Cache {
     return row.turned == as_appended ? noise(layer, head, row.token, e) : turned[row.turned + e];
   }
 
-  /// Every row in use holds what it must, rows that never were in use are as they were.
-  void expect_contents(std::size_t head) const {
+  /// Every row in use holds what it must.
+  void expect_contents() const {
     const std::size_t distance = step();
-    for (std::size_t i = 0; i < rows[head].size(); ++i) {
-      const Row row = rows[head][i];
-      const float* const value = values.data() + at(head, i);
-      const float* const key = keys.data() + at(head, i);
-      for (std::size_t e = 0; e < sizes.head_dim; ++e) {
-        check(value[e * distance] == value_of(row.token, e), "a value row is not that of its token");
-        check(key[e * distance] == key_of(head, row, e), "a key row is not that of its token");
+    for (std::size_t head = 0; head < sizes.kv_heads; ++head) {
+      for (std::size_t i = 0; i < rows[head].size(); ++i) {
+        const Row row = rows[head][i];
+        const float* const value = values.data() + at(head, i);
+        const float* const key = keys.data() + at(head, i);
+        bool same_values = true;
+        bool same_keys = true;
+        for (std::size_t e = 0; e < sizes.head_dim; ++e) {
+          same_values &= value[e * distance] == value_of(row.token, e);
+          same_keys &= key[e * distance] == key_of(head, row, e);
+        }
+        check(same_values, "a value row is not that of its token");
+        check(same_keys, "a key row is not that of its token");
       }
     }
-    for (std::size_t i = most; i < room; ++i) {
-      const float* const value = values.data() + at(head, i);
-      const float* const key = keys.data() + at(head, i);
-      for (std::size_t e = 0; e < sizes.head_dim; ++e) {
-        check(value[e * distance] == untouched && key[e * distance] == untouched,
-              "memory behind the rows was written");
+  }
+  /// Rows that never were in use are as they were.
+  void expect_rest_untouched() const {
+    for (std::size_t head = 0; head < sizes.kv_heads; ++head) {
+      for (std::size_t i = most; i < room; ++i) {
+        for (std::size_t e = 0; e < sizes.head_dim; ++e) {
+          const std::size_t there = at(head, i) + e * step();
+          check(values[there] == untouched && keys[there] == untouched, "memory behind the rows was written");
+        }
       }
     }
   }
@@ -251,11 +260,17 @@ class Driver {
       one_call();
       expect_consistent();
     }
+    for (const Cache& cache : caches_) {
+      cache.expect_rest_untouched();
+    }
   }
 
  private:
   using C = Compressor<P>;
   using S = typename P::scorer_type;
+  /// Whether scores, or what layers may keep, go from layer to layer.
+  static constexpr bool carries = requires(const S& scorer) { scorer.decay(); };
+  static constexpr bool cascades = C::cascades;
   static constexpr bool own_layer = P::reach == Reach::own_layer;
   static constexpr bool adaptive =
       std::same_as<std::remove_cvref_t<decltype(std::declval<P>().selector())>, select::Adaptive>;
@@ -401,11 +416,10 @@ class Driver {
     next_ = 0;
   }
 
-  /// Whether all layers count positions from the same token, so that those of the sequence are told.
+  /// Whether all layers go on at the same position: else rerotate() left them at different ones.
   bool agree() const {
     return std::all_of(caches_.begin(), caches_.end(),
-                       [&](const Cache& cache) { return cache.shift == caches_[0].shift; }) &&
-           !(C::carries && turned_);
+                       [&](const Cache& cache) { return cache.shift == caches_[0].shift; });
   }
 
   void begin() {
@@ -434,11 +448,8 @@ class Driver {
     const std::size_t total = kind == 15 ? now + 3 : kind == 14 && now > 0 ? now - 1 : now;
     Rows listed;
     const Protection protection = some_protection(total, listed);
-    if (!agree()) {
-      on_a_copy([&](C& copy) { copy.begin_turn(total, protection); });
-      return;
-    }
-    bool right = total > 0 && (listed.empty() || listed.back() < total) && begun();
+    bool right =
+        total > 0 && (listed.empty() || listed.back() < total) && begun() && agree() && !(carries && turned_);
     for (const Cache& cache : caches_) {
       right = right && total + cache.shift >= cache.known;
     }
@@ -501,24 +512,11 @@ class Driver {
     }
   }
 
-  template <class Call>
-  void on_a_copy(Call&& call) {
-    C copy(compressor_);
-    try {
-      call(copy);
-    } catch (const Error&) {  // may be
-    }
-  }
-
   void truncate() {
     const std::size_t shift = caches_[0].shift;
     const std::size_t position = data_.ConsumeIntegralInRange<std::size_t>(0, next_ - shift);
-    if (!agree()) {
-      on_a_copy([&](C& copy) { copy.truncate(position); });
-      return;
-    }
     std::optional<Held> held;
-    if (!attempt("truncate", success_if(begun() && position > 0),
+    if (!attempt("truncate", success_if(begun() && agree() && position > 0),
                  [&] { held = compressor_.truncate(position); })) {
       return;
     }
@@ -647,8 +645,7 @@ class Driver {
                      const std::vector<std::size_t>& shown) const {
     const std::size_t longest = *std::max_element(shown.begin(), shown.end());
     const std::size_t most = capacity(cache.layer, longest);
-    const bool may_ask =
-        !(C::cascades && cache.turned_lately);  // the positions are not those it arrived with
+    const bool may_ask = !(cascades && cache.turned_lately);  // the positions are not those it arrived with
     std::size_t total = 0;
     std::size_t all = 0;
     for (std::size_t head = 0; head < sizes_.kv_heads; ++head) {
@@ -757,14 +754,17 @@ class Driver {
         compressor_ = C(compressor_);  // a beam
         break;
       case 12: {
-        std::int32_t& count =
-            caches_[in_model].references[data_.ConsumeIntegralInRange<std::size_t>(0, room / block_rows - 1)];
+        Cache& cache = caches_[in_model];
+        const std::int32_t block = cache.table[data_.ConsumeIntegralInRange<std::size_t>(0, 7)];
+        std::int32_t& count = cache.references[static_cast<std::size_t>(block)];
         count = 3 - count;
         break;
       }
       case 13:
+      case 14:  // what an engine does each turn
+        begin_turn();
         for (std::size_t l = 0; l < sizes_.layers; ++l) {
-          shrink(own_layer ? l : arrived_, l);
+          shrink(l, l);
         }
         break;
       default:
@@ -802,7 +802,7 @@ class Driver {
   std::size_t waiting() const {
     if constexpr (P::reach == Reach::all_layers) {
       return sizes_.layers;
-    } else if constexpr (C::carries) {
+    } else if constexpr (carries) {
       return std::min(plan_.scorer().hold_layers(), sizes_.layers - 1);
     }
     return 0;
@@ -817,15 +817,15 @@ class Driver {
     if (layer < waiting()) {
       return Due::success;
     }
-    if (C::cascades &&
+    if (cascades &&
         fixed_rows(caches_[layer]) + std::accumulate(least_.begin(), least_.end(), std::size_t{0}) >
             mean_ * sizes_.layers) {
       return Due::refusal;
     }
-    Due due = C::carries && turned_ ? Due::either : Due::success;
-    for (std::size_t l = C::cascades || layer == waiting() ? 0 : layer; l <= layer; ++l) {
-      if (!right_to_arrive(caches_[l]) || (!C::cascades && !fits(caches_[l])) || l == wrong) {
-        return C::cascades ? Due::either : Due::refusal;
+    Due due = carries && turned_ ? Due::either : Due::success;
+    for (std::size_t l = cascades || layer == waiting() ? 0 : layer; l <= layer; ++l) {
+      if (!right_to_arrive(caches_[l]) || (!cascades && !fits(caches_[l])) || l == wrong) {
+        return cascades ? Due::either : Due::refusal;
       }
       due = caches_[l].shares() ? Due::either : due;
     }
@@ -846,7 +846,7 @@ class Driver {
     if (!through) {
       return;
     }
-    if (C::cascades) {
+    if (cascades) {
       least_.push_back(fixed_rows(caches_[layer]));
     }
     ++arrived_;
@@ -857,7 +857,7 @@ class Driver {
       check(l != wrong, "a layer shrank whose view was wrong");
       took(l);
     }
-    if (C::cascades) {
+    if (cascades) {
       const auto capacities = compressor_.capacities().first(arrived_);
       check(std::accumulate(capacities.begin(), capacities.end(), std::size_t{0}) <= mean_ * sizes_.layers,
             "layers share out more than the budget");
@@ -867,7 +867,7 @@ class Driver {
   void finish() {
     const std::size_t asked = data_.ConsumeIntegralInRange<std::size_t>(0, sizes_.layers - 1);
     bool is_right = !misshow(caches_[asked]) && arrived_ == sizes_.layers && !over_;
-    bool shared = C::carries && turned_;
+    bool shared = carries && turned_;
     for (const Cache& cache : caches_) {
       is_right = is_right && right_to_arrive(cache) && fits(cache);
       shared = shared || cache.shares();
@@ -922,7 +922,7 @@ class Driver {
   }
 
   /// Whether a layer's rows may be moved from outside: a cascade may come back to them.
-  bool settled(std::size_t layer) const { return !C::cascades || over_ || layer >= arrived_; }
+  bool settled(std::size_t layer) const { return !cascades || over_ || layer >= arrived_; }
 
   void compact(std::size_t layer, std::size_t in_model) {
     Cache& cache = caches_[in_model];
@@ -982,7 +982,7 @@ class Driver {
 
   void rerotate(std::size_t layer) {
     Cache& cache = caches_[layer];
-    const bool awaited = C::carries && arrived_ > 0 && !over_ && !(layer < arrived_ && arrived_ > waiting());
+    const bool awaited = carries && arrived_ > 0 && !over_ && !(layer < arrived_ && arrived_ > waiting());
     bool is_right = right(cache) && cache.even() && !awaited && cache.writable(0, cache.longest());
     is_right = !misshow(cache) && is_right;
     if (!attempt("rerotate", success_if(is_right), [&] {
@@ -1128,18 +1128,24 @@ class Driver {
     if (!begun()) {
       return;
     }
+    std::optional<Held> held;
+    try {
+      held = compressor_.held(next_ - caches_[0].shift);
+    } catch (const Error&) {
+      check(!agree(), "what is held was refused");
+    }
+    check(held.has_value() == agree(), "what is held was told of layers that do not agree");
     for (const Cache& cache : caches_) {
       const Retained& retained = compressor_.retained(cache.layer);
       check(retained.next_position() == cache.known - cache.shift, "a layer goes on at another position");
+      cache.expect_contents();
       for (std::size_t head = 0; head < sizes_.kv_heads; ++head) {
-        cache.expect_contents(head);
         Retained::Cursor positions = retained.cursor(head);
         for (std::size_t row = 0; row < cache.rows[head].size(); ++row) {
           check(positions.seek(row) == cache.rows[head][row].position,
                 "a row stands at another position than the compressor says");
         }
-        check(!agree() ||
-                  compressor_.held(next_ - cache.shift).rows(cache.layer, head) == cache.rows[head].size(),
+        check(!held || held->rows(cache.layer, head) == cache.rows[head].size(),
               "held() does not say how many rows there are");
       }
     }
@@ -1173,8 +1179,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
                     .group = data.ConsumeIntegralInRange<std::size_t>(1, 3),
                     .head_dim = data.PickValueInArray<std::size_t>({2, 4, 8, 20}),
                     .window = data.ConsumeIntegralInRange<std::size_t>(1, 9),
-                    .layout = data.ConsumeIntegralInRange<std::size_t>(0, 3)};
-  const auto method = methods[data.ConsumeIntegralInRange<std::size_t>(1, methods.size() - 1)].method;
+                    .layout = std::min<std::size_t>(data.ConsumeIntegralInRange<std::size_t>(0, 5), 3)};
+  // Those that reach over layers every second time: most can go wrong there.
+  const Method method = data.ConsumeBool()
+                            ? data.PickValueInArray({Method::cake, Method::carried, Method::model_wide})
+                            : methods[data.ConsumeIntegralInRange<std::size_t>(1, methods.size() - 1)].method;
   const std::size_t heads = sizes.kv_heads * sizes.group;
   std::vector<std::vector<std::uint32_t>> ranking(sizes.layers, std::vector<std::uint32_t>(heads));
   std::vector<std::vector<double>> runs;
