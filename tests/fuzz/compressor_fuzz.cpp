@@ -567,9 +567,11 @@ class Driver {
         }
         break;
       }
-      case 14:  // fewer than there are
+      case 14:  // fewer than were left, or where layers choose for each other, than are announced
         for (std::size_t head = 0; head < sizes_.kv_heads; ++head) {
-          shown[head] = (own_layer ? cache.kept(head, next_) : cache.rows[head].size()) - 1;
+          const std::size_t least =
+              own_layer ? cache.kept(head, next_) : cache.rows[head].size() + announced_ - next_;
+          shown[head] = least - 1;
         }
         break;
       case 13:  // tokens that not all heads have
