@@ -555,8 +555,8 @@ class Driver {
     with_views(caches_, [&](const auto& views) { f(views(layer)); });
   }
 
-  /// Now and then lets a view show what no call may take; whether it does.
-  bool misshow(Cache& cache) {
+  /// Now and then lets a view show what no call may take, or none by which layers arrive; whether it does.
+  bool misshow(Cache& cache, bool arrives = false) {
     std::vector<std::size_t> shown = cache.lengths;
     switch (data_.ConsumeIntegralInRange(0, 15)) {
       case 15: {  // one that was not shortened: more than is announced
@@ -567,10 +567,10 @@ class Driver {
         }
         break;
       }
-      case 14:  // fewer than were left, or where layers choose for each other, than are announced
+      case 14:  // fewer than were left, or of a layer that arrives than are announced
         for (std::size_t head = 0; head < sizes_.kv_heads; ++head) {
           const std::size_t least =
-              own_layer ? cache.kept(head, next_) : cache.rows[head].size() + announced_ - next_;
+              arrives ? cache.rows[head].size() + announced_ - next_ : cache.kept(head, next_);
           shown[head] = least - 1;
         }
         break;
@@ -836,7 +836,7 @@ class Driver {
 
   void arrive(std::size_t layer) {
     const std::size_t asked = layer < sizes_.layers ? data_.ConsumeIntegralInRange<std::size_t>(0, layer) : 0;
-    const std::size_t wrong = misshow(caches_[asked]) ? asked : sizes_.layers;
+    const std::size_t wrong = misshow(caches_[asked], true) ? asked : sizes_.layers;
     std::vector<std::size_t> changed;
     const Due due = due_of_arrival(layer, wrong);
     const bool through = attempt("arrive", due, [&] {
@@ -868,7 +868,7 @@ class Driver {
 
   void finish() {
     const std::size_t asked = data_.ConsumeIntegralInRange<std::size_t>(0, sizes_.layers - 1);
-    bool is_right = !misshow(caches_[asked]) && arrived_ == sizes_.layers && !over_;
+    bool is_right = !misshow(caches_[asked], true) && arrived_ == sizes_.layers && !over_;
     bool shared = carries && turned_;
     for (const Cache& cache : caches_) {
       is_right = is_right && right_to_arrive(cache) && fits(cache);
