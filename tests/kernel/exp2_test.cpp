@@ -6,6 +6,7 @@
 #include <compresskv/core/float_bits.hpp>
 #include <compresskv/kernel/code_path.hpp>
 #include <compresskv/kernel/exp2.hpp>
+#include <compresskv/kernel/x86/exp2_avx2_avx512.hpp>
 #include <cstdint>
 #include <limits>
 #include <vector>

@@ -11,7 +11,7 @@
 #include "compresskv/kernel/code_path.hpp"
 #include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/kernel/fused.hpp"
-#include "compresskv/kernel/lanes.hpp"
+#include "compresskv/kernel/x86/lanes_avx2.hpp"
 #include "compresskv/view/run.hpp"
 
 #if defined(__x86_64__)
