@@ -66,9 +66,9 @@ const auto library_kernel = [](const auto& run, const Buffer<float>& queries, st
   using namespace compresskv::kernel;
   // Putting the queries in order is part of the work.
   Buffer<float> buffer(key_buffer_size<std::remove_cvref_t<decltype(*run.base)>>(head_dim));
-  Buffer<float> block = zeros<float>(QueryBlock::size(count, head_dim));
+  Buffer<float> block = zeros<float>(PackedQueries::size(count, head_dim));
   for (std::size_t q = 0; q < count; ++q) {
-    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, block.data());
+    PackedQueries::pack(q, queries.data() + q * head_dim, head_dim, block.data());
   }
   compresskv::kernel::logits(run, 0, run.rows, {.data = block.data(), .count = count, .head_dim = head_dim},
                              scale, buffer.data(), out.data(), run.rows);

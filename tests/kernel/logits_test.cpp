@@ -65,9 +65,9 @@ TYPED_TEST_SUITE(Logits, Elements);
 
 /// `count` queries, `[query][head_dim]`, as the kernel wants them.
 std::vector<float> packed(const std::vector<float>& queries, std::size_t count, std::size_t head_dim) {
-  std::vector<float> data(QueryBlock::size(count, head_dim), 0.0F);
+  std::vector<float> data(PackedQueries::size(count, head_dim), 0.0F);
   for (std::size_t q = 0; q < count; ++q) {
-    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, data.data());
+    PackedQueries::pack(q, queries.data() + q * head_dim, head_dim, data.data());
   }
   return data;
 }
@@ -107,7 +107,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         value = random.gaussian();
       }
       const std::vector<float> data = packed(queries, count, head_dim);
-      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim};
+      const PackedQueries block{.data = data.data(), .count = count, .head_dim = head_dim};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
         reference::Cache<TypeParam> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim}, arrangement);
         cache.fill(random);
@@ -143,7 +143,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
   }
 }
 
-/// Rows enough that memory is asked for ahead, and not beyond the run.
+/// Rows enough that keys are prefetched, and none beyond the run.
 TYPED_TEST(Logits, OfLongRunsAreThoseOfTheirParts) {
   reference::Random random(53);
   constexpr std::size_t head_dim = 128;
@@ -157,7 +157,7 @@ TYPED_TEST(Logits, OfLongRunsAreThoseOfTheirParts) {
     value = random.gaussian();
   }
   const std::vector<float> data = packed(queries, 9, head_dim);
-  const QueryBlock block{.data = data.data(), .count = 9, .head_dim = head_dim};
+  const PackedQueries block{.data = data.data(), .count = 9, .head_dim = head_dim};
   std::vector<float> buffer(key_buffer_size<TypeParam>(head_dim));
   reference::on_all_paths([&] {
     std::vector<float> whole(9 * rows);
@@ -190,13 +190,14 @@ TEST(Logits, PairsStayWithinTheirBound) {
       std::vector<float> floats(queries.size());
       std::transform(queries.begin(), queries.end(), floats.begin(),
                      [](auto value) { return to_float(value); });
-      std::vector<float> data(QueryBlock::size(count, head_dim / 2), 0.0F);
+      std::vector<float> data(PackedQueries::size(count, head_dim / 2), 0.0F);
       std::vector<float> query(head_dim / 2);
       for (std::size_t q = 0; q < count; ++q) {
         std::memcpy(query.data(), queries.data() + q * head_dim, head_dim * sizeof(Eigen::bfloat16));
-        QueryBlock::put(q, query.data(), head_dim / 2, data.data());
+        PackedQueries::pack(q, query.data(), head_dim / 2, data.data());
       }
-      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim, .pairs = true};
+      const PackedQueries block{
+          .data = data.data(), .count = count, .head_dim = head_dim, .bf16_pairs = true};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
         reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
                                                 arrangement);

@@ -7,8 +7,8 @@
 #include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 
-// The AVX2 version calls these too, for what does not fill a register: so they have a header apart from
-// decode_attention.hpp.
+// Apart from decode_attention.hpp, as the functions in x86/ include it: they call these for what fills no
+// register.
 namespace compresskv::kernel::portable {
 
 /// `query . key` of one padded query and one decoded key, by lanes.

@@ -9,8 +9,7 @@
 #include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 
-// The AVX2 and AVX-512 versions call these too, for what does not fill a register: so they have a header
-// apart from softmax.hpp.
+// Apart from softmax.hpp, as the functions in x86/ include it: they call these for what fills no register.
 namespace compresskv::kernel {
 
 /// The factor that makes of powers of e powers of two: it goes into the scale of the logits.

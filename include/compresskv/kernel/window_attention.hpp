@@ -134,7 +134,7 @@ template <class Kv, QueryObservation O>
 /// Logits of rows [first, first + count) of one KV head, across its runs.
 template <KvView V>
 void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
-                    const QueryBlock& queries, float scale, float* buffer, float* out,
+                    const PackedQueries& queries, float scale, float* buffer, float* out,
                     std::size_t out_stride) {
   std::size_t begin = 0;
   for (std::size_t i = 0; i < kv.run_count(kv_head) && begin < first + count; ++i) {
@@ -178,16 +178,17 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
 }
 
 /// Queries `begin`, `begin + 1`, ... of the observed ones, in the order of `heads`, as the kernel wants them
-/// in `memory`, which is `QueryBlock::size` floats and one query.
+/// in `memory`, which is `PackedQueries::size` floats and one query.
 template <class Kv, QueryObservation O>
-QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
-                       std::size_t observers, std::size_t begin, std::size_t count, std::span<float> memory) {
+PackedQueries pack_queries(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
+                           std::size_t observers, std::size_t begin, std::size_t count,
+                           std::span<float> memory) {
   using Run = decltype(in.observation.query_run(0));
   using Query = std::remove_cvref_t<decltype(*Run{}.base)>;
   const std::size_t head_dim = in.shape.head_dim;
-  const bool pairs = in_pairs<typename Kv::key_element, Query>(head_dim);
+  const bool pairs = uses_bf16_pairs<typename Kv::key_element, Query>(head_dim);
   const std::size_t width = pairs ? head_dim / 2 : head_dim;
-  const std::size_t size = QueryBlock::size(count, width);
+  const std::size_t size = PackedQueries::size(count, width);
   std::fill_n(memory.begin(), size, 0.0F);
   float* const query = memory.data() + memory.size() - head_dim;
   for (std::size_t q = 0; q < count; ++q) {
@@ -200,9 +201,9 @@ QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_
                                                  __builtin_bit_cast(std::uint32_t, query[2 * e + 1]));
       }
     }
-    QueryBlock::put(q, query, width, memory.data());
+    PackedQueries::pack(q, query, width, memory.data());
   }
-  return {.data = memory.data(), .count = count, .head_dim = head_dim, .pairs = pairs};
+  return {.data = memory.data(), .count = count, .head_dim = head_dim, .bf16_pairs = pairs};
 }
 
 /// For query heads of one KV head: softmax attention of the last `observers` queries over the evictable rows.
@@ -228,7 +229,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t key_buffer = key_buffer_size<typename Kv::key_element>(head_dim);
   const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
   const std::span<float> queries =
-      workspace.take(Workspace::Slot::queries, QueryBlock::size(held, head_dim) + head_dim);
+      workspace.take(Workspace::Slot::queries, PackedQueries::size(held, head_dim) + head_dim);
   const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles(rows) * key_buffer);
   const std::span<float> logits = workspace.take(Workspace::Slot::logits, held * stride);
   const std::span<float> tile_sums = workspace.take(Workspace::Slot::row_sums, 2 * held * tiles(rows));
@@ -244,7 +245,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
     const bool one_head = begin / observers == (begin + now - 1) / observers;
     const std::size_t visible = one_head ? own_row(now - 1) + 1 : rows;
     const std::size_t looked_at = (std::min)(evictable, visible);
-    const QueryBlock block = query_block(in, heads, observers, begin, now, queries);
+    const PackedQueries block = pack_queries(in, heads, observers, begin, now, queries);
     executor.parallel_for(tiles(visible), [&](std::size_t i) {
       const compresskv::detail::PlainFloats plain_here;
       const std::size_t first = i * tile;
