@@ -86,7 +86,7 @@ class LayerOf : public Layer {
     const kernel::PackedQueries block =
         kernel::detail::pack_queries(input(kv, observed), std::array{0U}, window, 0, window, memory);
     const float scale = observed.scale();
-    constexpr std::size_t tile = kernel::detail::tile;
+    constexpr std::size_t tile = kernel::detail::tokens_per_tile;
     for (std::size_t first = 0; first < tokens_; first += tile) {
       const std::size_t count = std::min(tile, tokens_ - first);
       if (through_view) {
