@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <compresskv/core/float_bits.hpp>
-#include <compresskv/kernel/lanes.hpp>
 #include <compresskv/kernel/logits.hpp>
 #include <cstdint>
 #include <cstring>
@@ -18,45 +16,6 @@
 
 namespace compresskv::kernel {
 namespace {
-
-TEST(Element, EveryHalfAndBfloat16IsItsFloat) {
-  for (std::uint32_t bits = 0; bits < 0x10000U; ++bits) {
-    const auto half = std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits));
-    const int exponent = static_cast<int>((bits >> 10U) & 31U);
-    const double mantissa = (bits & 1023U) / 1024.0;
-    const double sign = (bits & 0x8000U) != 0 ? -1.0 : 1.0;
-    if (exponent != 31) {
-      const double expected =
-          exponent == 0 ? std::ldexp(mantissa, -14) : std::ldexp(1.0 + mantissa, exponent - 15);
-      ASSERT_EQ(static_cast<double>(to_float(half)), sign * expected) << bits;
-    } else {
-      ASSERT_EQ(!compresskv::detail::is_finite(to_float(half)) && !compresskv::detail::is_nan(to_float(half)),
-                (bits & 1023U) == 0)
-          << bits;
-    }
-    const auto brain = std::bit_cast<Eigen::bfloat16>(static_cast<std::uint16_t>(bits));
-    ASSERT_EQ(std::bit_cast<std::uint32_t>(to_float(brain)), bits << 16U);
-  }
-}
-
-TEST(Lanes, FoldHalvesSixteenLanes) {
-  Lanes lanes{};
-  for (std::size_t i = 0; i < lane_count; ++i) {
-    lanes[i] = static_cast<float>(1U << i);
-  }
-  EXPECT_EQ(fold(lanes), 65535.0F);
-  // The order is a promise: 2^24 + 1 rounds to 2^24, so only the partner of lane 0, eight lanes on, is lost.
-  Lanes order{};
-  order[0] = 16777216.0F;
-  order[8] = 1.0F;
-  order[1] = 1.0F;
-  order[9] = 1.0F;
-  EXPECT_EQ(fold(order), 16777218.0F);
-  EXPECT_EQ(round_up_to_lanes(0), 0U);
-  EXPECT_EQ(round_up_to_lanes(1), 16U);
-  EXPECT_EQ(round_up_to_lanes(16), 16U);
-  EXPECT_EQ(round_up_to_lanes(17), 32U);
-}
 
 template <class T>
 struct Logits : testing::Test {};
