@@ -44,7 +44,7 @@ TEST(WindowAttention, EachRowSeesTheWindowUpToItself) {
   EXPECT_LT(total, 3.0) << "nor do they lose what goes to the window";
 }
 
-/// Against plain code in double, over more tokens than are worked on at a time.
+/// Against plain code in double, over more tokens than a tile has.
 TEST(WindowAttention, OfManyTilesIsOneSoftmax) {
   constexpr std::size_t rows = 2100;
   WindowInputs inputs(1, 1, rows, 4);

@@ -55,7 +55,7 @@ float dot_row(const Run<const T>& keys, std::size_t index, const float* query, s
 
 }  // namespace detail
 
-/// Attention of one query over one KV head's rows, as they stand in the cache: full or compressed alike.
+/// Attention of one query over one KV head's rows, in place, whether the cache is full or compressed.
 ///
 /// `query` and `out` have `head_dim` floats, `attention` one float a row; on return it holds the softmax
 /// weights. `scratch` has `2 * round_up_to_lanes(head_dim)` floats. Rows are added in ascending order, so the

@@ -7,15 +7,15 @@
 
 namespace compresskv::kernel {
 
-/// One exp2 for all code paths: `2^n (1 + r (c1 + r (c2 + ...)))`, n the nearest integer to x and r = x - n,
+/// The exp2 of all code paths: `2^n (1 + r (c1 + r (c2 + ...)))`, n the nearest integer to x and r = x - n,
 /// |r| <= 1/2; c1 to c5 make the largest relative error of the polynomial least (1.1e-7). For arguments <= 0,
 /// relative error below 2e-7; below -126 the result is 0, NaN stays NaN.
 ///
-/// Softmax by powers of two, with the factor log2(e) in the logits' scale, takes two steps less than by
-/// powers of e.
+/// Softmax takes powers of two, with the factor log2(e) in the logits' scale: two operations less than powers
+/// of e.
 namespace exp2_constants {
 inline constexpr float lowest = -126.0F;  // 2^-126 is the last normal number
-/// 1.5 * 2^23 + 127: adding it leaves n + 127 in the low bits, which 23 places up are the number 2^n.
+/// 1.5 * 2^23 + 127: adding it leaves n + 127 in the low bits, which shifted left by 23 are the float 2^n.
 inline constexpr float round_shift = 12583039.0F;
 inline constexpr float c1 = 0.693147004F;
 inline constexpr float c2 = 0.240222424F;

@@ -8,7 +8,7 @@
 namespace compresskv::kernel {
 
 /// Sums run over 16 interleaved lanes: element e goes to lane e mod 16, lanes are folded by halves at the end
-/// (i + 8, then i + 4, i + 2, i + 1). Sixteen is the width of the widest registers in use; narrower ones hold
+/// (i + 8, then i + 4, i + 2, i + 1). Sixteen floats fill a 512-bit register; 256-bit ones hold
 /// the same lanes in several registers, so that every path adds the same numbers in the same order.
 inline constexpr std::size_t lane_count = 16;
 

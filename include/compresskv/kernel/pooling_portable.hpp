@@ -6,6 +6,7 @@
 
 #include "compresskv/core/strict_float_begin.hpp"
 
+// Apart from pooling.hpp, as x86/pooling_avx2.hpp includes it.
 namespace compresskv::kernel {
 
 /// How neighbouring tokens share their scores (docs/method.md 2.2).

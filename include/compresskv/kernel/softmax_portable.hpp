@@ -12,12 +12,12 @@
 // Apart from softmax.hpp, as the functions in x86/ include it: they call these for what fills no register.
 namespace compresskv::kernel {
 
-/// The factor that makes of powers of e powers of two: it goes into the scale of the logits.
+/// e^x = 2^(x log2(e)): the factor goes into the scale of the logits.
 inline constexpr float log2_e = std::numbers::log2e_v<float>;
 
-/// What `exp2_row` knows of a row beside its values.
+/// What `exp2_row` returns of a row.
 struct Exp2Sum {
-  float max;  ///< highest logit; NaN ones are not looked at
+  float max;  ///< highest logit; NaN ones are skipped
   float sum;  ///< of `2^(logit - max)`
 };
 
@@ -50,7 +50,8 @@ inline void exp2_tail(float* row, std::size_t first, std::size_t count, float sh
   }
 }
 
-/// What is taken off a row's logits. Of one without any but -inf and NaN, nothing: -inf then still gives 0.
+/// What is subtracted from a row's logits: their maximum, or 0 where all are -inf or NaN, so that -inf gives
+/// 0 there too.
 inline float shift_of(float max) { return compresskv::detail::is_minus_infinity(max) ? 0.0F : max; }
 
 inline Exp2Sum exp2_row(float* row, std::size_t count) {

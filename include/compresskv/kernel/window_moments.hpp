@@ -19,7 +19,7 @@
 
 namespace compresskv::kernel {
 
-/// How a head's window looks at an evictable token, row by row of the window.
+/// Moments of a head's attention to each evictable token, over the rows of the window.
 struct WindowMoments {
   std::span<const float> means;       ///< [evictable]
   std::span<const float> deviations;  ///< [evictable], sums of squared distances from the mean

@@ -47,7 +47,7 @@ class KeyBlocks<Eigen::half> : public KeyBlockCursor<Eigen::half> {
   /// longer.
   [[gnu::always_inline]] static bool prefetches(std::size_t) { return true; }
 
-  /// Decodes the next block beside the prefetches.
+  /// Prefetches as any block does, and decodes the next one.
   template <std::size_t count, std::size_t width>
   [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] void prefetch(std::size_t k, std::size_t s) const {
 #pragma GCC unroll 8

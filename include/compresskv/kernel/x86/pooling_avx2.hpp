@@ -12,7 +12,7 @@
 
 namespace compresskv::kernel::avx2 {
 
-/// The same for `8 * registers` tokens from `t` on with all their neighbours inside.
+/// As portable::add_pooled for `8 * registers` tokens from `t` on, all of whose neighbours exist.
 template <Pool pool, std::size_t registers>
 [[gnu::target("avx2,fma"), gnu::always_inline]] inline void add_pooled_at(const float* in, std::size_t width,
                                                                           std::size_t t, float* out) {
@@ -38,7 +38,7 @@ template <Pool pool, std::size_t registers>
   }
 }
 
-/// The same for all of them; returns where it stopped.
+/// As portable::add_pooled for what fills registers; returns where it stopped.
 template <Pool pool>
 [[gnu::target("avx2,fma")]] inline std::size_t add_pooled(const float* in, std::size_t width,
                                                           std::size_t first, std::size_t last, float* out) {
@@ -52,7 +52,7 @@ template <Pool pool>
   return t;
 }
 
-/// Divides as many as fill registers; returns where it stopped.
+/// Divides what fills registers; returns where it stopped.
 [[gnu::target("avx2,fma")]] inline std::size_t divide(std::span<float> sums, float count) {
   const __m256 divisor = _mm256_set1_ps(count);
   std::size_t t = 0;

@@ -108,7 +108,7 @@ template <std::size_t registers>
 
 namespace avx512 {
 
-/// Sixteen lanes in one register; the same bits.
+/// All lanes in one register; the same bits.
 [[gnu::target("avx2,fma,avx512f,avx512vl,avx512dq")]] inline Exp2Sum exp2_row(float* row, std::size_t count) {
   const float max = avx2::row_max(row, count);
   const float shift = portable::shift_of(max);
