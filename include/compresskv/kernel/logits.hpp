@@ -108,18 +108,19 @@ void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t
     std::fill_n(copied, keys_per_block * width, T(0));
   }
   for (std::size_t i = 0; i < count; i += keys_per_block) {
-    const std::size_t now = (std::min)(keys_per_block, count - i);
-    for (std::size_t k = 0; k < now; ++k) {
+    const std::size_t copies = (std::min)(keys_per_block, count - i);
+    for (std::size_t k = 0; k < copies; ++k) {
       copy_key(keys, first + i + k, queries.head_dim, copied + k * width);
     }
-    dot(ContiguousKeys<T>{.first = copied, .stride = static_cast<std::ptrdiff_t>(width), .count = now},
+    dot(ContiguousKeys<T>{.first = copied, .stride = static_cast<std::ptrdiff_t>(width), .count = copies},
         queries, scale, buffer, out + i, out_stride);
   }
 }
 
 }  // namespace detail
 
-/// Whether this path multiplies bfloat16 keys with bfloat16 queries in place (`PackedQueries::bf16_pairs`).
+/// Whether the path in use multiplies bfloat16 keys with bfloat16 queries in place
+/// (`PackedQueries::bf16_pairs`).
 template <class Key, class Query>
 bool uses_bf16_pairs(std::size_t head_dim) {
   return std::same_as<Key, Eigen::bfloat16> && std::same_as<Query, Eigen::bfloat16> && head_dim % 2 == 0 &&
@@ -128,8 +129,8 @@ bool uses_bf16_pairs(std::size_t head_dim) {
 
 /// Attention logits of every query with `count` keys from row `first` of a run:
 /// `out[q * out_stride + i] = scale * (query q . key first + i)`. Even and odd elements have a sum each, in
-/// order, one rounding an addition, and the two are added at the end; sums of pairs have another order, with
-/// no more roundings.
+/// order, one rounding an addition, and the two are added at the end. With `bf16_pairs` the order is another;
+/// there are no more roundings.
 ///
 /// `buffer` has `key_buffer_size<T>` floats. Cost: each key is read once, 2 * head_dim flops a query and key.
 template <Stored T>

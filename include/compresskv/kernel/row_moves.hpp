@@ -44,15 +44,15 @@ class RowCursor {
 };
 
 /// Prefetch distance in rows: which row comes next is in the list of rows, where no CPU looks for it.
-inline constexpr std::size_t prefetched_rows = 8;
+inline constexpr std::size_t prefetch_rows = 8;
 
 /// Moves `width` units of each of `rows` from memory where rows are `source_stride` apart, `rows[0]` at
 /// `source`, to memory where they are `target_stride` apart.
 template <class T>
 void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdiff_t source_stride, T* target,
                std::ptrdiff_t target_stride, std::size_t width) {
-  const auto packed = static_cast<std::ptrdiff_t>(width);
-  const bool joined = source_stride == packed && target_stride == packed;
+  const auto contiguous = static_cast<std::ptrdiff_t>(width);
+  const bool joined = source_stride == contiguous && target_stride == contiguous;
   constexpr std::size_t line = (std::max<std::size_t>)(64 / sizeof(T), 1);
   const auto at = [&](std::size_t i) {
     return source + static_cast<std::ptrdiff_t>(rows[i] - rows[0]) * source_stride;
@@ -62,7 +62,7 @@ void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdif
     while (joined && i + count < rows.size() && rows[i + count] == rows[i] + count) {
       ++count;
     }
-    for (std::size_t j = i + prefetched_rows; j < (std::min)(i + prefetched_rows + count, rows.size()); ++j) {
+    for (std::size_t j = i + prefetch_rows; j < (std::min)(i + prefetch_rows + count, rows.size()); ++j) {
       for (std::size_t u = 0; u < width; u += line) {
         __builtin_prefetch(at(j) + u);
       }
