@@ -64,13 +64,13 @@ void run_logits(benchmark::State& state, RunOf&& as_run, Kernel&& kernel) {
 const auto library_kernel = [](const auto& run, const Buffer<float>& queries, std::size_t count, float scale,
                                Buffer<float>& out) {
   using namespace compresskv::kernel;
-  // Putting the queries in order is part of the work.
+  // Packing the queries is part of the work.
   Buffer<float> buffer(key_buffer_size<std::remove_cvref_t<decltype(*run.base)>>(head_dim));
-  Buffer<float> block = zeros<float>(QueryBlock::size(count, head_dim));
+  Buffer<float> packed = zeros<float>(PackedQueries::size(count, head_dim));
   for (std::size_t q = 0; q < count; ++q) {
-    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, block.data());
+    PackedQueries::pack(q, queries.data() + q * head_dim, head_dim, packed.data());
   }
-  compresskv::kernel::logits(run, 0, run.rows, {.data = block.data(), .count = count, .head_dim = head_dim},
+  compresskv::kernel::logits(run, 0, run.rows, {.data = packed.data(), .count = count, .head_dim = head_dim},
                              scale, buffer.data(), out.data(), run.rows);
 };
 

@@ -66,7 +66,7 @@ inline constexpr std::size_t chains = 12;
   return _mm256_cvtss_f32(all);
 }
 
-/// The same in wide registers, or of bfloat16 pairs where `pairs`: only there are instructions for them used.
+/// The same in 512-bit registers; with `pairs`, dot products of bfloat16 pairs.
 template <bool pairs>
 [[gnu::target("avx512f,avx512bf16")]] float multiply_adds_avx512(std::size_t rounds) {
   __m512 sums[chains];

@@ -80,13 +80,13 @@ class LayerOf : public Layer {
     const auto kv = view(keys, values);
     const auto observed = observation(queries);
     const auto memory = workspace_.take(Workspace::Slot::queries,
-                                        kernel::QueryBlock::size(window, shape.head_dim) + shape.head_dim);
+                                        kernel::PackedQueries::size(window, shape.head_dim) + shape.head_dim);
     float* const buffer =
         workspace_.take(Workspace::Slot::key_rows, kernel::key_buffer_size<T>(shape.head_dim)).data();
-    const kernel::QueryBlock block =
-        kernel::detail::query_block(input(kv, observed), std::array{0U}, window, 0, window, memory);
+    const kernel::PackedQueries block =
+        kernel::detail::pack_queries(input(kv, observed), std::array{0U}, window, 0, window, memory);
     const float scale = observed.scale();
-    constexpr std::size_t tile = kernel::detail::tile;
+    constexpr std::size_t tile = kernel::detail::tokens_per_tile;
     for (std::size_t first = 0; first < tokens_; first += tile) {
       const std::size_t count = std::min(tile, tokens_ - first);
       if (through_view) {
@@ -161,13 +161,14 @@ class LayerOf : public Layer {
   }
 
   /// The same kernel over a pointer and a stride that no view has given.
-  void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::QueryBlock& block,
+  void raw_logits(const T* keys, std::size_t first, std::size_t count, const kernel::PackedQueries& block,
                   float scale, float* buffer) {
-    const kernel::detail::KeyRows<T> rows{.first = keys + first * shape.head_dim,
-                                          .stride = shape.head_dim,
-                                          .count = count,
-                                          .reach = tokens_ - first,
-                                          .lead = kernel::detail::bytes_ahead / (shape.head_dim * sizeof(T))};
+    const kernel::detail::ContiguousKeys<T> rows{
+        .first = keys + first * shape.head_dim,
+        .stride = shape.head_dim,
+        .count = count,
+        .rows_to_end = tokens_ - first,
+        .prefetch_rows = kernel::detail::prefetch_distance / (shape.head_dim * sizeof(T))};
     kernel::detail::dot(rows, block, scale, buffer, logits_.data() + first, tokens_);
   }
 

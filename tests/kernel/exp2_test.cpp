@@ -6,6 +6,7 @@
 #include <compresskv/core/float_bits.hpp>
 #include <compresskv/kernel/code_path.hpp>
 #include <compresskv/kernel/exp2.hpp>
+#include <compresskv/kernel/x86/exp2_avx2_avx512.hpp>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -26,8 +27,8 @@ namespace {
 }
 #include "compresskv/core/strict_float_end.hpp"
 
-/// The wide ones that this CPU has, of sixteen numbers.
-std::vector<void (*)(const float*, float*)> wide_exp2s() {
+/// exp2 of sixteen numbers, in each width that this CPU has.
+std::vector<void (*)(const float*, float*)> vector_exp2s() {
   std::vector<void (*)(const float*, float*)> exp2s;
   if (supported(CodePath::avx2)) {
     exp2s.push_back(exp2_avx2);
@@ -58,11 +59,12 @@ TEST(Exp2, StaysWithinItsStatedErrorAndAllPathsAgree) {
       worst = std::max(worst, std::abs(static_cast<double>(out[i]) - exact) / exact);
     }
 #if defined(__x86_64__)
-    for (const auto exp2_of : wide_exp2s()) {
-      float wide[16];
-      exp2_of(in, wide);
+    for (const auto exp2_of : vector_exp2s()) {
+      float result[16];
+      exp2_of(in, result);
       for (std::size_t i = 0; i < 16; ++i) {
-        differing += std::bit_cast<std::uint32_t>(wide[i]) != std::bit_cast<std::uint32_t>(out[i]) ? 1U : 0U;
+        differing +=
+            std::bit_cast<std::uint32_t>(result[i]) != std::bit_cast<std::uint32_t>(out[i]) ? 1U : 0U;
       }
     }
 #endif
@@ -95,7 +97,7 @@ TEST(Exp2, EdgesAreZeroOneAndNotANumber) {
   };
   check([](float x) { return portable::exp2(x); });
 #if defined(__x86_64__)
-  for (const auto exp2_of : wide_exp2s()) {
+  for (const auto exp2_of : vector_exp2s()) {
     check([&](float x) {
       const std::vector<float> in(16, x);
       std::vector<float> out(16);

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <compresskv/core/float_bits.hpp>
-#include <compresskv/kernel/lanes.hpp>
 #include <compresskv/kernel/logits.hpp>
 #include <cstdint>
 #include <cstring>
@@ -19,45 +17,6 @@
 namespace compresskv::kernel {
 namespace {
 
-TEST(Element, EveryHalfAndBfloat16IsItsFloat) {
-  for (std::uint32_t bits = 0; bits < 0x10000U; ++bits) {
-    const auto half = std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits));
-    const int exponent = static_cast<int>((bits >> 10U) & 31U);
-    const double mantissa = (bits & 1023U) / 1024.0;
-    const double sign = (bits & 0x8000U) != 0 ? -1.0 : 1.0;
-    if (exponent != 31) {
-      const double expected =
-          exponent == 0 ? std::ldexp(mantissa, -14) : std::ldexp(1.0 + mantissa, exponent - 15);
-      ASSERT_EQ(static_cast<double>(to_float(half)), sign * expected) << bits;
-    } else {
-      ASSERT_EQ(!compresskv::detail::is_finite(to_float(half)) && !compresskv::detail::is_nan(to_float(half)),
-                (bits & 1023U) == 0)
-          << bits;
-    }
-    const auto brain = std::bit_cast<Eigen::bfloat16>(static_cast<std::uint16_t>(bits));
-    ASSERT_EQ(std::bit_cast<std::uint32_t>(to_float(brain)), bits << 16U);
-  }
-}
-
-TEST(Lanes, FoldHalvesSixteenLanes) {
-  Lanes lanes{};
-  for (std::size_t i = 0; i < lane_count; ++i) {
-    lanes[i] = static_cast<float>(1U << i);
-  }
-  EXPECT_EQ(fold(lanes), 65535.0F);
-  // The order is a promise: 2^24 + 1 rounds to 2^24, so only the partner of lane 0, eight lanes on, is lost.
-  Lanes order{};
-  order[0] = 16777216.0F;
-  order[8] = 1.0F;
-  order[1] = 1.0F;
-  order[9] = 1.0F;
-  EXPECT_EQ(fold(order), 16777218.0F);
-  EXPECT_EQ(round_up_to_lanes(0), 0U);
-  EXPECT_EQ(round_up_to_lanes(1), 16U);
-  EXPECT_EQ(round_up_to_lanes(16), 16U);
-  EXPECT_EQ(round_up_to_lanes(17), 32U);
-}
-
 template <class T>
 struct Logits : testing::Test {};
 using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
@@ -65,9 +24,9 @@ TYPED_TEST_SUITE(Logits, Elements);
 
 /// `count` queries, `[query][head_dim]`, as the kernel wants them.
 std::vector<float> packed(const std::vector<float>& queries, std::size_t count, std::size_t head_dim) {
-  std::vector<float> data(QueryBlock::size(count, head_dim), 0.0F);
+  std::vector<float> data(PackedQueries::size(count, head_dim), 0.0F);
   for (std::size_t q = 0; q < count; ++q) {
-    QueryBlock::put(q, queries.data() + q * head_dim, head_dim, data.data());
+    PackedQueries::pack(q, queries.data() + q * head_dim, head_dim, data.data());
   }
   return data;
 }
@@ -107,7 +66,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
         value = random.gaussian();
       }
       const std::vector<float> data = packed(queries, count, head_dim);
-      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim};
+      const PackedQueries block{.data = data.data(), .count = count, .head_dim = head_dim};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
         reference::Cache<TypeParam> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim}, arrangement);
         cache.fill(random);
@@ -143,7 +102,7 @@ TYPED_TEST(Logits, AreTheReferencesAndAgreeBitForBit) {
   }
 }
 
-/// Rows enough that memory is asked for ahead, and not beyond the run.
+/// Rows enough that keys are prefetched, and none beyond the run.
 TYPED_TEST(Logits, OfLongRunsAreThoseOfTheirParts) {
   reference::Random random(53);
   constexpr std::size_t head_dim = 128;
@@ -157,7 +116,7 @@ TYPED_TEST(Logits, OfLongRunsAreThoseOfTheirParts) {
     value = random.gaussian();
   }
   const std::vector<float> data = packed(queries, 9, head_dim);
-  const QueryBlock block{.data = data.data(), .count = 9, .head_dim = head_dim};
+  const PackedQueries block{.data = data.data(), .count = 9, .head_dim = head_dim};
   std::vector<float> buffer(key_buffer_size<TypeParam>(head_dim));
   reference::on_all_paths([&] {
     std::vector<float> whole(9 * rows);
@@ -190,13 +149,14 @@ TEST(Logits, PairsStayWithinTheirBound) {
       std::vector<float> floats(queries.size());
       std::transform(queries.begin(), queries.end(), floats.begin(),
                      [](auto value) { return to_float(value); });
-      std::vector<float> data(QueryBlock::size(count, head_dim / 2), 0.0F);
+      std::vector<float> data(PackedQueries::size(count, head_dim / 2), 0.0F);
       std::vector<float> query(head_dim / 2);
       for (std::size_t q = 0; q < count; ++q) {
         std::memcpy(query.data(), queries.data() + q * head_dim, head_dim * sizeof(Eigen::bfloat16));
-        QueryBlock::put(q, query.data(), head_dim / 2, data.data());
+        PackedQueries::pack(q, query.data(), head_dim / 2, data.data());
       }
-      const QueryBlock block{.data = data.data(), .count = count, .head_dim = head_dim, .pairs = true};
+      const PackedQueries block{
+          .data = data.data(), .count = count, .head_dim = head_dim, .bf16_pairs = true};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
         reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
                                                 arrangement);

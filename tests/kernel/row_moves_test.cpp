@@ -16,7 +16,7 @@ using reference::Cache;
 using reference::Random;
 using Rows = std::vector<std::uint32_t>;
 
-/// Ascending rows, with stretches of neighbours, as selections have them.
+/// Ascending rows, some of them neighbours, as in a selection.
 Rows random_rows(Random& random, std::size_t count) {
   Rows rows;
   bool keep = random.coin();

@@ -13,7 +13,9 @@
 #include "compresskv/core/round.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/core/workspace.hpp"
-#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/kernel/head_groups.hpp"
+#include "compresskv/kernel/layer_input.hpp"
+#include "compresskv/kernel/window_moments.hpp"
 
 namespace compresskv::budget {
 

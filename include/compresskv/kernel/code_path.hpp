@@ -15,9 +15,13 @@
 
 namespace compresskv::kernel {
 
-/// Which instructions the dispatched kernels use, each path those of the paths before it as well. All but the
-/// last give the same result, bit for bit; the last differs from them where both keys and queries are
-/// bfloat16, within the bound that `kernel::logits` states.
+/// Which instructions the dispatched kernels use; each path has those of the paths before it as well. All but
+/// the last give the same result, bit for bit. The last differs where both keys and queries are bfloat16,
+/// within the bound that `kernel::logits` states.
+///
+/// A dispatched kernel is three headers: `softmax.hpp` states the contract and chooses by `uses()`,
+/// `softmax_portable.hpp` is plain C++, and `x86/softmax_avx2_avx512.hpp` holds the versions whose
+/// instructions its name says, each a free function with a target attribute.
 enum class CodePath {
   portable,     ///< plain C++; correct everywhere, slow where the compiler may not assume fused multiply-add
   avx2,         ///< AVX2, FMA and F16C
@@ -45,7 +49,7 @@ constexpr std::string_view name(CodePath path) { return code_path_names[static_c
 /// Whether this CPU (and build) can run `path`.
 inline bool supported(CodePath path) {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports also asks whether the system saves the wide registers; clang 14 does not know
+  // __builtin_cpu_supports also asks whether the system saves the larger registers; clang 14 does not know
   // "f16c".
   unsigned eax = 0;
   unsigned ebx = 0;

@@ -9,63 +9,14 @@
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/code_path.hpp"
+#include "compresskv/kernel/decode_attention_portable.hpp"
 #include "compresskv/kernel/decode_row.hpp"
-#include "compresskv/kernel/fused.hpp"
 #include "compresskv/kernel/lanes.hpp"
 #include "compresskv/kernel/softmax.hpp"
+#include "compresskv/kernel/x86/decode_attention_avx2.hpp"
 #include "compresskv/view/kv_view.hpp"
 
 namespace compresskv::kernel {
-
-namespace portable {
-
-/// `query . key` of one padded query and one decoded key, by lanes.
-inline float dot_row(const float* query, const float* key, std::size_t head_dim) {
-  Lanes lanes{};
-  for (std::size_t e = 0; e < head_dim; ++e) {
-    lanes[e % lane_count] = fused(query[e], key[e], lanes[e % lane_count]);
-  }
-  return kernel::fold(lanes);
-}
-
-template <Element T>
-void add_row(const T* value, float weight, std::size_t first, std::size_t count, float* out) {
-  for (std::size_t e = first; e < count; ++e) {
-    out[e] = fused(weight, to_float(value[e]), out[e]);
-  }
-}
-
-}  // namespace portable
-
-#if defined(__x86_64__)
-namespace avx2 {
-
-/// As portable::dot_row; reads `round_up_to_lanes(head_dim)` elements of the key.
-template <Element T>
-[[gnu::target("avx2,fma,f16c")]] inline float dot_row(const float* query, const T* key,
-                                                      std::size_t head_dim) {
-  __m256 low = _mm256_setzero_ps();
-  __m256 high = low;
-  for (std::size_t e = 0; e < head_dim; e += lane_count) {
-    low = _mm256_fmadd_ps(_mm256_loadu_ps(query + e), load8(key + e), low);
-    high = _mm256_fmadd_ps(_mm256_loadu_ps(query + e + 8), load8(key + e + 8), high);
-  }
-  return fold(low, high);
-}
-
-template <Element T>
-[[gnu::target("avx2,fma,f16c")]] inline void add_row(const T* value, float weight, std::size_t count,
-                                                     float* out) {
-  const __m256 weights = _mm256_set1_ps(weight);
-  std::size_t e = 0;
-  for (; e + 8 <= count; e += 8) {
-    _mm256_storeu_ps(out + e, _mm256_fmadd_ps(weights, load8(value + e), _mm256_loadu_ps(out + e)));
-  }
-  portable::add_row(value, weight, e, count, out);
-}
-
-}  // namespace avx2
-#endif
 
 /// `out[e] += weight * value[e]`, one rounding each.
 template <Element T>
@@ -104,7 +55,7 @@ float dot_row(const Run<const T>& keys, std::size_t index, const float* query, s
 
 }  // namespace detail
 
-/// Attention of one query over one KV head's rows, as they stand in the cache: full or compressed alike.
+/// Attention of one query over one KV head's rows, in place, whether the cache is full or compressed.
 ///
 /// `query` and `out` have `head_dim` floats, `attention` one float a row; on return it holds the softmax
 /// weights. `scratch` has `2 * round_up_to_lanes(head_dim)` floats. Rows are added in ascending order, so the

@@ -43,17 +43,16 @@ class RowCursor {
   std::size_t offset_ = 0;
 };
 
-/// Rows ahead whose lines are asked for while one is moved: single rows come from anywhere, and nothing but
-/// the list of rows predicts where.
-inline constexpr std::size_t rows_ahead = 8;
+/// Prefetch distance in rows: which row comes next is in the list of rows, where no CPU looks for it.
+inline constexpr std::size_t prefetch_rows = 8;
 
-/// Moves `width` units of each row of one stretch of memory to another, `target_stride` apart; `rows[0]`
-/// stands at `source`.
+/// Moves `width` units of each of `rows` from memory where rows are `source_stride` apart, `rows[0]` at
+/// `source`, to memory where they are `target_stride` apart.
 template <class T>
 void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdiff_t source_stride, T* target,
                std::ptrdiff_t target_stride, std::size_t width) {
-  const auto packed = static_cast<std::ptrdiff_t>(width);
-  const bool joined = source_stride == packed && target_stride == packed;
+  const auto contiguous = static_cast<std::ptrdiff_t>(width);
+  const bool joined = source_stride == contiguous && target_stride == contiguous;
   constexpr std::size_t line = (std::max<std::size_t>)(64 / sizeof(T), 1);
   const auto at = [&](std::size_t i) {
     return source + static_cast<std::ptrdiff_t>(rows[i] - rows[0]) * source_stride;
@@ -63,7 +62,7 @@ void move_rows(std::span<const std::uint32_t> rows, const T* source, std::ptrdif
     while (joined && i + count < rows.size() && rows[i + count] == rows[i] + count) {
       ++count;
     }
-    for (std::size_t j = i + rows_ahead; j < (std::min)(i + rows_ahead + count, rows.size()); ++j) {
+    for (std::size_t j = i + prefetch_rows; j < (std::min)(i + prefetch_rows + count, rows.size()); ++j) {
       for (std::size_t u = 0; u < width; u += line) {
         __builtin_prefetch(at(j) + u);
       }
@@ -104,7 +103,7 @@ void copy_plane(std::span<const std::uint32_t> rows, std::size_t units, SourceRu
   }
 }
 
-/// A part of every row: data, scale or zero point of int8 rows.
+/// One part of every row as a run: data, scales or zero points of int8 rows.
 template <class T>
 Run<T> plane(T* base, std::size_t rows, std::ptrdiff_t row_stride, std::size_t units) {
   return {.base = base,

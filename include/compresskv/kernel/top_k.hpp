@@ -20,8 +20,9 @@ struct Above {
 
 namespace detail {
 
-/// Copies to `values` the scores that may be among the `count` highest, and says how many they are: those at
-/// least as high as a bound that a sample suggests; all of them where that leaves fewer than `count`.
+/// Copies to `values` the scores that may be among the `count` highest and returns how many these are. A
+/// sample gives a bound, and scores below it are left out; where fewer than `count` would remain, all scores
+/// are copied.
 inline std::size_t copy_candidates(std::span<const float> scores, std::size_t count,
                                    std::span<float> values) {
   constexpr std::size_t sampled = 512;
@@ -30,7 +31,7 @@ inline std::size_t copy_candidates(std::span<const float> scores, std::size_t co
     for (std::size_t i = 0; i < sampled; ++i) {
       values[i] = scores[i * step];
     }
-    // Half as many again as the sample should have, and some more: one that misleads is rare.
+    // Half as many again as the sample should have, and 16 more: then few samples give too high a bound.
     const std::size_t rank = count * 3 / (step * 2) + 16;
     const auto pivot_at = values.begin() + static_cast<std::ptrdiff_t>(rank);
     std::nth_element(values.begin(), pivot_at, values.begin() + sampled, Above{});
@@ -38,7 +39,7 @@ inline std::size_t copy_candidates(std::span<const float> scores, std::size_t co
     std::size_t candidates = 0;
     for (const float& score : scores) {
       values[candidates] = score;
-      // No branch: which scores are high is not foreseen.
+      // No branch: it would be mispredicted.
       candidates += compresskv::detail::ordered(score) >= pivot ? 1U : 0U;
     }
     if (candidates >= count) {

@@ -12,8 +12,9 @@
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/fused.hpp"
+#include "compresskv/kernel/head_groups.hpp"
 #include "compresskv/kernel/pooling.hpp"
-#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/kernel/window_moments.hpp"
 #include "compresskv/score/scorer.hpp"
 
 namespace compresskv::score {

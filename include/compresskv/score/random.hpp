@@ -8,7 +8,7 @@
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
-#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/kernel/layer_input.hpp"
 #include "compresskv/score/scorer.hpp"
 
 namespace compresskv::score {

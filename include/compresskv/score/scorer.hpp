@@ -5,7 +5,8 @@
 
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/shape.hpp"
-#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/core/workspace.hpp"
+#include "compresskv/kernel/layer_input.hpp"
 
 namespace compresskv::score {
 

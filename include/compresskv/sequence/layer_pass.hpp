@@ -12,7 +12,7 @@
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/workspace.hpp"
-#include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/kernel/layer_input.hpp"
 #include "compresskv/sequence/state.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"

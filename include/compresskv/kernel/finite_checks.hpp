@@ -1,0 +1,96 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/layer_input.hpp"
+#include "compresskv/view/observation.hpp"
+#include "compresskv/view/run.hpp"
+
+namespace compresskv::kernel {
+
+namespace detail {
+
+/// Index of the first value that is NaN or infinite; `values.size()` where none is.
+inline std::size_t first_not_finite(std::span<const float> values) {
+  std::size_t t = 0;
+  while (t < values.size() && compresskv::detail::is_finite(values[t])) {
+    ++t;
+  }
+  return t;
+}
+
+[[noreturn]] inline void fail_not_finite(std::size_t layer, std::size_t head, std::size_t token,
+                                         std::string_view why) {
+  compresskv::detail::fail<ScoreError>("score of layer ", layer, " query head ", head, " token ", token,
+                                       " is not finite: ", why, "; the cache was left as it is");
+}
+
+/// Whether all elements from row `first` on are finite.
+template <class Run>
+bool rows_are_finite(const Run& run, std::size_t first, std::size_t row_size) {
+  std::vector<float> row(row_size);
+  for (std::size_t r = first; r < run.rows; ++r) {
+    decode_row(run, r, row_size, row.data());
+    if (first_not_finite(row) < row_size) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// Throws for a head and the row of its logits whose softmax is not finite. Reads keys and queries once more,
+/// to say whether they are to blame or their products.
+template <class Kv, QueryObservation O>
+[[noreturn]] void fail_of_logits(const LayerInput<Kv, O>& in, std::size_t head, std::span<const float> row) {
+  const std::size_t bad = first_not_finite(row);
+  const std::size_t kv_head = head / in.shape.group();
+  const auto queries = in.observation.query_run(head);
+  bool finite =
+      rows_are_finite(queries, queries.rows - (std::min)(queries.rows, in.rows[kv_head]), in.shape.head_dim);
+  for (std::size_t i = 0; finite && i < in.kv.run_count(kv_head); ++i) {
+    const Run<const typename Kv::key_element> keys = in.kv.key_run(kv_head, i);
+    finite = rows_are_finite(keys, 0, in.shape.head_dim);
+  }
+  // Where all logits are -inf, the first is named.
+  fail_not_finite(in.layer, head, bad < row.size() ? bad : 0,
+                  finite
+                      ? "keys and queries are finite, but their products times the scale are beyond float32: "
+                        "check the scale, or make queries or keys smaller"
+                      : "the keys or queries hold NaN or infinite values");
+}
+
+/// Throws where `values`, which come of attention that the engine computed, are not all finite. Attention
+/// from queries has been checked row by row.
+template <class Kv, Observation O>
+void check_finite(const LayerInput<Kv, O>& in, std::uint32_t head, std::span<const float> values) {
+  if constexpr (!QueryObservation<O>) {
+    const std::size_t bad = first_not_finite(values);
+    if (bad == values.size()) {
+      return;
+    }
+    bool finite = false;
+    if constexpr (AttentionObservation<O>) {
+      finite = rows_are_finite(in.observation.attention_run(head), 0, in.observation.tokens());
+    }
+    fail_not_finite(in.layer, head, bad,
+                    finite
+                        ? "the attention given is finite, but holds a negative weight, or weights too large "
+                          "to add up: give probabilities, after the softmax"
+                        : "the attention given holds NaN or infinite values");
+  }
+}
+
+}  // namespace detail
+
+}  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"
