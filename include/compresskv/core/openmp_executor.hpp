@@ -13,7 +13,7 @@ namespace compresskv {
 
 /// Parallel work on OpenMP's threads, for engines that use them anyway. Not part of `compresskv.hpp`, which
 /// asks for no flags. See `Executor`. Neighbouring tasks go to one thread, which then reads on where it has
-/// asked for memory and finds in its cache what it has written: 0.9 of the time of tasks that are dealt out.
+/// prefetched and finds in its cache what it has written: 0.9 of the time of tasks that are dealt out.
 struct OpenMpExecutor {
   int threads = 0;  ///< 0: as many as OpenMP would take
 
