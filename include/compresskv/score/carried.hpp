@@ -28,10 +28,8 @@ namespace compresskv::score {
 /// layer that comes after them, and that many full layers are then alive at once. Arrives by
 /// `Compressor::arrive`; docs/method.md 3.11. Cost: that of SemanticRetrieval, and two floats a token of the
 /// prompt.
-class Carried {
+class Carried : public WeightedRetrieval {
  public:
-  static constexpr Granularity granularity = Granularity::layer;
-  static constexpr Needs needs = Needs::window_attention;
   static constexpr Reach reach = Reach::earlier_layers;
 
   struct Options {
@@ -47,8 +45,9 @@ class Carried {
   /// Throws ArgumentError for no heads or more than the model has, a decay outside 0 to 1, no window or an
   /// even pooling width.
   Carried(const HeadScores& scores, const Options& options)
-      : options_(options),
-        heads_(weighted(scores, options), scores.heads(), options.window, options.pool, options.pool_width) {
+      : WeightedRetrieval(weighted(scores, options), scores.heads(), PooledWindow::of(options)),
+        decay_(options.decay),
+        hold_layers_(options.hold_layers) {
     detail::require(detail::is_finite(options.decay) && options.decay >= 0.0F && options.decay <= 1.0F,
                     "decay is ", options.decay, ", must be between 0 and 1");
   }
@@ -59,20 +58,10 @@ class Carried {
                   "writes (io::load_head_scores)");
   }
 
-  std::size_t window() const { return options_.window; }
-  float decay() const { return options_.decay; }
-  std::size_t hold_layers() const { return options_.hold_layers; }
-  void validate(const ModelShape& shape) const { heads_.validate(shape); }
-
-  template <class Kv, class O, class X>
-  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
-             const Scores<granularity>& scores) const {
-    heads_.score(in, workspace, executor, scores.row(0));
-  }
+  float decay() const { return decay_; }
+  std::size_t hold_layers() const { return hold_layers_; }
 
  private:
-  using Heads = std::vector<std::vector<WeightedRetrieval::Head>>;
-
   static Heads weighted(const HeadScores& scores, const Options& options) {
     detail::require(options.heads_per_layer > 0 && options.heads_per_layer <= scores.heads(),
                     "heads_per_layer is ", options.heads_per_layer, ", must be 1 to the ", scores.heads(),
@@ -88,8 +77,8 @@ class Carried {
     return layers;
   }
 
-  Options options_;
-  WeightedRetrieval heads_;
+  float decay_;
+  std::size_t hold_layers_;
 };
 
 static_assert(Scorer<Carried>);

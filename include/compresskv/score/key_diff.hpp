@@ -4,15 +4,14 @@
 #include <cstddef>
 #include <span>
 
-#include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
-#include "compresskv/core/shape.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/key_rows.hpp"
 #include "compresskv/score/scorer.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
 
@@ -22,24 +21,9 @@ namespace compresskv::score {
 ///
 /// Looks at no query. A key of length 0 counts as orthogonal. Paper: Park et al., NeurIPS 2025 (arXiv
 /// 2504.15364); docs/method.md 3.8. Cost: all keys are read twice.
-class KeyDiff {
+class KeyDiff : public WindowScorer<Granularity::kv_head, Needs::keys> {
  public:
-  static constexpr Granularity granularity = Granularity::kv_head;
-  static constexpr Needs needs = Needs::keys;
-  static constexpr Reach reach = Reach::own_layer;
-
-  struct Options {
-    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
-  };
-
-  KeyDiff() = default;
-  /// Throws ArgumentError for no window.
-  explicit KeyDiff(const Options& options) : options_(options) {
-    detail::require(options.window > 0, "window is 0: at least the last token must stay");
-  }
-
-  std::size_t window() const { return options_.window; }
-  void validate(const ModelShape&) const {}
+  using WindowScorer::WindowScorer;
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
@@ -80,8 +64,6 @@ class KeyDiff {
 
  private:
   static double inverse_of(double norm) { return norm == 0.0 ? 0.0 : 1.0 / norm; }
-
-  Options options_;
 };
 
 static_assert(Scorer<KeyDiff>);

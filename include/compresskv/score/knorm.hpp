@@ -4,15 +4,14 @@
 #include <limits>
 #include <span>
 
-#include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
-#include "compresskv/core/shape.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/key_rows.hpp"
 #include "compresskv/score/scorer.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
 
@@ -22,24 +21,9 @@ namespace compresskv::score {
 ///
 /// Looks at no query. A length beyond float32, of finite keys, counts as its largest number. Paper: Devoto et
 /// al., EMNLP 2024 (arXiv 2406.11430); docs/method.md 3.7. Cost: all keys are read once.
-class Knorm {
+class Knorm : public WindowScorer<Granularity::kv_head, Needs::keys> {
  public:
-  static constexpr Granularity granularity = Granularity::kv_head;
-  static constexpr Needs needs = Needs::keys;
-  static constexpr Reach reach = Reach::own_layer;
-
-  struct Options {
-    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
-  };
-
-  Knorm() = default;
-  /// Throws ArgumentError for no window.
-  explicit Knorm(const Options& options) : options_(options) {
-    detail::require(options.window > 0, "window is 0: at least the last token must stay");
-  }
-
-  std::size_t window() const { return options_.window; }
-  void validate(const ModelShape&) const {}
+  using WindowScorer::WindowScorer;
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
@@ -63,8 +47,6 @@ class Knorm {
     constexpr double largest = (std::numeric_limits<float>::max)();
     return static_cast<float>(detail::is_finite(norm) && norm > largest ? largest : norm);
   }
-
-  Options options_;
 };
 
 static_assert(Scorer<Knorm>);

@@ -26,10 +26,8 @@ namespace compresskv::score {
 /// `finish`, which shrinks them all; the whole cache is alive until then. Equal scores `r`: the lower layer,
 /// then the lower head; docs/method.md 3.12. Cost: window attention of N heads in all, and two floats a token
 /// of the prompt.
-class ModelWide {
+class ModelWide : public WeightedRetrieval {
  public:
-  static constexpr Granularity granularity = Granularity::layer;
-  static constexpr Needs needs = Needs::window_attention;
   static constexpr Reach reach = Reach::all_layers;
 
   struct Options {
@@ -42,7 +40,7 @@ class ModelWide {
 
   /// Throws ArgumentError for no heads or more than the model has, no window or an even pooling width.
   ModelWide(const HeadScores& scores, const Options& options)
-      : heads_(weighted(scores, options), scores.heads(), options.window, options.pool, options.pool_width) {}
+      : WeightedRetrieval(weighted(scores, options), scores.heads(), PooledWindow::of(options)) {}
   template <std::same_as<HeadRanking> Ranking>
   ModelWide(const Ranking&, const Options&) {
     static_assert(!std::same_as<Ranking, HeadRanking>,
@@ -50,20 +48,10 @@ class ModelWide {
                   "writes (io::load_head_scores)");
   }
 
-  std::size_t window() const { return heads_.window(); }
   /// Layers add up as they are.
   float decay() const { return 1.0F; }
-  void validate(const ModelShape& shape) const { heads_.validate(shape); }
-
-  template <class Kv, class O, class X>
-  void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
-             const Scores<granularity>& scores) const {
-    heads_.score(in, workspace, executor, scores.row(0));
-  }
 
  private:
-  using Heads = std::vector<std::vector<WeightedRetrieval::Head>>;
-
   static Heads weighted(const HeadScores& scores, const Options& options) {
     const std::size_t all = scores.layers() * scores.heads();
     detail::require(options.heads > 0 && options.heads <= all, "heads is ", options.heads,
@@ -88,8 +76,6 @@ class ModelWide {
     }
     return layers;
   }
-
-  WeightedRetrieval heads_;
 };
 
 static_assert(Scorer<ModelWide>);

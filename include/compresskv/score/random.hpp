@@ -4,14 +4,18 @@
 #include <cstdint>
 #include <span>
 
-#include "compresskv/core/error.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
-#include "compresskv/core/shape.hpp"
 #include "compresskv/kernel/layer_input.hpp"
 #include "compresskv/score/scorer.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
+
+struct RandomOptions {
+  std::uint64_t seed = 0;
+  std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
+};
 
 /// Random rows: the floor that every method must beat.
 ///
@@ -19,30 +23,14 @@ namespace compresskv::score {
 ///
 /// A token's score depends on nothing else, so that results repeat on any machine and over turns.
 /// docs/method.md 3.10. Cost: a hash a row.
-class Random {
+class Random : public WindowScorer<Granularity::kv_head, Needs::nothing, RandomOptions> {
  public:
-  static constexpr Granularity granularity = Granularity::kv_head;
-  static constexpr Needs needs = Needs::nothing;
-  static constexpr Reach reach = Reach::own_layer;
-
-  struct Options {
-    std::uint64_t seed = 0;
-    std::size_t window = 8;  ///< most recent tokens, kept whatever their scores
-  };
-
-  Random() = default;
-  /// Throws ArgumentError for no window.
-  explicit Random(const Options& options) : options_(options) {
-    detail::require(options.window > 0, "window is 0: at least the last token must stay");
-  }
-
-  std::size_t window() const { return options_.window; }
-  void validate(const ModelShape&) const {}
+  using WindowScorer::WindowScorer;
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>& in, Workspace&, X&, const Scores<granularity>& scores) const {
     for (std::size_t kv_head = 0; kv_head < in.shape.kv_heads; ++kv_head) {
-      const std::uint64_t head_seed = mixed(mixed(options_.seed + in.layer) + kv_head);
+      const std::uint64_t head_seed = mixed(mixed(options().seed + in.layer) + kv_head);
       Retained::Cursor positions = in.retained.cursor(kv_head);
       std::size_t t = 0;
       for (float& score : scores.row(kv_head)) {
@@ -60,8 +48,6 @@ class Random {
     x = (x ^ (x >> 27U)) * 0x94d049bb133111ebU;
     return x ^ (x >> 31U);
   }
-
-  Options options_;
 };
 
 static_assert(Scorer<Random>);

@@ -16,6 +16,7 @@
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/window_attention.hpp"
 #include "compresskv/score/scorer.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
 
@@ -53,8 +54,7 @@ class SemanticRetrieval {
   /// than `heads_per_layer`.
   SemanticRetrieval(const HeadRanking& ranking, const Options& options) : options_(options) {
     detail::require(options.heads_per_layer > 0, "heads_per_layer is 0: at least one head must score");
-    detail::require(options.window > 0, "window is 0: at least the last query must observe");
-    kernel::check_pool_width(options.pool_width);
+    check_window<needs>(options);
     const HeadShard& shard = options.shard;
     heads_.resize(ranking.layers());
     for (std::size_t layer = 0; layer < ranking.layers(); ++layer) {

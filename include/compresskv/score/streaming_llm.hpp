@@ -5,34 +5,23 @@
 
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
-#include "compresskv/core/shape.hpp"
 #include "compresskv/score/scorer.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
+
+struct StreamingOptions {
+  std::size_t sinks = 4;   ///< first tokens, kept before any other
+  std::size_t window = 8;  ///< most recent tokens, kept whatever the budget, as in the other methods
+};
 
 /// StreamingLLM: the first tokens (attention sinks) and the most recent ones, whatever they say.
 ///
 /// Position only, true positions kept. Paper: Xiao et al., ICLR 2024 (arXiv 2309.17453); docs/method.md 3.9.
 /// Cost: one pass over the scores; no key is read.
-class StreamingLlm {
+class StreamingLlm : public WindowScorer<Granularity::layer, Needs::nothing, StreamingOptions> {
  public:
-  static constexpr Granularity granularity = Granularity::layer;
-  static constexpr Needs needs = Needs::nothing;
-  static constexpr Reach reach = Reach::own_layer;
-
-  struct Options {
-    std::size_t sinks = 4;  ///< first tokens, kept before any other
-    std::size_t window =
-        8;  ///< kept whatever the budget, as in the other methods; they are the most recent tokens
-  };
-
-  StreamingLlm() = default;
-  explicit StreamingLlm(const Options& options) : options_(options) {
-    detail::require(options.window > 0, "window is 0: at least the last token must stay");
-  }
-
-  std::size_t window() const { return options_.window; }
-  void validate(const ModelShape&) const {}
+  using WindowScorer::WindowScorer;
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>&, Workspace&, X&, const Scores<granularity>& scores) const {
@@ -40,12 +29,9 @@ class StreamingLlm {
     const std::span<float> values = scores.row(0);
     const auto count = static_cast<float>(values.size());
     for (std::size_t t = 0; t < values.size(); ++t) {
-      values[t] = t < options_.sinks ? count : static_cast<float>(t);
+      values[t] = t < options().sinks ? count : static_cast<float>(t);
     }
   }
-
- private:
-  Options options_;
 };
 
 static_assert(Scorer<StreamingLlm>);

@@ -10,32 +10,36 @@
 
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/pooling.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/kernel/window_attention.hpp"
+#include "compresskv/score/window_scorer.hpp"
 
 namespace compresskv::score {
 
-/// Heads of each layer with a weight each: what `Carried` and `ModelWide` score with.
+/// Heads of each layer with a weight each: what `Carried` and `ModelWide` are, beside the choice of heads.
 ///
 ///     score[t] = sum over the layer's heads h  weight[h] * pool_t ( sum over window rows  softmax(q_h
 ///     K^T)[t] )
 class WeightedRetrieval {
  public:
+  static constexpr Granularity granularity = Granularity::layer;
+  static constexpr Needs needs = Needs::window_attention;
+
   struct Head {
     std::uint32_t head = 0;
     double weight = 0.0;
   };
+  using Heads = std::vector<std::vector<Head>>;  // [layer]
 
   /// Throws ArgumentError for no window, an even pooling width or a weight beyond float32.
-  WeightedRetrieval(std::vector<std::vector<Head>> layers, std::size_t query_heads, std::size_t window,
-                    kernel::Pool pool, std::size_t pool_width)
-      : query_heads_(query_heads), window_(window), pool_(pool), pool_width_(pool_width) {
-    detail::require(window > 0, "window is 0: at least the last query must observe");
-    kernel::check_pool_width(pool_width);
+  WeightedRetrieval(Heads layers, std::size_t query_heads, const PooledWindow& window)
+      : query_heads_(query_heads), window_(window) {
+    check_window<needs>(window);
     constexpr double limit = (std::numeric_limits<float>::max)();
     for (auto& layer : layers) {
       // The order of adding is by head, so that equal sets give equal scores however they are ranked.
@@ -52,7 +56,7 @@ class WeightedRetrieval {
     }
   }
 
-  std::size_t window() const { return window_; }
+  std::size_t window() const { return window_.window; }
   std::span<const std::uint32_t> heads(std::size_t layer) const { return heads_[layer]; }
   std::span<const float> weights(std::size_t layer) const { return weights_[layer]; }
 
@@ -64,14 +68,15 @@ class WeightedRetrieval {
 
   template <class Kv, class O, class X>
   void score(const kernel::LayerInput<Kv, O>& in, Workspace& workspace, X& executor,
-             std::span<float> sums) const {
+             const Scores<granularity>& scores) const {
+    const std::span<float> sums = scores.row(0);
     std::fill(sums.begin(), sums.end(), 0.0F);
     const std::span<const std::uint32_t> scoring = heads(in.layer);
     kernel::window_attention(
         in, scoring, workspace, executor, [&](std::uint32_t head, std::span<const float> attention) {
           const std::span<float> pooled = workspace.take(Workspace::Slot::pooled, attention.size());
           std::fill(pooled.begin(), pooled.end(), 0.0F);
-          kernel::add_pooled(attention, pool_, pool_width_, pooled);
+          kernel::add_pooled(attention, window_.pool, window_.pool_width, pooled);
           const auto at = std::lower_bound(scoring.begin(), scoring.end(), head) - scoring.begin();
           kernel::add_scaled(pooled.data(), weights_[in.layer][static_cast<std::size_t>(at)], pooled.size(),
                              sums.data());
@@ -82,9 +87,7 @@ class WeightedRetrieval {
   std::vector<std::vector<std::uint32_t>> heads_;  // [layer], ascending
   std::vector<std::vector<float>> weights_;        // [layer], of these heads
   std::size_t query_heads_;
-  std::size_t window_;
-  kernel::Pool pool_;
-  std::size_t pool_width_;
+  PooledWindow window_;
 };
 
 }  // namespace compresskv::score
