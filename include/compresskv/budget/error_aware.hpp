@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <numeric>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <vector>
@@ -10,6 +10,7 @@
 #include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/order.hpp"
 #include "compresskv/core/round.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 
@@ -45,13 +46,10 @@ class ErrorAware {
   ErrorAware(const LayerErrors& errors, Budget budget) : ErrorAware(errors, budget, Options{}) {}
   ErrorAware(const LayerErrors& errors, Budget budget, const Options& options)
       : budget_(budget), options_(options), errors_(errors.average().begin(), errors.average().end()) {
-    falling_.resize(errors_.size());
-    rising_.resize(errors_.size());
-    std::iota(falling_.begin(), falling_.end(), std::size_t{0});
-    std::iota(rising_.begin(), rising_.end(), std::size_t{0});
-    std::stable_sort(falling_.begin(), falling_.end(),
-                     [&](auto a, auto b) { return errors_[a] > errors_[b]; });
-    std::stable_sort(rising_.begin(), rising_.end(), [&](auto a, auto b) { return errors_[a] < errors_[b]; });
+    falling_ = compresskv::detail::by_falling(errors_);
+    std::vector<double> negated(errors_.size());
+    std::transform(errors_.begin(), errors_.end(), negated.begin(), [](double error) { return -error; });
+    rising_ = compresskv::detail::by_falling(negated);
   }
 
   const Budget& budget() const { return budget_; }
@@ -87,7 +85,7 @@ class ErrorAware {
     }
     // Ties in the error go to the lower layer in both directions, as the orders are stable.
     const bool grow = sum < total;
-    const std::vector<std::size_t>& order = grow ? falling_ : rising_;
+    const std::vector<std::uint32_t>& order = grow ? falling_ : rising_;
     while (sum != total) {
       for (const std::size_t layer : order) {
         if (sum == total) {
@@ -107,8 +105,8 @@ class ErrorAware {
   Budget budget_;
   Options options_;
   std::vector<double> errors_;
-  std::vector<std::size_t> falling_;  // layers by falling error
-  std::vector<std::size_t> rising_;   // layers by rising error
+  std::vector<std::uint32_t> falling_;  // layers by falling error
+  std::vector<std::uint32_t> rising_;   // layers by rising error
 };
 
 static_assert(Allocator<ErrorAware>);

@@ -3,11 +3,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/order.hpp"
 #include "compresskv/core/shape.hpp"
 
 namespace compresskv {
@@ -23,12 +23,13 @@ class HeadRanking {
     for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
       const auto& heads = layers_[layer];
       detail::require(!heads.empty(), "head ranking of layer ", layer, " is empty: list at least one head");
-      // By places in a map: a list may be as long as a file.
-      std::unordered_map<std::uint32_t, std::size_t> places;
-      for (std::size_t i = 0; i < heads.size(); ++i) {
-        const auto [first, fresh] = places.emplace(heads[i], i);
-        detail::require(fresh, "head ranking of layer ", layer, " lists head ", heads[i],
-                        " twice, at places ", first->second, " and ", i, ": each head may stand once");
+      // A head that stands twice stands beside itself once they are sorted: a list may be as long as a file.
+      const std::vector<std::uint32_t> order =
+          detail::by_falling(std::vector<double>(heads.begin(), heads.end()));
+      for (std::size_t i = 1; i < order.size(); ++i) {
+        detail::require(heads[order[i]] != heads[order[i - 1]], "head ranking of layer ", layer,
+                        " lists head ", heads[order[i]], " twice, at places ", order[i - 1], " and ",
+                        order[i], ": each head may stand once");
       }
     }
   }

@@ -1,9 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <span>
 #include <utility>
 #include <vector>
@@ -12,6 +10,7 @@
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/order.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv {
@@ -64,10 +63,7 @@ class HeadScores {
       for (std::size_t head = 0; head < heads_; ++head) {
         means[head] = mean(layer, head);
       }
-      ranked[layer].resize(heads_);
-      std::iota(ranked[layer].begin(), ranked[layer].end(), 0U);
-      std::stable_sort(ranked[layer].begin(), ranked[layer].end(),
-                       [&](std::uint32_t a, std::uint32_t b) { return means[a] > means[b]; });
+      ranked[layer] = detail::by_falling(means);
     }
     return HeadRanking(std::move(ranked));
   }

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +10,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
+#include "compresskv/core/order.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/score/scorer.hpp"
 #include "compresskv/score/weighted_retrieval.hpp"
@@ -56,23 +56,17 @@ class ModelWide : public WeightedRetrieval {
     const std::size_t all = scores.layers() * scores.heads();
     detail::require(options.heads > 0 && options.heads <= all, "heads is ", options.heads,
                     ", must be 1 to the ", all, " of the model");
-    struct Pair {
-      double score;
-      std::size_t layer;
-      std::size_t head;
-    };
-    std::vector<Pair> pairs;
+    std::vector<double> means;  // [layer][head]
     for (std::size_t layer = 0; layer < scores.layers(); ++layer) {
       for (std::size_t head = 0; head < scores.heads(); ++head) {
-        pairs.push_back({scores.mean(layer, head), layer, head});
+        means.push_back(scores.mean(layer, head));
       }
     }
-    std::stable_sort(pairs.begin(), pairs.end(),
-                     [](const Pair& a, const Pair& b) { return a.score > b.score; });
     Heads layers(scores.layers());
-    for (const Pair& pair : std::span(pairs).first(options.heads)) {
-      layers[pair.layer].push_back({.head = static_cast<std::uint32_t>(pair.head),
-                                    .weight = options.equal_weights ? 1.0 : pair.score});
+    const std::vector<std::uint32_t> best = detail::by_falling(means);
+    for (const std::uint32_t pair : std::span(best).first(options.heads)) {
+      layers[pair / scores.heads()].push_back({.head = static_cast<std::uint32_t>(pair % scores.heads()),
+                                               .weight = options.equal_weights ? 1.0 : means[pair]});
     }
     return layers;
   }
