@@ -72,11 +72,14 @@ constexpr std::size_t decoded_size(std::size_t head_dim) {
 
 }  // namespace detail
 
-/// Floats of memory that `logits` needs for keys of type `T` that must be copied or decoded first.
+/// Floats of memory that `logits` needs for keys of a kind that must be copied or decoded first.
+constexpr std::size_t key_buffer_size(ElementKind kind, std::size_t head_dim) {
+  return kind == ElementKind::float16 ? 2 * detail::decoded_size(head_dim)
+                                      : keys_at_once * detail::copied_width(head_dim);
+}
 template <Stored T>
 constexpr std::size_t key_buffer_size(std::size_t head_dim) {
-  return std::same_as<T, Eigen::half> ? 2 * detail::decoded_size(head_dim)
-                                      : keys_at_once * detail::copied_width(head_dim);
+  return key_buffer_size(kind_of_element<T>(), head_dim);
 }
 
 namespace detail {
@@ -634,9 +637,8 @@ void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t
 }  // namespace detail
 
 /// Whether this path multiplies bfloat16 keys with bfloat16 queries as they stand (`QueryBlock::pairs`).
-template <class Key, class Query>
-bool in_pairs(std::size_t head_dim) {
-  return std::same_as<Key, Eigen::bfloat16> && std::same_as<Query, Eigen::bfloat16> && head_dim % 2 == 0 &&
+inline bool in_pairs(ElementKind key, ElementKind query, std::size_t head_dim) {
+  return key == ElementKind::bfloat16 && query == ElementKind::bfloat16 && head_dim % 2 == 0 &&
          uses(CodePath::avx512_bf16);
 }
 

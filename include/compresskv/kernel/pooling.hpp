@@ -7,6 +7,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/kernel/code_path.hpp"
+#include "compresskv/kernel/pool.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,12 +16,6 @@
 #include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::kernel {
-
-/// How neighbouring tokens share their scores (docs/method.md 2.2).
-enum class Pool {
-  average,  ///< divides by the width at the borders too: padding counts as zeros
-  max,      ///< ignores padding
-};
 
 /// Throws ArgumentError for an even width: it would change the length.
 inline void check_pool_width(std::size_t width) {

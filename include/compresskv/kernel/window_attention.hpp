@@ -101,13 +101,15 @@ inline std::size_t first_not_finite(std::span<const float> values) {
 template <class Run>
 bool rows_are_finite(const Run& run, std::size_t first, std::size_t row_size) {
   std::vector<float> row(row_size);
-  for (std::size_t r = first; r < run.rows; ++r) {
-    decode_row(run, r, row_size, row.data());
-    if (first_not_finite(row) < row_size) {
-      return false;
+  return with_element(run, [&](const auto& typed) {
+    for (std::size_t r = first; r < typed.rows; ++r) {
+      decode_row(typed, r, row_size, row.data());
+      if (first_not_finite(row) < row_size) {
+        return false;
+      }
     }
-  }
-  return true;
+    return true;
+  });
 }
 
 /// Throws for a head whose logits, `row` of them, are not all numbers or all -inf. Keys and queries are read
@@ -142,7 +144,9 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
     const std::size_t from = (std::max)(first, begin);
     const std::size_t to = (std::min)(first + count, begin + run.rows);
     if (from < to) {
-      logits(run, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
+      with_element(run, [&](const auto& keys) {
+        logits(keys, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
+      });
     }
     begin += run.rows;
   }
@@ -182,17 +186,17 @@ std::size_t first_visible(const LayerInput<Kv, O>& in, std::size_t kv_head, std:
 template <class Kv, QueryObservation O>
 QueryBlock query_block(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
                        std::size_t observers, std::size_t begin, std::size_t count, std::span<float> memory) {
-  using Run = decltype(in.observation.query_run(0));
-  using Query = std::remove_cvref_t<decltype(*Run{}.base)>;
   const std::size_t head_dim = in.shape.head_dim;
-  const bool pairs = in_pairs<typename Kv::key_element, Query>(head_dim);
+  const bool pairs = in_pairs(key_kind(in.kv), compresskv::detail::observed_kind(in.observation), head_dim);
   const std::size_t width = pairs ? head_dim / 2 : head_dim;
   const std::size_t size = QueryBlock::size(count, width);
   std::fill_n(memory.begin(), size, 0.0F);
   float* const query = memory.data() + memory.size() - head_dim;
   for (std::size_t q = 0; q < count; ++q) {
     const auto run = in.observation.query_run(heads[(begin + q) / observers]);
-    decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, query);
+    with_plain_element(run, [&](const auto& typed) {
+      decode_row(typed, typed.rows - observers + (begin + q) % observers, head_dim, query);
+    });
     if (pairs) {
       // Halves of a register lane: exact, since the query was bfloat16.
       for (std::size_t e = 0; e < width; ++e) {
@@ -225,7 +229,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t count = heads.size() * observers;
   const std::size_t held = (std::min)(queries_at_once, count);
   const std::size_t stride = logits_stride(rows);
-  const std::size_t key_buffer = key_buffer_size<typename Kv::key_element>(head_dim);
+  const std::size_t key_buffer = key_buffer_size(key_kind(in.kv), head_dim);
   const auto tiles = [](std::size_t tokens) { return (tokens + tile - 1) / tile; };
   const std::span<float> queries =
       workspace.take(Workspace::Slot::queries, QueryBlock::size(held, head_dim) + head_dim);
@@ -302,10 +306,12 @@ void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std:
   const std::span<float> weights = workspace.take(Workspace::Slot::logits, evictable);
   const auto run = in.observation.attention_run(head);
   for (std::size_t i = 0; i < observers; ++i) {
-    const auto* row = run.row(run.rows - observers + i);
-    for (std::size_t t = 0; t < evictable; ++t) {
-      weights[t] = to_float(row[t]);
-    }
+    with_plain_element(run, [&](const auto& typed) {
+      const auto* row = typed.row(typed.rows - observers + i);
+      for (std::size_t t = 0; t < evictable; ++t) {
+        weights[t] = to_float(row[t]);
+      }
+    });
     const float one = 1.0F;
     add(0, i, 0, evictable, ScaledRows{.first = weights.data(), .factors = &one});
   }
@@ -360,7 +366,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
     AtOnce held{.heads = 1, .queries = 1};
     if constexpr (QueryObservation<O>) {
       held = at_once(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], own, sums,
-                     key_buffer_size<typename Kv::key_element>(in.shape.head_dim), in.held_bytes);
+                     key_buffer_size(key_kind(in.kv), in.shape.head_dim), in.held_bytes);
     }
     std::size_t last = first + 1;
     while (last < heads.size() && last - first < held.heads && heads[last] / in.shape.group() == kv_head) {
