@@ -228,10 +228,14 @@ class AnyCompressor {
 
   /// The steps of `arrive` alone, as `Compressor` has them: scores of a layer, from its view or from
   /// attention alone; the rows to keep; moving them. `Method::full` has no scores: ArgumentError.
-  AnyScores score(std::size_t layer, const AnyKv& kv, const AnyObservation& observation = {}) {
-    return sequence_->score(layer, &kv, observation);
+  template <class V>
+  requires(!KeylessObservation<V>) AnyScores
+      score(std::size_t layer, const V& kv, const AnyObservation& observation = {}) {
+    const AnyKv any(kv);
+    return sequence_->score(layer, &any, observation);
   }
-  AnyScores score(std::size_t layer, const AnyObservation& attention) {
+  template <KeylessObservation O>
+  AnyScores score(std::size_t layer, const O& attention) {
     return sequence_->score(layer, nullptr, attention);
   }
   const Selection& select(std::size_t layer, const AnyScores& scores) {
