@@ -292,8 +292,14 @@ class Compressor {
   const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
     static_assert(models_kv_view<V>(),
                   "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    static_assert(Element<typename V::key_element>,
+    using Key = typename V::key_element;
+    static_assert(Element<Key> || ElementOfAnyKind<Key>,
                   "only plain keys can be turned: quantised rows are never re-quantised");
+    if constexpr (ElementOfAnyKind<Key>) {
+      const ElementKind kind = kv.key_kind();
+      detail::require(kind <= ElementKind::bfloat16, "keys are ", name(kind),
+                      ": only plain keys can be turned, quantised rows are never re-quantised");
+    }
     state_.check_layer(layer);
     detail::check_view(kv, plan().shape());
     state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <type_traits>
 
 namespace compresskv {
@@ -67,6 +68,69 @@ struct AffineInt8 {};
 /// Whatever a cache may hold.
 template <class T>
 concept Stored = Element<T> || ElementBlock<T> || std::same_as<std::remove_const_t<T>, AffineInt8>;
+
+/// The types that a cache may hold, as a value: for what is known only when the program runs.
+enum class ElementKind : std::uint8_t { float32, float16, bfloat16, q8_0, q4_0, int8 };
+
+/// As a message names it.
+constexpr std::string_view name(ElementKind kind) {
+  constexpr std::array<std::string_view, 6> names = {"float32", "float16", "bfloat16",
+                                                     "Q8_0",    "Q4_0",    "int8"};
+  return names[static_cast<std::size_t>(kind)];
+}
+
+template <Stored T>
+constexpr ElementKind kind_of_element() {
+  using E = std::remove_const_t<T>;
+  if constexpr (std::same_as<E, float>) {
+    return ElementKind::float32;
+  } else if constexpr (std::same_as<E, Eigen::half>) {
+    return ElementKind::float16;
+  } else if constexpr (std::same_as<E, Eigen::bfloat16>) {
+    return ElementKind::bfloat16;
+  } else if constexpr (std::same_as<E, BlockQ8_0>) {
+    return ElementKind::q8_0;
+  } else if constexpr (std::same_as<E, BlockQ4_0>) {
+    return ElementKind::q4_0;
+  } else {
+    return ElementKind::int8;
+  }
+}
+
+/// Stands for elements whose kind a view or an observation tells when the program runs: `Run<AnyElement>`.
+struct AnyElement {};
+
+template <class T>
+concept ElementOfAnyKind = std::same_as<std::remove_const_t<T>, AnyElement>;
+
+/// Calls `f` with a null pointer of the kind's type: `with_plain_kind(kind, [&]<class T>(T*) { ... })`.
+/// `kind` must be that of an `Element`.
+template <class F>
+decltype(auto) with_plain_kind(ElementKind kind, F&& f) {
+  switch (kind) {
+    case ElementKind::float16:
+      return f(static_cast<Eigen::half*>(nullptr));
+    case ElementKind::bfloat16:
+      return f(static_cast<Eigen::bfloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+/// The same for every kind.
+template <class F>
+decltype(auto) with_kind(ElementKind kind, F&& f) {
+  switch (kind) {
+    case ElementKind::q8_0:
+      return f(static_cast<BlockQ8_0*>(nullptr));
+    case ElementKind::q4_0:
+      return f(static_cast<BlockQ4_0*>(nullptr));
+    case ElementKind::int8:
+      return f(static_cast<AffineInt8*>(nullptr));
+    default:
+      return with_plain_kind(kind, f);
+  }
+}
 
 /// Elements that one `T` stands for along a row.
 template <Stored T>

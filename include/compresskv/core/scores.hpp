@@ -37,6 +37,12 @@ class Scores {
   /// Rows of the cache that a row of scores stands for, S.
   std::size_t cached(std::size_t index = 0) const { return tokens(index) + window(index); }
 
+  /// The same scores where the granularity is known only when the program runs.
+  template <Granularity F>
+  Scores<F> as() const {
+    return {values_, ends_, windows_};
+  }
+
  private:
   std::span<float> values_;
   std::span<const std::size_t> ends_;

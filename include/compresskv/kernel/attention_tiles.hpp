@@ -34,7 +34,9 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
     const std::size_t from = (std::max)(first, begin);
     const std::size_t to = (std::min)(first + count, begin + run.rows);
     if (from < to) {
-      logits(run, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
+      with_element(run, [&](const auto& keys) {
+        logits(keys, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
+      });
     }
     begin += run.rows;
   }
@@ -75,17 +77,18 @@ template <class Kv, QueryObservation O>
 PackedQueries pack_queries(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
                            std::size_t observers, std::size_t begin, std::size_t count,
                            std::span<float> memory) {
-  using Run = decltype(in.observation.query_run(0));
-  using Query = std::remove_cvref_t<decltype(*Run{}.base)>;
   const std::size_t head_dim = in.shape.head_dim;
-  const bool pairs = uses_bf16_pairs<typename Kv::key_element, Query>(head_dim);
+  const bool pairs =
+      uses_bf16_pairs(key_kind(in.kv), compresskv::detail::observed_kind(in.observation), head_dim);
   const std::size_t width = pairs ? head_dim / 2 : head_dim;
   const std::size_t size = PackedQueries::size(count, width);
   std::fill_n(memory.begin(), size, 0.0F);
   float* const query = memory.data() + memory.size() - head_dim;
   for (std::size_t q = 0; q < count; ++q) {
     const auto run = in.observation.query_run(heads[(begin + q) / observers]);
-    decode_row(run, run.rows - observers + (begin + q) % observers, head_dim, query);
+    with_plain_element(run, [&](const auto& typed) {
+      decode_row(typed, typed.rows - observers + (begin + q) % observers, head_dim, query);
+    });
     if (pairs) {
       // Two bfloat16 a float: exact, since the query was bfloat16.
       for (std::size_t e = 0; e < width; ++e) {
@@ -120,7 +123,7 @@ void attention_from_queries(const LayerInput<Kv, Observed>& in, std::size_t kv_h
   const std::size_t count = heads.size() * observers;
   const std::size_t pass_size = (std::min)(queries_per_pass, count);
   const std::size_t stride = logits_stride(rows);
-  const std::size_t key_buffer = key_buffer_size<typename Kv::key_element>(head_dim);
+  const std::size_t key_buffer = key_buffer_size(key_kind(in.kv), head_dim);
   const std::span<float> queries =
       workspace.take(Workspace::Slot::queries, PackedQueries::size(pass_size, head_dim) + head_dim);
   const std::span<float> key_rows = workspace.take(Workspace::Slot::key_rows, tiles * key_buffer);
@@ -197,10 +200,12 @@ void attention_from_matrix(const LayerInput<Kv, O>& in, std::uint32_t head, std:
   const std::span<float> weights = workspace.take(Workspace::Slot::logits, evictable);
   const auto run = in.observation.attention_run(head);
   for (std::size_t i = 0; i < observers; ++i) {
-    const auto* row = run.row(run.rows - observers + i);
-    for (std::size_t t = 0; t < evictable; ++t) {
-      weights[t] = to_float(row[t]);
-    }
+    with_plain_element(run, [&](const auto& typed) {
+      const auto* row = typed.row(typed.rows - observers + i);
+      for (std::size_t t = 0; t < evictable; ++t) {
+        weights[t] = to_float(row[t]);
+      }
+    });
     const float one = 1.0F;
     add(0, i, 0, evictable, ScaledRows{.first = weights.data(), .factors = &one});
   }

@@ -38,13 +38,15 @@ inline std::size_t first_not_finite(std::span<const float> values) {
 template <class Run>
 bool rows_are_finite(const Run& run, std::size_t first, std::size_t row_size) {
   std::vector<float> row(row_size);
-  for (std::size_t r = first; r < run.rows; ++r) {
-    decode_row(run, r, row_size, row.data());
-    if (first_not_finite(row) < row_size) {
-      return false;
+  return with_element(run, [&](const auto& typed) {
+    for (std::size_t r = first; r < typed.rows; ++r) {
+      decode_row(typed, r, row_size, row.data());
+      if (first_not_finite(row) < row_size) {
+        return false;
+      }
     }
-  }
-  return true;
+    return true;
+  });
 }
 
 /// Throws for a head and the row of its logits whose softmax is not finite. Reads keys and queries once more,

@@ -75,7 +75,7 @@ void for_head_groups(const LayerInput<Kv, O>& in, std::span<const std::uint32_t>
     GroupSize size;
     if constexpr (QueryObservation<O>) {
       size = group_size(in.shape, kv_row_bytes(in.kv), in.rows[kv_head], own, sums,
-                        key_buffer_size<typename Kv::key_element>(in.shape.head_dim), in.held_bytes);
+                        key_buffer_size(key_kind(in.kv), in.shape.head_dim), in.held_bytes);
     }
     std::size_t last = first + 1;
     while (last < heads.size() && last - first < size.heads && heads[last] / in.shape.group() == kv_head) {

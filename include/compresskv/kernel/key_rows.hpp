@@ -15,10 +15,12 @@ void for_each_key(const V& kv, std::size_t kv_head, float* buffer, Visit&& visit
   std::size_t row = 0;
   for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
     const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
-    for (std::size_t r = 0; r < run.rows; ++r, ++row) {
-      decode_row(run, r, kv.head_dim(), buffer);
-      visit(row, static_cast<const float*>(buffer));
-    }
+    with_element(run, [&](const auto& keys) {
+      for (std::size_t r = 0; r < keys.rows; ++r, ++row) {
+        decode_row(keys, r, kv.head_dim(), buffer);
+        visit(row, static_cast<const float*>(buffer));
+      }
+    });
   }
 }
 

@@ -24,11 +24,14 @@ constexpr std::size_t padded_width(std::size_t head_dim) { return (head_dim + 3)
 
 }  // namespace detail
 
-/// Floats of memory that `logits` needs for keys of type `T`, to copy or decode them.
+/// Floats of memory that `logits` needs for keys of a kind, to copy or decode them.
+constexpr std::size_t key_buffer_size(ElementKind kind, std::size_t head_dim) {
+  return kind == ElementKind::float16 ? 2 * detail::decoded_stride(head_dim)
+                                      : keys_per_block * detail::padded_width(head_dim);
+}
 template <Stored T>
 constexpr std::size_t key_buffer_size(std::size_t head_dim) {
-  return std::same_as<T, Eigen::half> ? 2 * detail::decoded_stride(head_dim)
-                                      : keys_per_block * detail::padded_width(head_dim);
+  return key_buffer_size(kind_of_element<T>(), head_dim);
 }
 
 namespace detail {
@@ -121,9 +124,8 @@ void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t
 
 /// Whether the path in use multiplies bfloat16 keys with bfloat16 queries in place
 /// (`PackedQueries::bf16_pairs`).
-template <class Key, class Query>
-bool uses_bf16_pairs(std::size_t head_dim) {
-  return std::same_as<Key, Eigen::bfloat16> && std::same_as<Query, Eigen::bfloat16> && head_dim % 2 == 0 &&
+inline bool uses_bf16_pairs(ElementKind key, ElementKind query, std::size_t head_dim) {
+  return key == ElementKind::bfloat16 && query == ElementKind::bfloat16 && head_dim % 2 == 0 &&
          uses(CodePath::avx512_bf16);
 }
 

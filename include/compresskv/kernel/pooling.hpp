@@ -7,6 +7,7 @@
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/code_path.hpp"
+#include "compresskv/kernel/pool.hpp"
 #include "compresskv/kernel/pooling_portable.hpp"
 #include "compresskv/kernel/x86/pooling_avx2.hpp"
 

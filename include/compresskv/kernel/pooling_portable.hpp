@@ -5,15 +5,10 @@
 #include <span>
 
 #include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/pool.hpp"
 
 // Apart from pooling.hpp, as x86/pooling_avx2.hpp includes it.
 namespace compresskv::kernel {
-
-/// How neighbouring tokens share their scores (docs/method.md 2.2).
-enum class Pool {
-  average,  ///< divides by the width at the borders too: padding counts as zeros
-  max,      ///< ignores padding
-};
 
 namespace portable {
 

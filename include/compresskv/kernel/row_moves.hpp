@@ -113,6 +113,26 @@ Run<T> plane(T* base, std::size_t rows, std::ptrdiff_t row_stride, std::size_t u
           .chunk_stride = static_cast<std::ptrdiff_t>(units)};
 }
 
+/// Calls `f` with a null pointer of the type `T`, or of `kind` where that is known when the program runs.
+template <class T, class F>
+void with_element_of(ElementKind kind, F&& f) {
+  if constexpr (ElementOfAnyKind<T>) {
+    with_kind(kind, f);
+  } else {
+    f(static_cast<std::remove_const_t<T>*>(nullptr));
+  }
+}
+
+/// A run of `AnyElement` as one of `T`; any other as it is.
+template <Stored T, class U>
+auto as_run_of(const Run<U>& run) {
+  if constexpr (ElementOfAnyKind<U>) {
+    return run.template as<T>();
+  } else {
+    return run;
+  }
+}
+
 /// `source_run(i)` and `target_run(i)` give runs of `T`.
 template <Stored T, class SourceRun, class TargetRun>
 void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, SourceRun source_run,
@@ -140,7 +160,8 @@ inline constexpr bool rows_fit = std::conjunction_v<
     std::is_same<std::remove_const_t<typename Source::key_element>, typename Target::key_element>,
     std::is_same<std::remove_const_t<typename Source::value_element>, typename Target::value_element>>;
 
-/// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head. `rows` ascend, so
+/// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head. Views of
+/// `AnyElement` are of the same kinds. `rows` ascend, so
 /// `source` and `target` may be the same cache: no row is overwritten before it is read. Bytes are moved as
 /// they are.
 template <KvView Source, KvView Target>
@@ -149,12 +170,18 @@ requires(rows_fit<Source, Target>) void copy_rows(const Source& source, const Ta
   if (rows.empty()) {
     return;
   }
-  detail::copy_rows<typename Source::key_element>(
-      rows, source.head_dim(), [&](std::size_t i) { return source.key_run(kv_head, i); },
-      [&](std::size_t i) { return target.key_run(kv_head, i); });
-  detail::copy_rows<typename Source::value_element>(
-      rows, source.head_dim(), [&](std::size_t i) { return source.value_run(kv_head, i); },
-      [&](std::size_t i) { return target.value_run(kv_head, i); });
+  detail::with_element_of<typename Source::key_element>(key_kind(source), [&]<class T>(T*) {
+    detail::copy_rows<T>(
+        rows, source.head_dim(),
+        [&](std::size_t i) { return detail::as_run_of<T>(source.key_run(kv_head, i)); },
+        [&](std::size_t i) { return detail::as_run_of<T>(target.key_run(kv_head, i)); });
+  });
+  detail::with_element_of<typename Source::value_element>(value_kind(source), [&]<class T>(T*) {
+    detail::copy_rows<T>(
+        rows, source.head_dim(),
+        [&](std::size_t i) { return detail::as_run_of<T>(source.value_run(kv_head, i)); },
+        [&](std::size_t i) { return detail::as_run_of<T>(target.value_run(kv_head, i)); });
+  });
 }
 
 }  // namespace compresskv::kernel

@@ -34,9 +34,11 @@ void turn_to_rows(State& state, std::size_t index, const V& kv, const kernel::Ro
       for (std::size_t r = 0; r < run.rows; ++r, ++row) {
         const std::size_t position = positions.seek(row);
         if (position != row) {
-          kernel::rotate_row(run, r, kv.head_dim(), rotary,
-                             static_cast<double>(row) - static_cast<double>(position),
-                             buffers.data() + head * kv.head_dim());
+          with_plain_element(run, [&](const auto& keys) {
+            kernel::rotate_row(keys, r, kv.head_dim(), rotary,
+                               static_cast<double>(row) - static_cast<double>(position),
+                               buffers.data() + head * kv.head_dim());
+          });
         }
       }
     }

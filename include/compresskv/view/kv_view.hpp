@@ -12,6 +12,11 @@
 
 namespace compresskv {
 
+/// What a view's rows may be: a type, or `AnyElement` where the view tells the kind when the program runs
+/// (`AnyKv`).
+template <class T>
+concept ViewElement = Stored<T> || ElementOfAnyKind<T>;
+
 /// One layer's keys and values in the engine's own memory: a handle that owns nothing and is cheap to copy.
 ///
 /// | member | meaning |
@@ -25,8 +30,8 @@ namespace compresskv {
 /// by default all may |
 template <class V>
 concept KvView = std::copyable<V> && requires(const V& view, std::size_t i) {
-  requires Stored<typename V::key_element>;
-  requires Stored<typename V::value_element>;
+  requires ViewElement<typename V::key_element>;
+  requires ViewElement<typename V::value_element>;
   { view.kv_heads() } -> std::convertible_to<std::size_t>;
   { view.head_dim() } -> std::convertible_to<std::size_t>;
   { view.rows(i) } -> std::convertible_to<std::size_t>;
@@ -61,7 +66,7 @@ consteval bool models_kv_view() {
                 "the kv view lacks key_element, the type that keys are stored as: see Stored in "
                 "compresskv/core/element.hpp");
   if constexpr (detail::HasKeyElement<V>) {
-    static_assert(Stored<typename V::key_element>,
+    static_assert(ViewElement<typename V::key_element>,
                   "the kv view's key_element is no type that keys can be stored as: see Stored in "
                   "compresskv/core/element.hpp");
     static_assert(
@@ -80,7 +85,7 @@ consteval bool models_kv_view() {
                 "the kv view lacks value_element, the type that values are stored as: see Stored in "
                 "compresskv/core/element.hpp");
   if constexpr (detail::HasValueElement<V>) {
-    static_assert(Stored<typename V::value_element>,
+    static_assert(ViewElement<typename V::value_element>,
                   "the kv view's value_element is no type that values can be stored as: see Stored in "
                   "compresskv/core/element.hpp");
     static_assert(
@@ -118,11 +123,31 @@ consteval bool models_kv_view() {
   return KvView<V>;
 }
 
+/// What the keys of a view are stored as.
+template <KvView V>
+constexpr ElementKind key_kind(const V& view) {
+  if constexpr (ElementOfAnyKind<typename V::key_element>) {
+    return view.key_kind();
+  } else {
+    return kind_of_element<typename V::key_element>();
+  }
+}
+
+/// What its values are stored as.
+template <KvView V>
+constexpr ElementKind value_kind(const V& view) {
+  if constexpr (ElementOfAnyKind<typename V::value_element>) {
+    return view.value_kind();
+  } else {
+    return kind_of_element<typename V::value_element>();
+  }
+}
+
 /// Bytes of one K and one V row of one KV head.
 template <KvView V>
 std::size_t kv_row_bytes(const V& view) {
-  return row_bytes<typename V::key_element>(view.head_dim()) +
-         row_bytes<typename V::value_element>(view.head_dim());
+  const auto bytes = [&]<class T>(T*) { return row_bytes<T>(view.head_dim()); };
+  return with_kind(key_kind(view), bytes) + with_kind(value_kind(view), bytes);
 }
 
 namespace detail {

@@ -13,13 +13,18 @@
 
 namespace compresskv {
 
+/// What an observation may hold: a type, or `AnyElement` where its kind is told when the program runs
+/// (`AnyObservation`).
+template <class T>
+concept ObservedElement = Element<T> || ElementOfAnyKind<T>;
+
 /// Shows the window by its queries; the keys complete it.
 ///
 /// Optional members, with what their absence means: `soft_cap()` (none), `sliding_window()` (none),
 /// `sink_logit(head)` (no sink); see `QueryShape`.
 template <class O>
 concept QueryObservation = std::copyable<O> && requires(const O& observation, std::size_t i) {
-  requires Element<typename O::element>;
+  requires ObservedElement<typename O::element>;
   { observation.query_heads() } -> std::convertible_to<std::size_t>;
   { observation.queries() } -> std::convertible_to<std::size_t>;
   { observation.head_dim() } -> std::convertible_to<std::size_t>;
@@ -30,7 +35,7 @@ concept QueryObservation = std::copyable<O> && requires(const O& observation, st
 /// Shows the window by the attention that the engine has computed already.
 template <class O>
 concept AttentionObservation = std::copyable<O> && requires(const O& observation, std::size_t i) {
-  requires Element<typename O::element>;
+  requires ObservedElement<typename O::element>;
   { observation.query_heads() } -> std::convertible_to<std::size_t>;
   { observation.queries() } -> std::convertible_to<std::size_t>;
   { observation.tokens() } -> std::convertible_to<std::size_t>;
@@ -56,6 +61,16 @@ template <class O>
 concept Observation = QueryObservation<O> || KeylessObservation<O>;
 
 namespace detail {
+
+/// What an observation's elements are.
+template <Observation O>
+constexpr ElementKind observed_kind(const O& observation) {
+  if constexpr (ElementOfAnyKind<typename O::element>) {
+    return observation.kind();
+  } else {
+    return kind_of_element<typename O::element>();
+  }
+}
 
 /// c of `c * tanh(logit / c)`; 0: none.
 template <QueryObservation O>

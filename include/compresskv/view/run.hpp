@@ -55,4 +55,76 @@ struct Run<T> {
   }
 };
 
+/// A run whose elements are known when the program runs: any of the two above, as `kind` says.
+template <ElementOfAnyKind T>
+struct Run<T> {
+  template <class U>
+  using Pointer = std::conditional_t<std::is_const_v<T>, const U*, U*>;
+  template <class E>
+  using Typed = Run<std::conditional_t<std::is_const_v<T>, const E, E>>;
+
+  ElementKind kind = ElementKind::float32;
+  Pointer<void> base = nullptr;
+  Pointer<float> scales = nullptr;  ///< of int8, as are zeros and their stride
+  Pointer<float> zeros = nullptr;
+  std::size_t rows = 0;
+  std::ptrdiff_t row_stride = 0;
+  std::size_t chunk = 0;  ///< as are chunks of all others
+  std::ptrdiff_t chunk_stride = 0;
+  std::ptrdiff_t parameter_stride = 1;
+
+  static Run of(const Run<AffineInt8>& run) requires(!std::is_const_v<T>) {
+    return {.kind = ElementKind::int8,
+            .base = run.base,
+            .scales = run.scales,
+            .zeros = run.zeros,
+            .rows = run.rows,
+            .row_stride = run.row_stride,
+            .parameter_stride = run.parameter_stride};
+  }
+  template <class E>
+  requires(Element<E> || ElementBlock<E>) static Run of(const Run<E>& run) {
+    return {.kind = kind_of_element<E>(),
+            .base = run.base,
+            .rows = run.rows,
+            .row_stride = run.row_stride,
+            .chunk = run.chunk,
+            .chunk_stride = run.chunk_stride};
+  }
+
+  /// The same run by its type; `E` must be that of `kind`.
+  template <Stored E>
+  Typed<E> as() const {
+    if constexpr (std::same_as<E, AffineInt8>) {
+      return {static_cast<Pointer<std::int8_t>>(base), scales, zeros, rows, row_stride, parameter_stride};
+    } else {
+      return {static_cast<Pointer<E>>(base), rows, row_stride, chunk, chunk_stride};
+    }
+  }
+
+  operator Run<const T>() const requires(!std::is_const_v<T>) {
+    return {kind, base, scales, zeros, rows, row_stride, chunk, chunk_stride, parameter_stride};
+  }
+};
+
+/// Calls `f` with the run, by its type: for all rows of a run, this is asked once.
+template <class T, class F>
+decltype(auto) with_element(const Run<T>& run, F&& f) {
+  if constexpr (ElementOfAnyKind<T>) {
+    return with_kind(run.kind, [&]<class E>(E*) -> decltype(auto) { return f(run.template as<E>()); });
+  } else {
+    return f(run);
+  }
+}
+
+/// The same where the elements are no quantised ones.
+template <class T, class F>
+decltype(auto) with_plain_element(const Run<T>& run, F&& f) {
+  if constexpr (ElementOfAnyKind<T>) {
+    return with_plain_kind(run.kind, [&]<class E>(E*) -> decltype(auto) { return f(run.template as<E>()); });
+  } else {
+    return f(run);
+  }
+}
+
 }  // namespace compresskv

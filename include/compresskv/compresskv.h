@@ -1,0 +1,228 @@
+/* The library for C: create a plan, begin a sequence, let its layers arrive, finish. Link
+ * compresskv::runtime.
+ *
+ *     ckv_plan* plan = NULL;
+ *     ckv_settings settings;
+ *     ckv_settings_init(&settings);
+ *     settings.budget = CKV_BUDGET_RATIO;
+ *     settings.budget_ratio = 0.12;
+ *     if (ckv_plan_create(&model, "snapkv", &settings, &plan) != CKV_OK) { puts(ckv_last_error()); }
+ *
+ * Every function that can fail returns a status, and ckv_last_error() says what went wrong. No exception
+ * leaves it. A call that fails has changed nothing: the caches of all layers and the sequence are as they
+ * were.
+ *
+ * Structs that may grow begin with struct_size: their _init functions set it and the defaults, and fields
+ * that a program does not know keep what the library did before them. Strides count elements, or blocks where
+ * the element comes in blocks.
+ *
+ * A plan is shared by all threads; a sequence belongs to one thread at a time. */
+#ifndef COMPRESSKV_H
+#define COMPRESSKV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum ckv_status {
+  CKV_OK = 0,
+  CKV_BAD_ARGUMENT = 1, /* a value outside its bounds, or things that do not fit each other */
+  CKV_BAD_SCORE = 2,    /* keys, queries or attention hold NaN or infinite values */
+  CKV_NO_MEMORY = 3,
+  CKV_FAILED = 4 /* anything else */
+} ckv_status;
+
+/* What went wrong in the last call of this thread that failed: argument, value, bound, what to do. Never
+ * NULL; valid until the thread's next call that fails. */
+const char* ckv_last_error(void);
+
+/* ---- plans ------------------------------------------------------------------------------------------ */
+
+typedef struct ckv_model {
+  size_t layers;
+  size_t query_heads;
+  size_t kv_heads; /* divides query_heads */
+  size_t head_dim; /* elements of one key or value row */
+  size_t
+      kv_row_bytes; /* bytes of one K and one V row of one KV head; 0: not given (budgets in bytes need it) */
+} ckv_model;
+
+typedef enum ckv_budget {
+  CKV_BUDGET_RATIO = 0, /* budget_ratio: share of the prompt that is kept, in (0, 1] */
+  CKV_BUDGET_ROWS = 1,  /* budget_amount: mean rows a layer */
+  CKV_BUDGET_BYTES = 2  /* budget_amount: bytes of all layers */
+} ckv_budget;
+
+typedef enum ckv_pool { CKV_POOL_AVERAGE = 0, CKV_POOL_MAX = 1 } ckv_pool;
+
+/* What a method is made from. Options that a method does not have are ignored. Arrays are copied. */
+typedef struct ckv_settings {
+  size_t struct_size; /* set by ckv_settings_init */
+  ckv_budget budget;
+  double budget_ratio;
+  size_t budget_amount;
+  const uint32_t* ranking; /* [layer][ranked_heads], query heads, best first; NULL: none */
+  size_t ranked_heads;
+  const double*
+      scores; /* [layer][query_head], raw head scores; NULL: none. Where no ranking is given they give one */
+  const double* layer_errors; /* [layer], for error-aware budgets; NULL: every layer the same */
+  size_t min_rows;            /* of error-aware budgets; 0: the library's choice */
+  size_t heads_per_layer;
+  size_t window;
+  ckv_pool pool;
+  size_t pool_width;
+  uint64_t seed;      /* of random */
+  float decay;        /* of carried */
+  size_t hold_layers; /* of carried */
+  size_t model_heads; /* of model-wide */
+  int equal_weights;  /* of carried and model-wide */
+} ckv_settings;
+
+/* The defaults: everything is kept. */
+void ckv_settings_init(ckv_settings* settings);
+
+typedef struct ckv_plan ckv_plan;
+
+/* `method` is a name of the library's table: full, compresskv, snapkv, ...; a wrong one lists them all. On
+ * failure *plan is NULL. */
+ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv_settings* settings,
+                           ckv_plan** plan);
+/* NULL is allowed. Sequences made from the plan go on. */
+void ckv_plan_free(ckv_plan* plan);
+/* Queries of each layer that observe and whose rows are always kept. */
+size_t ckv_plan_window(const ckv_plan* plan);
+/* Whether ckv_arrive needs an observation, and whether it may shrink layers before the one that arrives. */
+int ckv_plan_needs_attention(const ckv_plan* plan);
+int ckv_plan_reaches_back(const ckv_plan* plan);
+
+/* ---- what a layer holds ----------------------------------------------------------------------------- */
+
+typedef enum ckv_element {
+  CKV_F32 = 0,
+  CKV_F16 = 1,
+  CKV_BF16 = 2,
+  CKV_Q8_0 = 3, /* ggml's blocks of 32 */
+  CKV_Q4_0 = 4,
+  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero) */
+} ckv_element;
+
+/* Keys or values of a layer:
+ *
+ *     unit u of row r of KV head h  =  data[h * head_stride + r * row_stride
+ *                                           + (u / chunk) * chunk_stride + u % chunk]
+ *
+ * A row that lies side by side has chunk 0. Transposed, [kv_head][dim][row]: row_stride 1, chunk 1,
+ * chunk_stride the rows allocated. */
+typedef struct ckv_rows {
+  ckv_element element;
+  void* data;
+  size_t head_stride; /* in paged caches within one block */
+  size_t row_stride;
+  size_t chunk;
+  size_t chunk_stride;
+  float* scales; /* of CKV_INT8: [kv_head][allocated_rows], as are zeros */
+  float* zeros;
+} ckv_rows;
+
+typedef struct ckv_kv {
+  size_t struct_size; /* set by ckv_kv_init */
+  ckv_rows keys;
+  ckv_rows values;
+  size_t rows;             /* in use now */
+  size_t allocated_rows;   /* rows that the memory has room for; 0: as many as rows */
+  const size_t* head_rows; /* [kv_head], rows in use where KV heads differ, in place of `rows`; or NULL */
+  /* Paged caches, keys and values of one element type, not CKV_INT8: blocks of block_rows rows, `table` names
+   * those of this sequence in row order. NULL: one buffer. */
+  const int32_t* table;
+  size_t table_size;
+  size_t block_rows;
+  size_t pool_blocks;
+  size_t key_block_stride; /* 0: block after block */
+  size_t value_block_stride;
+} ckv_kv;
+
+void ckv_kv_init(ckv_kv* kv);
+
+/* Fills *kv, which is as ckv_kv_init leaves it, with what layer `layer` holds now. Anything but CKV_OK ends
+ * the call that asked, with that status. */
+typedef ckv_status (*ckv_views)(void* context, size_t layer, ckv_kv* kv);
+
+typedef enum ckv_shown {
+  CKV_SHOWS_QUERIES = 0,   /* data: [query_head][query][dim], after rotary embedding */
+  CKV_SHOWS_ATTENTION = 1, /* data: [query_head][query][token], after the softmax */
+  CKV_SHOWS_SUMS = 2       /* data: float, [query_head][token], attention summed over the queries */
+} ckv_shown;
+
+/* The last queries of a layer, or how they attend; the last belongs to the last row. */
+typedef struct ckv_observation {
+  size_t struct_size; /* set by ckv_observation_init */
+  ckv_shown shown;
+  ckv_element element; /* CKV_F32, CKV_F16 or CKV_BF16 */
+  const void* data;
+  size_t queries;
+  size_t tokens;         /* of attention and sums: one column a cached row */
+  size_t head_stride;    /* of queries; 0 with query_stride 0: side by side */
+  size_t query_stride;   /* of queries */
+  float scale;           /* of the logits; 0: 1 / sqrt(head_dim) */
+  float soft_cap;        /* c of c * tanh(logit / c); 0: none */
+  size_t sliding_window; /* positions that a query sees; 0: all before it */
+  const float* sinks;    /* [query_head]; NULL: none */
+} ckv_observation;
+
+void ckv_observation_init(ckv_observation* observation);
+
+/* ---- sequences -------------------------------------------------------------------------------------- */
+
+typedef struct ckv_sequence ckv_sequence;
+
+ckv_status ckv_sequence_create(const ckv_plan* plan, ckv_sequence** sequence);
+/* A beam: the copy goes on on its own. */
+ckv_status ckv_sequence_copy(const ckv_sequence* sequence, ckv_sequence** copy);
+void ckv_sequence_free(ckv_sequence* sequence);
+
+/* Tokens that no method may evict. */
+typedef struct ckv_protection {
+  size_t keep_first;
+  size_t keep_last;
+  const uint32_t* positions; /* others, ascending; copied */
+  size_t count;
+} ckv_protection;
+
+/* Starts a sequence whose prompt has so many tokens; `protection` may be NULL. */
+ckv_status ckv_begin(ckv_sequence* sequence, size_t prompt_tokens, const ckv_protection* protection);
+/* Goes on: a new turn or chunk. `total_tokens` counts all tokens so far, evicted ones too. */
+ckv_status ckv_begin_turn(ckv_sequence* sequence, size_t total_tokens, const ckv_protection* protection);
+/* Takes back all tokens from `position` on. Shorten each layer to ckv_held_rows. */
+ckv_status ckv_truncate(ckv_sequence* sequence, size_t position);
+
+/* Layer `layer` has ended its prefill: it shrinks in place, and where the method reaches back layers before
+ * it. *changed names the `*count` layers that were shrunk, until the sequence's next call: shorten each to
+ * ckv_rows_kept. `observation` may be NULL where ckv_plan_needs_attention says so. */
+ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, void* context,
+                      const ckv_observation* observation, const size_t** changed, size_t* count);
+/* After the last layer; for most methods *count is 0. */
+ckv_status ckv_finish(ckv_sequence* sequence, ckv_views views, void* context, const size_t** changed,
+                      size_t* count);
+
+/* What the last compression left of a layer: rows, their true positions (ascending; at most `capacity` are
+ * written, *count is how many there are), and the position where the sequence went on. */
+ckv_status ckv_rows_kept(const ckv_sequence* sequence, size_t layer, size_t kv_head, size_t* rows);
+ckv_status ckv_positions_kept(const ckv_sequence* sequence, size_t layer, size_t kv_head, uint32_t* positions,
+                              size_t capacity, size_t* count);
+ckv_status ckv_next_position(const ckv_sequence* sequence, size_t layer, size_t* position);
+/* Rows that the layer holds when the sequence has `tokens` tokens, those appended since included. */
+ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t layer, size_t kv_head,
+                         size_t* rows);
+/* Rows that the layer may keep, as of the last begin. */
+ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows);
+/* Bytes of scratch and of positions held. */
+size_t ckv_memory_bytes(const ckv_sequence* sequence);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

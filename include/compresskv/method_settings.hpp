@@ -1,0 +1,130 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "compresskv/core/budget.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/head_ranking.hpp"
+#include "compresskv/core/head_scores.hpp"
+#include "compresskv/core/layer_errors.hpp"
+#include "compresskv/kernel/pool.hpp"
+
+namespace compresskv {
+
+/// The methods that the library knows by name: a scorer with its selector, and the budgets that belong to it.
+enum class Method {
+  full,
+  compresskv,
+  compresskv_grouped,
+  compresskv_adaptive,
+  snapkv,
+  pyramidkv,
+  adakv,
+  cake,
+  h2o,
+  tova,
+  knorm,
+  keydiff,
+  streaming,
+  random,
+  carried,
+  model_wide,
+};
+
+/// One row of the table of methods.
+struct MethodInfo {
+  Method method;
+  std::string_view name;      ///< as tools spell it
+  std::string_view summary;   ///< what stays, in a clause
+  std::string_view paper;     ///< arXiv number, or empty
+  bool needs_heads = false;   ///< a head ranking
+  bool per_head = false;      ///< KV heads keep rows of their own
+  bool needs_scores = false;  ///< raw head scores: a ranking is not enough
+};
+
+/// The one table: tools, tests, benchmarks and documentation read it.
+inline constexpr std::array<MethodInfo, 16> methods = {{
+    {Method::full, "full", "nothing is evicted", ""},
+    {Method::compresskv, "compresskv",
+     "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
+     false},
+    {Method::compresskv_grouped, "compresskv-grouped",
+     "each KV head keeps what the retrieval heads of its group choose", "2606.24467", true, true},
+    {Method::compresskv_adaptive, "compresskv-adaptive",
+     "as compresskv-grouped, KV heads sharing the layer's rows by need", "2407.11550", true, true},
+    {Method::snapkv, "snapkv", "each KV head keeps what its own query heads look at", "2404.14469", false,
+     true},
+    {Method::pyramidkv, "pyramidkv", "as snapkv, lower layers keeping more", "2406.02069", false, true},
+    {Method::adakv, "adakv", "as snapkv, KV heads sharing the layer's rows by need", "2407.11550", false,
+     true},
+    {Method::cake, "cake", "what is looked at, or unevenly; layers share by how they look", "2503.12491",
+     false, true},
+    {Method::h2o, "h2o", "what has drawn the most attention of all queries", "2306.14048", false, true},
+    {Method::tova, "tova", "what the last query looks at, all heads together", "2401.06104"},
+    {Method::knorm, "knorm", "keys of small length", "2406.11430", false, true},
+    {Method::keydiff, "keydiff", "keys that differ from the others", "2504.15364", false, true},
+    {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
+     "2309.17453"},
+    {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
+    {.method = Method::carried,
+     .name = "carried",
+     .summary = "retrieval heads of all layers so far choose, each layer as it arrives",
+     .paper = "",
+     .needs_scores = true},
+    {.method = Method::model_wide,
+     .name = "model-wide",
+     .summary = "the best retrieval heads of the whole model choose one set for all layers",
+     .paper = "",
+     .needs_scores = true},
+}};
+
+constexpr const MethodInfo& info(Method method) {
+  for (const MethodInfo& row : methods) {
+    if (row.method == method) {
+      return row;
+    }
+  }
+  return methods.front();
+}
+
+/// The row of a method's name. Throws ArgumentError that lists the names.
+inline const MethodInfo& method_named(std::string_view name) {
+  const auto found =
+      std::find_if(methods.begin(), methods.end(), [&](const MethodInfo& row) { return row.name == name; });
+  if (found == methods.end()) {
+    std::string names;
+    for (const MethodInfo& row : methods) {
+      names += names.empty() ? "" : ", ";
+      names += row.name;
+    }
+    detail::fail<ArgumentError>("method is '", name, "', must be one of ", names);
+  }
+  return *found;
+}
+
+/// What a method is made from; options that a method does not have are ignored.
+struct MethodSettings {
+  Budget budget = Budget::kept_ratio(1.0);
+  std::optional<HeadRanking> heads = std::nullopt;  ///< for methods with `needs_heads`
+  std::optional<HeadScores> scores = std::nullopt;  ///< for methods with `needs_scores`
+  std::optional<LayerErrors> errors =
+      std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
+  std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
+  std::size_t heads_per_layer = 4;
+  std::size_t window = 8;  ///< tova observes with 1
+  kernel::Pool pool = kernel::Pool::average;
+  std::size_t pool_width = 5;
+  std::uint64_t seed = 0;        ///< of random
+  float decay = 0.7F;            ///< of carried
+  std::size_t hold_layers = 0;   ///< of carried
+  std::size_t model_heads = 16;  ///< of model-wide, in the whole model
+  bool equal_weights = false;    ///< of carried and model-wide
+};
+
+}  // namespace compresskv

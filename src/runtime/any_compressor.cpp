@@ -1,0 +1,1 @@
+#include "compresskv/runtime/any_compressor_impl.hpp"

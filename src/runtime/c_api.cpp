@@ -1,0 +1,474 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "compresskv/compresskv.h"
+#include "compresskv/runtime/any_compressor.hpp"
+#include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/int8_kv.hpp"
+#include "compresskv/view/paged_kv.hpp"
+#include "compresskv/view/query_window.hpp"
+#include "compresskv/view/strided_kv.hpp"
+
+namespace ckv = compresskv;
+
+struct ckv_plan {
+  ckv::AnyPlan plan;
+};
+
+struct ckv_sequence {
+  ckv::AnyCompressor compressor;
+};
+
+namespace {
+
+using ckv::detail::require;
+
+/// What `views` of the caller returned: it ends the call that asked.
+struct ViewsRefused {
+  ckv_status status;
+};
+
+std::string& last_error() {
+  thread_local std::string text;
+  return text;
+}
+
+ckv_status failed(ckv_status status, const char* text) noexcept {
+  try {
+    last_error() = text;
+  } catch (...) {  // no memory for the text: what it says then is shorter
+    last_error().clear();
+  }
+  return status;
+}
+
+/// Runs `body`; what it throws becomes a status and a text.
+template <class F>
+ckv_status guarded(F&& body) noexcept {
+  try {
+    body();
+    return CKV_OK;
+  } catch (const ViewsRefused& refused) {
+    return failed(refused.status, "views() gave no view of the layer it was asked for");
+  } catch (const ckv::ScoreError& error) {
+    return failed(CKV_BAD_SCORE, error.what());
+  } catch (const ckv::ArgumentError& error) {
+    return failed(CKV_BAD_ARGUMENT, error.what());
+  } catch (const std::bad_alloc&) {
+    return failed(CKV_NO_MEMORY, "memory ran out");
+  } catch (const std::exception& error) {
+    return failed(CKV_FAILED, error.what());
+  } catch (...) {
+    return failed(CKV_FAILED, "an exception of no known type");
+  }
+}
+
+void require_given(const void* argument, const char* name) {
+  require(argument != nullptr, name, " is NULL: give one");
+}
+
+/// A struct as this library has it: fields beyond what the caller's has keep their defaults.
+template <class T, class Init>
+T as_known(const T* given, const char* name, Init&& init) {
+  require_given(given, name);
+  T known;
+  init(&known);
+  require(given->struct_size >= sizeof(std::size_t), name, ": struct_size is ", given->struct_size, ": call ",
+          name, "_init first");
+  std::memcpy(&known, given, (std::min)(given->struct_size, sizeof(T)));
+  known.struct_size = sizeof(T);
+  return known;
+}
+
+ckv::Budget budget_of(const ckv_settings& settings) {
+  switch (settings.budget) {
+    case CKV_BUDGET_RATIO:
+      return ckv::Budget::kept_ratio(settings.budget_ratio);
+    case CKV_BUDGET_ROWS:
+      return ckv::Budget::tokens_per_layer(settings.budget_amount);
+    case CKV_BUDGET_BYTES:
+      return ckv::Budget::bytes(settings.budget_amount);
+  }
+  ckv::detail::fail<ckv::ArgumentError>("ckv_settings: budget is ", static_cast<int>(settings.budget),
+                                        ", must be a CKV_BUDGET_ value");
+}
+
+ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& shape) {
+  shape.validate();
+  require(c.pool == CKV_POOL_AVERAGE || c.pool == CKV_POOL_MAX, "ckv_settings: pool is ",
+          static_cast<int>(c.pool), ", must be CKV_POOL_AVERAGE or CKV_POOL_MAX");
+  ckv::MethodSettings settings{
+      .budget = budget_of(c),
+      .heads_per_layer = c.heads_per_layer,
+      .window = c.window,
+      .pool = c.pool == CKV_POOL_MAX ? ckv::kernel::Pool::max : ckv::kernel::Pool::average,
+      .pool_width = c.pool_width,
+      .seed = c.seed,
+      .decay = c.decay,
+      .hold_layers = c.hold_layers,
+      .model_heads = c.model_heads,
+      .equal_weights = c.equal_weights != 0};
+  if (c.min_rows > 0) {
+    settings.min_rows = c.min_rows;
+  }
+  if (c.scores != nullptr) {
+    std::vector<std::vector<double>> runs;
+    for (const double score : std::span(c.scores, shape.layers * shape.query_heads)) {
+      runs.push_back({score});
+    }
+    settings.scores.emplace(shape.layers, shape.query_heads, std::move(runs));
+    settings.heads = settings.scores->ranking();
+  }
+  if (c.ranking != nullptr) {
+    require(c.ranked_heads > 0 && c.ranked_heads <= shape.query_heads, "ckv_settings: ranked_heads is ",
+            c.ranked_heads, ", the model has ", shape.query_heads, " query heads a layer");
+    std::vector<std::vector<std::uint32_t>> layers;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      const std::span heads(c.ranking + layer * c.ranked_heads, c.ranked_heads);
+      layers.emplace_back(heads.begin(), heads.end());
+    }
+    settings.heads.emplace(std::move(layers));
+  }
+  if (c.layer_errors != nullptr) {
+    settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),
+                            std::vector<ckv::LayerErrors::DataSet>{});
+  }
+  return settings;
+}
+
+ckv::ElementKind kind_of(ckv_element element) {
+  require(element >= CKV_F32 && element <= CKV_INT8, "element is ", static_cast<int>(element),
+          ", must be a ckv_element");
+  return static_cast<ckv::ElementKind>(element);
+}
+static_assert(static_cast<int>(ckv::ElementKind::q8_0) == CKV_Q8_0 &&
+              static_cast<int>(ckv::ElementKind::int8) == CKV_INT8);
+
+ckv::layout::Strides strides_of(const ckv_rows& rows) {
+  return {.head = rows.head_stride,
+          .row = rows.row_stride,
+          .chunk = rows.chunk,
+          .chunk_stride = rows.chunk_stride};
+}
+
+ckv::Int8Rows int8_rows(const ckv_rows& rows, const ckv::KvShape& shape, const char* name) {
+  require(rows.data != nullptr && rows.scales != nullptr && rows.zeros != nullptr, name,
+          ": data, scales or zeros are NULL: give all three");
+  // Int8Kv wants to know how much there is: as much as the strides reach, which it checks.
+  const std::size_t parameters = shape.kv_heads * shape.allocated_rows;
+  return {.data = {static_cast<std::int8_t*>(rows.data), ckv::detail::max_bytes},
+          .scales = {rows.scales, parameters},
+          .zeros = {rows.zeros, parameters}};
+}
+
+bool same_strides(const ckv_rows& a, const ckv_rows& b) {
+  return a.head_stride == b.head_stride && a.row_stride == b.row_stride && a.chunk == b.chunk &&
+         a.chunk_stride == b.chunk_stride;
+}
+
+/// Calls `f` with a null pointer of a type that a pointer can be to.
+template <class F>
+ckv::AnyKv with_block_kind(ckv::ElementKind kind, F&& f) {
+  return ckv::with_kind(kind, [&]<class T>(T* null) -> ckv::AnyKv {
+    if constexpr (std::same_as<T, ckv::AffineInt8>) {
+      ckv::detail::fail<ckv::ArgumentError>(
+          "ckv_kv: keys and values are both CKV_INT8, in one buffer each, or neither is");
+    } else {
+      return f(null);
+    }
+  });
+}
+
+ckv::AnyKv paged_view(const ckv_kv& kv, const ckv::ModelShape& model) {
+  require(kv.keys.element == kv.values.element,
+          "ckv_kv: keys and values of a paged cache are of one element type");
+  const ckv::PagedShape shape{.kv_heads = model.kv_heads,
+                              .rows = kv.rows,
+                              .head_dim = model.head_dim,
+                              .block_rows = kv.block_rows,
+                              .pool_blocks = kv.pool_blocks,
+                              .key_block_stride = kv.key_block_stride,
+                              .value_block_stride = kv.value_block_stride,
+                              .head_rows = {kv.head_rows, kv.head_rows == nullptr ? 0 : model.kv_heads}};
+  const ckv::Borrowed<const std::int32_t> table(kv.table, kv.table_size);
+  return with_block_kind(kind_of(kv.keys.element), [&]<class T>(T*) -> ckv::AnyKv {
+    return ckv::PagedKv<T>(static_cast<T*>(kv.keys.data), static_cast<T*>(kv.values.data), shape, table,
+                           strides_of(kv.keys), strides_of(kv.values));
+  });
+}
+
+ckv::AnyKv view_of(const ckv_kv& kv, const ckv::ModelShape& model) {
+  if (kv.table != nullptr) {
+    return paged_view(kv, model);
+  }
+  ckv::KvShape shape{.kv_heads = model.kv_heads,
+                     .rows = kv.rows,
+                     .head_dim = model.head_dim,
+                     .allocated_rows = kv.allocated_rows,
+                     .head_rows = {kv.head_rows, kv.head_rows == nullptr ? 0 : model.kv_heads}};
+  const ckv::ElementKind keys = kind_of(kv.keys.element);
+  const ckv::ElementKind values = kind_of(kv.values.element);
+  if (keys == ckv::ElementKind::int8 && values == keys) {
+    require(same_strides(kv.keys, kv.values), "ckv_kv: int8 keys and values lie at the same strides");
+    ckv::detail::check_kv_shape("ckv_kv", shape);
+    return ckv::Int8Kv(int8_rows(kv.keys, shape, "ckv_kv: keys"),
+                       int8_rows(kv.values, shape, "ckv_kv: values"), shape, strides_of(kv.keys));
+  }
+  return with_block_kind(keys, [&]<class K>(K*) -> ckv::AnyKv {
+    return with_block_kind(values, [&]<class W>(W*) -> ckv::AnyKv {
+      return ckv::StridedKv<K, W>(static_cast<K*>(kv.keys.data), static_cast<W*>(kv.values.data), shape,
+                                  strides_of(kv.keys), strides_of(kv.values));
+    });
+  });
+}
+
+/// What the caller's function gives of a layer.
+ckv::AnyKv asked(ckv_views views, void* context, std::size_t layer, const ckv::ModelShape& model) {
+  ckv_kv kv;
+  ckv_kv_init(&kv);
+  const ckv_status status = views(context, layer, &kv);
+  if (status != CKV_OK) {
+    throw ViewsRefused{status};
+  }
+  return view_of(kv, model);
+}
+
+/// Calls `f` with the observation by its type.
+template <class F>
+void with_observation(const ckv_observation* given, const ckv::ModelShape& model, F&& f) {
+  if (given == nullptr) {
+    f(ckv::AnyObservation());
+    return;
+  }
+  const ckv_observation o = as_known(given, "ckv_observation", ckv_observation_init);
+  const ckv::AttentionShape attention{
+      .query_heads = model.query_heads, .queries = o.queries, .tokens = o.tokens};
+  if (o.shown == CKV_SHOWS_SUMS) {
+    require(o.element == CKV_F32, "ckv_observation: sums of attention are CKV_F32");
+    f(ckv::AttentionSums(static_cast<const float*>(o.data), attention));
+    return;
+  }
+  require(o.shown == CKV_SHOWS_QUERIES || o.shown == CKV_SHOWS_ATTENTION, "ckv_observation: shown is ",
+          static_cast<int>(o.shown), ", must be a CKV_SHOWS_ value");
+  require(o.element >= CKV_F32 && o.element <= CKV_BF16, "ckv_observation: element is ",
+          static_cast<int>(o.element), ", must be CKV_F32, CKV_F16 or CKV_BF16");
+  ckv::with_plain_kind(kind_of(o.element), [&]<class T>(T*) {
+    const T* const data = static_cast<const T*>(o.data);
+    if (o.shown == CKV_SHOWS_ATTENTION) {
+      f(ckv::AttentionMatrix<T>(data, attention));
+      return;
+    }
+    const ckv::QueryShape shape{.query_heads = model.query_heads,
+                                .queries = o.queries,
+                                .head_dim = model.head_dim,
+                                .scale = o.scale,
+                                .soft_cap = o.soft_cap,
+                                .sliding_window = o.sliding_window,
+                                .sinks = {o.sinks, o.sinks == nullptr ? 0 : model.query_heads}};
+    const bool side_by_side = o.head_stride == 0 && o.query_stride == 0;
+    f(side_by_side ? ckv::QueryWindow<T>(data, shape)
+                   : ckv::QueryWindow<T>(data, shape, {.head = o.head_stride, .query = o.query_stride}));
+  });
+}
+
+ckv::Protection protection_of(const ckv_protection* given) {
+  if (given == nullptr) {
+    return {};
+  }
+  require(given->positions != nullptr || given->count == 0, "ckv_protection: positions is NULL, count is ",
+          given->count);
+  return {.keep_first = given->keep_first,
+          .keep_last = given->keep_last,
+          .positions = {given->positions, given->count}};
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* ckv_last_error(void) { return last_error().c_str(); }
+
+void ckv_settings_init(ckv_settings* settings) {
+  const ckv::MethodSettings defaults;
+  *settings = ckv_settings{};
+  settings->struct_size = sizeof(ckv_settings);
+  settings->budget_ratio = 1.0;
+  settings->heads_per_layer = defaults.heads_per_layer;
+  settings->window = defaults.window;
+  settings->pool_width = defaults.pool_width;
+  settings->decay = defaults.decay;
+  settings->model_heads = defaults.model_heads;
+}
+
+void ckv_kv_init(ckv_kv* kv) {
+  *kv = ckv_kv{};
+  kv->struct_size = sizeof(ckv_kv);
+}
+
+void ckv_observation_init(ckv_observation* observation) {
+  *observation = ckv_observation{};
+  observation->struct_size = sizeof(ckv_observation);
+}
+
+ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv_settings* settings,
+                           ckv_plan** plan) {
+  return guarded([&] {
+    require_given(plan, "plan");
+    *plan = nullptr;
+    require_given(model, "model");
+    require_given(method, "method");
+    const ckv::ModelShape shape{.layers = model->layers,
+                                .query_heads = model->query_heads,
+                                .kv_heads = model->kv_heads,
+                                .head_dim = model->head_dim,
+                                .kv_row_bytes = model->kv_row_bytes};
+    const ckv_settings known = as_known(settings, "ckv_settings", ckv_settings_init);
+    *plan = new ckv_plan{ckv::AnyPlan(shape, method, settings_of(known, shape))};
+  });
+}
+
+void ckv_plan_free(ckv_plan* plan) { delete plan; }
+size_t ckv_plan_window(const ckv_plan* plan) { return plan->plan.window(); }
+int ckv_plan_needs_attention(const ckv_plan* plan) {
+  const ckv::Needs needs = plan->plan.needs();
+  return needs == ckv::Needs::window_attention || needs == ckv::Needs::all_queries ? 1 : 0;
+}
+int ckv_plan_reaches_back(const ckv_plan* plan) {
+  return plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;
+}
+
+ckv_status ckv_sequence_create(const ckv_plan* plan, ckv_sequence** sequence) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    *sequence = nullptr;
+    require_given(plan, "plan");
+    *sequence = new ckv_sequence{ckv::AnyCompressor(plan->plan)};
+  });
+}
+
+ckv_status ckv_sequence_copy(const ckv_sequence* sequence, ckv_sequence** copy) {
+  return guarded([&] {
+    require_given(copy, "copy");
+    *copy = nullptr;
+    require_given(sequence, "sequence");
+    *copy = new ckv_sequence(*sequence);
+  });
+}
+
+void ckv_sequence_free(ckv_sequence* sequence) { delete sequence; }
+
+ckv_status ckv_begin(ckv_sequence* sequence, size_t prompt_tokens, const ckv_protection* protection) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    sequence->compressor.begin(prompt_tokens, protection_of(protection));
+  });
+}
+
+ckv_status ckv_begin_turn(ckv_sequence* sequence, size_t total_tokens, const ckv_protection* protection) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    sequence->compressor.begin_turn(total_tokens, protection_of(protection));
+  });
+}
+
+ckv_status ckv_truncate(ckv_sequence* sequence, size_t position) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    sequence->compressor.truncate(position);
+  });
+}
+
+ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, void* context,
+                      const ckv_observation* observation, const size_t** changed, size_t* count) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require(views != nullptr && changed != nullptr && count != nullptr,
+            "views, changed or count is NULL: give all three");
+    const ckv::ModelShape& model = sequence->compressor.plan().shape();
+    const auto view = [&](std::size_t l) { return asked(views, context, l, model); };
+    with_observation(observation, model, [&](const auto& shown) {
+      const std::span<const std::size_t> shrunk = sequence->compressor.arrive(layer, view, shown);
+      *changed = shrunk.data();
+      *count = shrunk.size();
+    });
+  });
+}
+
+ckv_status ckv_finish(ckv_sequence* sequence, ckv_views views, void* context, const size_t** changed,
+                      size_t* count) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require(views != nullptr && changed != nullptr && count != nullptr,
+            "views, changed or count is NULL: give all three");
+    const ckv::ModelShape& model = sequence->compressor.plan().shape();
+    const auto view = [&](std::size_t l) { return asked(views, context, l, model); };
+    const std::span<const std::size_t> shrunk = sequence->compressor.finish(view);
+    *changed = shrunk.data();
+    *count = shrunk.size();
+  });
+}
+
+ckv_status ckv_rows_kept(const ckv_sequence* sequence, size_t layer, size_t kv_head, size_t* rows) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require_given(rows, "rows");
+    *rows = sequence->compressor.retained(layer).rows(kv_head);
+  });
+}
+
+ckv_status ckv_positions_kept(const ckv_sequence* sequence, size_t layer, size_t kv_head, uint32_t* positions,
+                              size_t capacity, size_t* count) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require_given(count, "count");
+    require(positions != nullptr || capacity == 0, "positions is NULL, capacity is ", capacity);
+    const auto& kept = sequence->compressor.retained(layer).positions(kv_head);
+    std::size_t written = 0;
+    for (const std::uint32_t position : kept) {
+      if (written == capacity) {
+        break;
+      }
+      positions[written++] = position;
+    }
+    *count = kept.size();
+  });
+}
+
+ckv_status ckv_next_position(const ckv_sequence* sequence, size_t layer, size_t* position) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require_given(position, "position");
+    *position = sequence->compressor.retained(layer).next_position();
+  });
+}
+
+ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t layer, size_t kv_head,
+                         size_t* rows) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require_given(rows, "rows");
+    *rows = sequence->compressor.held(tokens).rows(layer, kv_head);
+  });
+}
+
+ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require_given(rows, "rows");
+    sequence->compressor.retained(layer);  // the layer is there
+    *rows = sequence->compressor.capacities()[layer];
+  });
+}
+
+size_t ckv_memory_bytes(const ckv_sequence* sequence) { return sequence->compressor.memory_bytes(); }
+
+}  // extern "C"

@@ -1,0 +1,323 @@
+// The door itself: what can be asked and given, wrong calls by their messages, copies, steps, allocations.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <compresskv/runtime/any_compressor.hpp>
+#include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/query_window.hpp>
+#include <compresskv/view/strided_kv.hpp>
+#include <cstddef>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "reference/allocations.hpp"
+#include "reference/random.hpp"
+
+namespace compresskv {
+namespace {
+
+constexpr ModelShape shape{.layers = 3, .query_heads = 4, .kv_heads = 2, .head_dim = 16};
+constexpr std::size_t tokens = 100;
+
+/// A small model in float.
+struct Cache {
+  std::vector<float> keys = random(1, shape.layers* shape.kv_heads* tokens* shape.head_dim);
+  std::vector<float> values = random(2, shape.layers* shape.kv_heads* tokens* shape.head_dim);
+  std::vector<float> queries = random(3, shape.layers* shape.query_heads* tokens* shape.head_dim);
+  std::array<std::array<std::size_t, 2>, 3> rows = {{{tokens, tokens}, {tokens, tokens}, {tokens, tokens}}};
+
+  static std::vector<float> random(std::uint64_t seed, std::size_t count) {
+    reference::Random random(seed);
+    std::vector<float> numbers(count);
+    std::generate(numbers.begin(), numbers.end(), [&] { return random.gaussian(); });
+    return numbers;
+  }
+
+  template <class E = float>
+  StridedKv<E> view(std::size_t layer) {
+    const std::size_t first = layer * shape.kv_heads * tokens * shape.head_dim;
+    return {keys.data() + first, values.data() + first,
+            KvShape{.kv_heads = 2, .head_dim = 16, .allocated_rows = tokens, .head_rows = rows[layer]},
+            layout::head_token_dim};
+  }
+  QueryWindow<float> observation(std::size_t layer, std::size_t count = tokens) const {
+    return {queries.data() + layer * shape.query_heads * tokens * shape.head_dim,
+            {.query_heads = 4, .queries = count, .head_dim = 16}};
+  }
+  void note(const AnyCompressor& compressor, std::span<const std::size_t> changed) {
+    for (const std::size_t layer : changed) {
+      for (std::size_t head = 0; head < 2; ++head) {
+        rows[layer][head] = compressor.retained(layer).rows(head);
+      }
+    }
+  }
+  void sequence(AnyCompressor& compressor) {
+    for (auto& heads : rows) {
+      heads = {tokens, tokens};
+    }
+    const auto views = [&](std::size_t layer) { return view(layer); };
+    compressor.begin(tokens);
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      note(compressor, compressor.arrive(layer, views, observation(layer)));
+    }
+    note(compressor, compressor.finish(views));
+  }
+  bool operator==(const Cache&) const = default;
+};
+
+MethodSettings settings() {
+  const std::vector<std::uint32_t> heads = {0, 1, 2, 3};
+  return {.budget = Budget::tokens_per_layer(24),
+          .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
+          .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
+          .model_heads = 4};
+}
+
+template <class F>
+std::string message_of(F&& f) {
+  try {
+    f();
+  } catch (const ArgumentError& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+#define EXPECT_SAYS(statement, part) \
+  EXPECT_NE(message_of([&] { statement; }).find(part), std::string::npos) << message_of([&] { statement; })
+
+TEST(AnyCompressor, AllocatesNothingFromTheSecondSequenceOn) {
+  for (const MethodInfo& method : methods) {
+    SCOPED_TRACE(method.name);
+    Cache cache;
+    AnyCompressor compressor{AnyPlan{shape, method.name, settings()}};
+    cache.sequence(compressor);
+    const std::size_t before = reference::allocations;
+    cache.sequence(compressor);
+    EXPECT_EQ(reference::allocations - before, 0U);
+    EXPECT_GT(compressor.memory_bytes(), 0U);
+  }
+}
+
+TEST(AnyCompressor, KeepsAllWhereTheMethodIsFull) {
+  Cache cache;
+  const Cache original = cache;
+  AnyCompressor compressor{AnyPlan{shape, Method::full}};
+  cache.sequence(compressor);
+  EXPECT_EQ(cache, original);
+  EXPECT_EQ(compressor.retained(2).rows(), tokens);
+  EXPECT_EQ(compressor.retained(2).next_position(), tokens);
+  EXPECT_EQ(compressor.plan().needs(), Needs::nothing);
+  EXPECT_SAYS(compressor.score(0, cache.view(0)), "method full keeps every row");
+  compressor.begin_turn(tokens + 5);
+  EXPECT_EQ(compressor.held(tokens + 5).rows(1), tokens + 5);
+}
+
+TEST(AnyCompressor, LeavesAllAsItWasWhereMemoryRunsOut) {
+  for (const MethodInfo& method : methods) {
+    SCOPED_TRACE(method.name);
+    Cache expected;
+    AnyCompressor first{AnyPlan{shape, method.name, settings()}};
+    expected.sequence(first);
+    std::size_t failed = 0;
+    for (std::size_t fail = 1;; fail += 3) {
+      Cache cache;
+      const Cache original = cache;
+      AnyCompressor compressor{AnyPlan{shape, method.name, settings()}};
+      compressor.begin(tokens);
+      const auto views = [&](std::size_t layer) { return cache.view(layer); };
+      reference::failing_allocation = reference::allocations + fail;
+      bool threw = false;
+      try {
+        const auto changed = compressor.arrive(0, views, cache.observation(0));
+        reference::failing_allocation = 0;
+        cache.note(compressor, changed);
+      } catch (const std::bad_alloc&) {
+        threw = true;
+      }
+      reference::failing_allocation = 0;
+      if (!threw) {
+        break;
+      }
+      ++failed;
+      ASSERT_EQ(cache, original);
+      cache.sequence(compressor);
+      ASSERT_EQ(cache, expected);
+    }
+    EXPECT_GT(failed, 0U);
+  }
+}
+
+TEST(AnyCompressor, StepsDoWhatArriveDoes) {
+  for (const MethodInfo& method : methods) {
+    const AnyPlan plan{shape, method.method, settings()};
+    if (plan.reach() != Reach::own_layer || method.method == Method::full) {
+      continue;
+    }
+    SCOPED_TRACE(method.name);
+    Cache whole;
+    AnyCompressor compressor{plan};
+    whole.sequence(compressor);
+    Cache parts;
+    Cache elsewhere;
+    AnyCompressor by_steps{plan};
+    by_steps.begin(tokens);
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      const AnyScores scores = by_steps.score(layer, parts.view(layer), parts.observation(layer));
+      EXPECT_EQ(scores.rows(), scores.granularity() == Granularity::layer ? 1U : 2U);
+      const Selection selection = by_steps.select(layer, scores);
+      AnyCompressor copy = by_steps;
+      copy.gather(layer, parts.view<const float>(layer), selection, elsewhere.view(layer));
+      by_steps.compact(layer, parts.view(layer), selection);
+      const std::array changed{layer};
+      parts.note(by_steps, changed);
+      elsewhere.note(copy, changed);
+    }
+    EXPECT_EQ(parts, whole);
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      for (std::size_t head = 0; head < 2; ++head) {
+        const float* a = elsewhere.view(layer).key_run(head, 0).base;
+        EXPECT_TRUE(std::equal(a, a + whole.rows[layer][head] * 16, whole.view(layer).key_run(head, 0).base));
+      }
+    }
+  }
+}
+
+TEST(AnyCompressor, TakesWhatShowsTheWindow) {
+  Cache cache;
+  const std::vector<float> attention(4 * 8 * tokens, 0.01F);
+  const AttentionShape attention_shape{.query_heads = 4, .queries = 8, .tokens = tokens};
+  const AttentionMatrix matrix{attention.data(), attention_shape};
+  const AttentionSums sums{attention.data(), attention_shape};
+  const auto views = [&](std::size_t layer) { return cache.view(layer); };
+  AnyCompressor snapkv{AnyPlan{shape, "snapkv", settings()}};
+  snapkv.begin(tokens);
+  EXPECT_EQ(snapkv.select(0, sums).rows().size(), 24U);
+  EXPECT_EQ(snapkv.score(1, matrix).tokens(0), tokens - 8);
+  snapkv.arrive(0, views, sums);
+  snapkv.arrive(1, views, matrix);
+  EXPECT_EQ(snapkv.retained(0).rows(), 24U);
+  EXPECT_EQ(snapkv.retained(1).rows(), 24U);
+  EXPECT_SAYS(snapkv.arrive(2, views), "method snapkv needs the window's attention");
+  EXPECT_SAYS(snapkv.select(2, cache.observation(2)), "nor the keys that complete queries");
+  AnyCompressor cake{AnyPlan{shape, "cake", settings()}};
+  cake.begin(tokens);
+  EXPECT_SAYS(cake.arrive(0, views, sums), "method cake needs the window's rows apart");
+  AnyCompressor knorm{AnyPlan{shape, "knorm", settings()}};
+  knorm.begin(tokens);
+  EXPECT_SAYS(knorm.select(2, sums), "method knorm reads the keys");
+  knorm.arrive(2, views);
+  EXPECT_EQ(knorm.retained(2).rows(), 24U);
+}
+
+TEST(AnyCompressor, SaysWhatDoesNotFit) {
+  Cache cache;
+  EXPECT_SAYS((AnyPlan{shape, "snapvk"}), "method is 'snapvk', must be one of full, compresskv");
+  EXPECT_SAYS((AnyPlan{shape, "compresskv"}), "needs a head ranking");
+  EXPECT_SAYS((AnyPlan{shape, "snapkv", {.budget = Budget::tokens_per_layer(2)}}), "the window alone is 8");
+  EXPECT_SAYS((AnyPlan{shape, "cake", settings(), {.share_rows = [](auto, auto, auto) {}}}),
+              "it takes no share_rows");
+  AnyCompressor compressor{AnyPlan{shape, "knorm", settings()}};
+  compressor.begin(tokens);
+  bool asked = false;
+  const auto views = [&](std::size_t layer) {
+    asked = true;
+    return cache.view(layer);
+  };
+  EXPECT_SAYS(compressor.arrive(3, views), "layer is 3, the model has layers 0 to 2");
+  EXPECT_FALSE(asked);
+  const auto read_only = [&](std::size_t layer) { return cache.view<const float>(layer); };
+  EXPECT_SAYS(compressor.arrive(0, read_only), "the view's elements are const");
+  AnyCompressor tova{AnyPlan{shape, "tova", settings()}};
+  tova.begin(tokens);
+  EXPECT_SAYS(tova.select(0, compressor.score(0, cache.view(0))), "scores are those of KV heads");
+  std::vector<Eigen::half> half(2 * tokens * 16);
+  const StridedKv other{half, half, KvShape{.kv_heads = 2, .rows = tokens, .head_dim = 16},
+                        layout::head_token_dim};
+  EXPECT_SAYS(
+      compressor.gather(0, cache.view(0), compressor.select(0, compressor.score(0, cache.view(0))), other),
+      "of float16 and float16, the source of float32 and float32");
+  std::vector<BlockQ8_0> blocks(2 * tokens);
+  AnyCompressor quantised{
+      AnyPlan{{.layers = 1, .query_heads = 4, .kv_heads = 2, .head_dim = 32}, Method::full}};
+  quantised.begin(tokens);
+  const StridedKv q8{blocks, blocks, KvShape{.kv_heads = 2, .rows = tokens, .head_dim = 32},
+                     layout::head_token_dim};
+  EXPECT_SAYS(quantised.rerotate(0, q8, {}), "keys are Q8_0: only plain keys can be turned");
+  compressor.arrive(0, views);
+  const std::array first{std::size_t{0}};
+  cache.note(compressor, first);
+  EXPECT_EQ(compressor.rerotate(0, cache.view(0), {}).next_position(), 24U);
+}
+
+TEST(AnyCompressor, CopiesGoOnOnTheirOwn) {
+  Cache cache;
+  AnyCompressor compressor{AnyPlan{shape, "random", settings()}};
+  cache.sequence(compressor);
+  AnyCompressor beam = compressor;
+  beam.truncate(50);
+  EXPECT_EQ(compressor.retained(0).next_position(), tokens);
+  EXPECT_EQ(beam.retained(0).next_position(), 50U);
+  AnyCompressor other{AnyPlan{shape, "full"}};
+  other = beam;
+  EXPECT_EQ(other.plan().method().name, "random");
+  EXPECT_EQ(other.retained(0).next_position(), 50U);
+  AnyCompressor moved = std::move(beam);
+  EXPECT_EQ(moved.retained(0).next_position(), 50U);
+}
+
+TEST(AnyCompressor, EnginesShareRowsOutTheirOwnWay) {
+  Cache cache;
+  const auto first_layer_more = [](ShareRows own, const budget::Allowance& allowance,
+                                   std::span<std::size_t> capacities) {
+    own(allowance, capacities);
+    capacities[0] += 10;
+  };
+  AnyCompressor compressor{AnyPlan{shape, "streaming", settings(), {.share_rows = first_layer_more}}};
+  cache.sequence(compressor);
+  EXPECT_EQ(compressor.retained(0).rows(), 34U);
+  EXPECT_EQ(compressor.retained(1).rows(), 24U);
+}
+
+/// Every task on a thread of its own.
+struct Threads {
+  std::size_t tasks = 0;
+  template <class Task>
+  void parallel_for(std::size_t count, Task&& task) {
+    tasks += count;
+    std::vector<std::jthread> threads;
+    for (std::size_t i = 0; i < count; ++i) {
+      threads.emplace_back([&task, i] { task(i); });
+    }
+  }
+};
+
+TEST(AnyCompressor, RunsOnTheEnginesThreads) {
+  Threads threads;
+  Cache alone;
+  Cache together;
+  AnyCompressor serial{AnyPlan{shape, "snapkv", settings()}};
+  AnyCompressor parallel{AnyPlan{shape, "snapkv", settings()}, threads};
+  alone.sequence(serial);
+  together.sequence(parallel);
+  EXPECT_GT(threads.tasks, 0U);
+  EXPECT_EQ(alone, together);
+}
+
+TEST(AnyCompressor, RanksReduceScores) {
+  Cache cache;
+  AnyCompressor compressor{AnyPlan{shape, "knorm", settings()}};
+  compressor.begin(tokens);
+  const auto views = [&](std::size_t layer) { return cache.view(layer); };
+  const auto rising = [](std::span<float> scores) { std::iota(scores.begin(), scores.end(), 0.0F); };
+  compressor.arrive(0, views, {}, rising);
+  EXPECT_EQ(compressor.retained(0).position(0), tokens - 24);
+}
+
+}  // namespace
+}  // namespace compresskv
