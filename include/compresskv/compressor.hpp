@@ -17,6 +17,7 @@
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/plan.hpp"
 #include "compresskv/sequence/arrivals.hpp"
+#include "compresskv/sequence/call.hpp"
 #include "compresskv/sequence/carried_scores.hpp"
 #include "compresskv/sequence/cascade.hpp"
 #include "compresskv/sequence/compaction.hpp"
@@ -49,7 +50,7 @@ class Compressor {
   using S = typename P::scorer_type;
 
  public:
-  static_assert(Executor<X>, "the executor is no Executor: it needs parallel_for(count, task)");
+  static_assert(call::runs<X>, "the executor is no Executor: it needs parallel_for(count, task)");
   static constexpr Granularity granularity = S::granularity;
   /// Whether budgets of earlier layers shrink as later ones arrive.
   static constexpr bool cascades = sequence::SharesAsLayersArrive<P>;
@@ -121,17 +122,16 @@ class Compressor {
   /// then as it was. Cost: that of the scorer, plus moving at most `capacity` rows.
   template <class V, class O = NotGiven, class Reduce = NotGiven>
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
-    static_assert(
-        P::reach == Reach::own_layer,
-        "this composition must see more than one layer before it can shrink any: it needs arrive(), "
-        "not compress()");
-    see(layer, kv);
-    if (stays_whole(layer)) {
-      sequence::select_all(pass_.rows(), pass_.selection());
-    } else {
-      select(layer, scores(layer, kv, observation, reduce));
+    if constexpr (call::fits<call::compress<P, V, O, Reduce>>()) {
+      see(layer, kv);
+      if (stays_whole(layer)) {
+        sequence::select_all(pass_.rows(), pass_.selection());
+      } else {
+        select(layer, scores(layer, kv, observation, reduce));
+      }
+      keep(layer, kv, kv, pass_.selection());
     }
-    return compact(layer, kv, pass_.selection());
+    return state_.layer(layer);
   }
 
   /// `compress` for compositions that reach over layers: layer `layer` has ended its prefill, and it and
@@ -151,43 +151,43 @@ class Compressor {
   template <class Views, class O = NotGiven, class Reduce = NotGiven>
   std::span<const std::size_t> arrive(std::size_t layer, Views&& views, const O& observation = {},
                                       Reduce&& reduce = {}) {
-    static_assert(P::reach != Reach::own_layer,
-                  "this composition shrinks each layer on its own: call compress(), not arrive()");
-    state_.check_layer(layer);
-    arrivals_.check_next(layer);
-    detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(pass_.workspace(), layer + 1);
-    const auto& kv = held_views.add(views(layer));
-    see_all_rows(layer, kv);
-    const Scores<granularity> scores = this->scores(layer, kv, observation, reduce);
-    const std::size_t longest = pass_.check_scores(state_, layer, scores);
-    changed_.clear();
-    changed_.reserve(state_.layers());
-    state_.reset_next_capacities();
-    over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, state_, pass_);
-    if (layer < over_layers_.waiting_layers()) {
-      end_arrival(scores);
-      return changed_;
-    }
-
-    for (std::size_t l = 0; l < layer; ++l) {
-      if (over_layers_.changes(l, layer, state_)) {
-        see_all_rows(l, held_views.add(views(l)));
-        changed_.push_back(l);
+    if constexpr (call::fits<call::arrive<P, Views, O, Reduce>>()) {
+      state_.check_layer(layer);
+      arrivals_.check_next(layer);
+      detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(pass_.workspace(), layer + 1);
+      const auto& kv = held_views.add(views(layer));
+      see_all_rows(layer, kv);
+      const Scores<granularity> scores = this->scores(layer, kv, observation, reduce);
+      const std::size_t longest = pass_.check_scores(state_, layer, scores);
+      changed_.clear();
+      changed_.reserve(state_.layers());
+      state_.reset_next_capacities();
+      over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, state_, pass_);
+      if (layer < over_layers_.waiting_layers()) {
+        end_arrival(scores);
+        return changed_;
       }
-    }
-    compaction_.start();
-    pass_.select(state_, layer, scores, pass_.at_least_window(state_.next_capacities()[layer], longest));
-    stage(layer, kv, kv, pass_.selection());
-    const auto earlier = held_views.last(changed_.size());
-    stage_changed(earlier);
-    over_layers_.reserve(layer + 1, state_);
 
-    // From here on nothing fails.
-    commit_changed(earlier);
-    commit_staged(layer, kv);
-    state_.adopt_capacities();
-    end_arrival(scores);
-    changed_.push_back(layer);
+      for (std::size_t l = 0; l < layer; ++l) {
+        if (over_layers_.changes(l, layer, state_)) {
+          see_all_rows(l, held_views.add(views(l)));
+          changed_.push_back(l);
+        }
+      }
+      compaction_.start();
+      pass_.select(state_, layer, scores, pass_.at_least_window(state_.next_capacities()[layer], longest));
+      stage(layer, kv, kv, pass_.selection());
+      const auto earlier = held_views.last(changed_.size());
+      stage_changed(earlier);
+      over_layers_.reserve(layer + 1, state_);
+
+      // From here on nothing fails.
+      commit_changed(earlier);
+      commit_staged(layer, kv);
+      state_.adopt_capacities();
+      end_arrival(scores);
+      changed_.push_back(layer);
+    }
     return changed_;
   }
 
@@ -198,43 +198,49 @@ class Compressor {
   /// moved then.
   template <class Views>
   std::span<const std::size_t> finish(Views&& views) {
-    static_assert(P::reach == Reach::all_layers,
-                  "this composition need not see the whole model: there is nothing to finish");
-    state_.check_layer(0);
-    const std::size_t layers = state_.layers();
-    arrivals_.check_all(layers);
-    detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(pass_.workspace(), layers);
-    changed_.clear();
-    changed_.reserve(layers);
-    for (std::size_t l = 0; l < layers; ++l) {
-      see_all_rows(l, held_views.add(views(l)));
-      changed_.push_back(l);
-    }
-    state_.reset_next_capacities();
-    compaction_.start();
-    stage_changed(held_views.last(layers));
+    if constexpr (call::fits<call::finish<P, Views>>()) {
+      state_.check_layer(0);
+      const std::size_t layers = state_.layers();
+      arrivals_.check_all(layers);
+      detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(pass_.workspace(), layers);
+      changed_.clear();
+      changed_.reserve(layers);
+      for (std::size_t l = 0; l < layers; ++l) {
+        see_all_rows(l, held_views.add(views(l)));
+        changed_.push_back(l);
+      }
+      state_.reset_next_capacities();
+      compaction_.start();
+      stage_changed(held_views.last(layers));
 
-    // From here on nothing fails.
-    commit_changed(held_views.last(layers));
-    arrivals_.end();
+      // From here on nothing fails.
+      commit_changed(held_views.last(layers));
+      arrivals_.end();
+    }
     return changed_;
   }
 
   /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
   /// Throws as `compress`.
   template <class V, class O = NotGiven>
-  requires(!KeylessObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
-                                                             const O& observation = {}) {
-    static_assert(!QueryObservation<V>, "queries need the keys: give the layer's view as well");
-    see(layer, kv);
-    return scores(layer, kv, observation, NotGiven{});
+  requires(!KeylessObservation<V> ||
+           !std::same_as<O, NotGiven>) Scores<granularity> score(std::size_t layer, const V& kv,
+                                                                 const O& observation = {}) {
+    if constexpr (call::fits<call::score<P, V, O>>()) {
+      see(layer, kv);
+      return scores(layer, kv, observation, NotGiven{});
+    }
+    return {{}, {}, {}};
   }
 
   /// The same from attention alone, for engines that keep their cache elsewhere.
   template <KeylessObservation O>
   Scores<granularity> score(std::size_t layer, const O& attention) {
-    see_attention(layer, attention);
-    return scores(layer, NotGiven{}, attention, NotGiven{});
+    if constexpr (call::fits<call::attention<P, O>>()) {
+      see_attention(layer, attention);
+      return scores(layer, NotGiven{}, attention, NotGiven{});
+    }
+    return {{}, {}, {}};
   }
 
   /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them; protected
@@ -250,31 +256,39 @@ class Compressor {
 
   /// Rows to keep from attention alone, without any view: for engines whose cache lies on a device, and those
   /// that only append. Where no more rows than the capacity are shown, all stay. Throws as `score`.
-  template <KeylessObservation O>
-  const Selection& select(std::size_t layer, const O& attention) {
-    see_attention(layer, attention);
-    if (stays_whole(layer)) {
-      sequence::select_all(pass_.rows(), pass_.selection());
-      return pass_.selection();
+  template <class O>
+  requires(!std::convertible_to<const O&, Scores<granularity>>) const Selection& select(std::size_t layer,
+                                                                                        const O& attention) {
+    if constexpr (call::fits<call::attention<P, O>>()) {
+      see_attention(layer, attention);
+      if (stays_whole(layer)) {
+        sequence::select_all(pass_.rows(), pass_.selection());
+      } else {
+        select(layer, scores(layer, NotGiven{}, attention, NotGiven{}));
+      }
     }
-    return select(layer, scores(layer, NotGiven{}, attention, NotGiven{}));
+    return pass_.selection();
   }
 
   /// Moves the selected rows of `kv` to its first rows, in order, and forgets the others. The selection may
   /// come from elsewhere (another rank, a file). Throws ArgumentError before anything moves.
-  template <class V>
-  const Retained& compact(std::size_t layer, const V& kv, const Selection& selection) {
-    return keep(layer, kv, kv, selection);
+  template <class V, class R = Selection>
+  const Retained& compact(std::size_t layer, const V& kv, const R& selection) {
+    if constexpr (call::fits<call::compact<V, R>>()) {
+      keep(layer, kv, kv, selection);
+    }
+    return state_.layer(layer);
   }
 
   /// As `compact`, to the first rows of another cache; `source` is not written, unless `target` shares memory
   /// with it. `target` must have room.
-  template <class V, class W>
-  const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
-    static_assert(models_kv_view<W>(),
-                  "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
-    detail::check_view(target, plan().shape());
-    return keep(layer, source, target, selection);
+  template <class V, class W, class R = Selection>
+  const Retained& gather(std::size_t layer, const V& source, const R& selection, const W& target) {
+    if constexpr (call::fits<call::gather<V, R, W>>()) {
+      detail::check_view(target, plan().shape());
+      keep(layer, source, target, selection);
+    }
+    return state_.layer(layer);
   }
 
   /// For engines that need contiguous positions: turns the keys of a compressed layer from their true
@@ -288,20 +302,18 @@ class Compressor {
   /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
   /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
   /// never re-quantised.
-  template <class V>
-  const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    static_assert(Element<typename V::key_element>,
-                  "only plain keys can be turned: quantised rows are never re-quantised");
-    state_.check_layer(layer);
-    detail::check_view(kv, plan().shape());
-    state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
-    detail::require(!sequence::CarriesScores<P> || !arrivals_.under_way() ||
-                        (layer < arrivals_.arrived() && arrivals_.arrived() > over_layers_.waiting_layers()),
-                    "layer ", layer,
-                    " is still to be chosen from by position: rerotate() it after the last layer");
-    sequence::turn_to_rows(state_, layer, kv, rotary, pass_.workspace(), pass_.executor());
+  template <class V, class R = kernel::Rotary>
+  const Retained& rerotate(std::size_t layer, const V& kv, const R& rotary) {
+    if constexpr (call::fits<call::rerotate<V, R>>()) {
+      state_.check_layer(layer);
+      detail::check_view(kv, plan().shape());
+      state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
+      detail::require(
+          !sequence::CarriesScores<P> || !arrivals_.under_way() ||
+              (layer < arrivals_.arrived() && arrivals_.arrived() > over_layers_.waiting_layers()),
+          "layer ", layer, " is still to be chosen from by position: rerotate() it after the last layer");
+      sequence::turn_to_rows(state_, layer, kv, rotary, pass_.workspace(), pass_.executor());
+    }
     return state_.layer(layer);
   }
 
@@ -335,10 +347,8 @@ class Compressor {
   }
 
   /// Checks a view against the plan and the tokens announced, and takes its rows for the layer at hand.
-  template <class V>
+  template <KvView V>
   void see(std::size_t layer, const V& kv) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
     state_.check_layer(layer);
     detail::check_view(kv, plan().shape());
     for (std::size_t head = 0; granularity == Granularity::layer && head < kv.kv_heads(); ++head) {
@@ -385,13 +395,12 @@ class Compressor {
   }
 
   template <class V, class W>
-  const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
+  void keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
     state_.check_layer(layer);
     detail::require(!cascades || !arrivals_.under_way() || layer >= arrivals_.arrived(), "layer ", layer,
                     " may shrink again as later layers arrive: change its rows after the last one");
     stage(layer, source, target, selection);
     compaction_.commit(state_, layer, source, target, selection, pass_.workspace(), pass_.executor());
-    return state_.layer(layer);
   }
 
   template <class V, class W>

@@ -45,14 +45,9 @@ class Compaction {
 
   /// Checks `selection` of a layer against both caches and the tokens announced, writes down what the layer
   /// will hold, and makes room for it. `source` and `target` may be one object. Throws ArgumentError.
-  template <class V, class W>
+  template <KvView V, KvView W>
   void stage(State& state, const ModelShape& shape, std::size_t index, const V& source, const W& target,
              const Selection& selection, Workspace& workspace) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    static_assert(
-        kernel::rows_fit<V, W>,
-        "rows move as they are: the cache written needs the element types of the cache read, not const");
     detail::check_view(source, shape);
     state.check_rows(index, [&](std::size_t head) { return source.rows(head); });
     const std::size_t kv_heads = source.kv_heads();

@@ -19,9 +19,6 @@
 
 namespace compresskv {
 
-/// Stands for the keys or the observation where a scorer needs none.
-struct NotGiven {};
-
 namespace sequence {
 
 /// One layer's pass: its rows, their scores, and which of them stay. Nothing is remembered from layer to
@@ -90,13 +87,7 @@ class LayerPass {
   /// Checks the observation and scores. Throws ArgumentError and ScoreError.
   template <class V, class O>
   Scores<granularity> score(const State& state, const kernel::LayerInput<V, O>& in) {
-    static_assert(S::needs != Needs::keys || KvView<V>,
-                  "this scorer reads the keys: give it the layer's view");
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
-      static_assert(
-          Observation<O>,
-          "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
-          "Observation (compresskv/view/observation.hpp)");
       for (std::size_t head = 0; head < rows_.size(); ++head) {
         const std::size_t window = (std::min)(plan_->scorer().window(), rows_[head]);
         detail::check_observation(in.observation, plan_->shape(), rows_[head],
