@@ -1,13 +1,11 @@
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <span>
 #include <utility>
 #include <vector>
 
-#include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/protection.hpp"
@@ -17,6 +15,7 @@
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/plan.hpp"
 #include "compresskv/sequence/arrivals.hpp"
+#include "compresskv/sequence/call.hpp"
 #include "compresskv/sequence/carried_scores.hpp"
 #include "compresskv/sequence/cascade.hpp"
 #include "compresskv/sequence/compaction.hpp"
@@ -46,13 +45,9 @@ namespace compresskv {
 /// first row that moves on nothing fails: `key_run`, `value_run` and `rows` of a view do not throw.
 template <class P, class X = SerialExecutor>
 class Compressor {
-  using S = typename P::scorer_type;
-
  public:
-  static_assert(Executor<X>, "the executor is no Executor: it needs parallel_for(count, task)");
-  static constexpr Granularity granularity = S::granularity;
-  /// Whether budgets of earlier layers shrink as later ones arrive.
-  static constexpr bool cascades = sequence::SharesAsLayersArrive<P>;
+  static_assert(call::runs<X>, "the executor is no Executor: it needs parallel_for(count, task)");
+  static constexpr Granularity granularity = P::scorer_type::granularity;
 
   explicit Compressor(const P& plan, X executor = X{})
       : state_(plan.shape().layers, plan.shape().kv_heads),
@@ -61,27 +56,29 @@ class Compressor {
         compaction_(P::reach == Reach::own_layer ? 1 : plan.shape().layers) {}
   explicit Compressor(const P&&, X = X{}) = delete;  // the plan must outlive the compressor: give it a name
 
-  /// Starts a sequence whose prompt has `prompt_tokens` tokens: budgets resolve here. `protection` names
+  /// Starts a sequence whose prompt has `prompt_tokens` tokens: the budget resolves here. `protection` names
   /// tokens that stay whatever the scores. Throws ArgumentError when the budget cannot be met. Cost: a few
   /// operations a layer.
   void begin(std::size_t prompt_tokens, const Protection& protection = {}) {
     state_.prepare_sequence(prompt_tokens, protection);
     const sequence::Turn turn = prepare(prompt_tokens);
     state_.start_sequence(prompt_tokens, protection);
-    start(turn);
+    over_layers_.start(turn);
+    arrivals_.start();
   }
 
   /// Goes on with the sequence: a new user turn, or the next chunk of a long prompt. `total_tokens` counts
-  /// all its tokens so far, evicted ones too; budgets resolve anew. Each layer then holds the rows that were
-  /// kept and those that the engine appended since. Throws as `begin`; after `rerotate` see there.
+  /// all its tokens so far, evicted ones too; the budget resolves anew. Each layer then holds the rows that
+  /// were kept and those that the engine appended since. Throws as `begin`; after `rerotate` see there.
   void begin_turn(std::size_t total_tokens, const Protection& protection = {}) {
     state_.prepare_turn(total_tokens, protection);
-    detail::require(!(sequence::CarriesScores<P> && state_.turned()),
-                    "scores are carried from layer to layer by true positions, which rerotate() gave up: "
-                    "begin() starts a new sequence");
+    if (state_.turned()) {
+      over_layers_.check_turned();
+    }
     const sequence::Turn turn = prepare(total_tokens);
     state_.start_turn(total_tokens, protection);
-    start(turn);
+    over_layers_.start(turn);
+    arrivals_.start();
   }
 
   /// Takes back all tokens from `position` on (rejected speculative tokens): the sequence goes on there.
@@ -97,8 +94,8 @@ class Compressor {
     return held(position);
   }
 
-  /// What the cache holds when the sequence has `tokens` tokens: the rows that were kept of those before
-  /// `tokens`, and those that the engine appended since. After `rerotate` see there.
+  /// What the cache holds when the sequence has `tokens` tokens: the rows kept of those before `tokens`, and
+  /// those that the engine appended since. After `rerotate` see there.
   Held held(std::size_t tokens) const { return state_.held(tokens); }
 
   /// Rows that each layer may keep, window included, as of `begin()` or `begin_turn()`.
@@ -121,17 +118,16 @@ class Compressor {
   /// then as it was. Cost: that of the scorer, plus moving at most `capacity` rows.
   template <class V, class O = NotGiven, class Reduce = NotGiven>
   const Retained& compress(std::size_t layer, const V& kv, const O& observation = {}, Reduce&& reduce = {}) {
-    static_assert(
-        P::reach == Reach::own_layer,
-        "this composition must see more than one layer before it can shrink any: it needs arrive(), "
-        "not compress()");
-    see(layer, kv);
-    if (stays_whole(layer)) {
-      sequence::select_all(pass_.rows(), pass_.selection());
-    } else {
-      select(layer, scores(layer, kv, observation, reduce));
+    if constexpr (call::fits<call::compress<P, V, O, Reduce>>()) {
+      pass_.see(state_, layer, kv);
+      if (pass_.stays_whole(state_, layer)) {
+        pass_.select_all();
+      } else {
+        select(layer, scores(layer, kv, observation, reduce));
+      }
+      keep(layer, kv, kv, pass_.selection());
     }
-    return compact(layer, kv, pass_.selection());
+    return state_.layer(layer);
   }
 
   /// `compress` for compositions that reach over layers: layer `layer` has ended its prefill, and it and
@@ -144,97 +140,100 @@ class Compressor {
   ///
   /// `reduce` as in `compress`; where scores are carried from layer to layer it gets this layer's part.
   ///
-  /// Throws ArgumentError where a layer comes out of order, and as `compress`; the layer is then as it was,
-  /// and has not arrived. Cost: that of the scorer and the allocator, plus the rows that move. Two
-  /// floats are held for each token of the prompt where scores are carried, else one for each row that may go
-  /// later.
+  /// Throws as `compress`, and where a layer comes out of order; it has then not arrived. Cost: that of the
+  /// scorer and the allocator, and the rows that move; a float for each row kept, or two for each token.
   template <class Views, class O = NotGiven, class Reduce = NotGiven>
   std::span<const std::size_t> arrive(std::size_t layer, Views&& views, const O& observation = {},
                                       Reduce&& reduce = {}) {
-    static_assert(P::reach != Reach::own_layer,
-                  "this composition shrinks each layer on its own: call compress(), not arrive()");
-    state_.check_layer(layer);
-    arrivals_.check_next(layer);
-    detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(pass_.workspace(), layer + 1);
-    const auto& kv = held_views.add(views(layer));
-    see_all_rows(layer, kv);
-    const Scores<granularity> scores = this->scores(layer, kv, observation, reduce);
-    const std::size_t longest = pass_.check_scores(state_, layer, scores);
-    changed_.clear();
-    changed_.reserve(state_.layers());
-    state_.reset_next_capacities();
-    over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, state_, pass_);
-    if (layer < over_layers_.waiting_layers()) {
-      end_arrival(scores);
-      return changed_;
-    }
-
-    for (std::size_t l = 0; l < layer; ++l) {
-      if (over_layers_.changes(l, layer, state_)) {
-        see_all_rows(l, held_views.add(views(l)));
-        changed_.push_back(l);
+    if constexpr (call::fits<call::arrive<P, Views, O, Reduce>>()) {
+      state_.check_layer(layer);
+      arrivals_.check_next(layer);
+      detail::HeldViews<std::remove_cvref_t<decltype(views(layer))>> held_views(pass_.workspace(), layer + 1);
+      const auto& kv = held_views.add(views(layer));
+      pass_.see_all_rows(state_, layer, kv);
+      const Scores<granularity> scores = this->scores(layer, kv, observation, reduce);
+      const std::size_t longest = pass_.check_scores(state_, layer, scores);
+      changed_.clear();
+      changed_.reserve(state_.layers());
+      state_.reset_next_capacities();
+      over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, state_, pass_);
+      if (layer < over_layers_.waiting_layers()) {
+        end_arrival(scores);
+        return changed_;
       }
-    }
-    compaction_.start();
-    pass_.select(state_, layer, scores, pass_.at_least_window(state_.next_capacities()[layer], longest));
-    stage(layer, kv, kv, pass_.selection());
-    const auto earlier = held_views.last(changed_.size());
-    stage_changed(earlier);
-    over_layers_.reserve(layer + 1, state_);
 
-    // From here on nothing fails.
-    commit_changed(earlier);
-    commit_staged(layer, kv);
-    state_.adopt_capacities();
-    end_arrival(scores);
-    changed_.push_back(layer);
+      for (std::size_t l = 0; l < layer; ++l) {
+        if (over_layers_.changes(l, layer, state_)) {
+          pass_.see_all_rows(state_, l, held_views.add(views(l)));
+          changed_.push_back(l);
+        }
+      }
+      compaction_.start();
+      pass_.select(state_, layer, scores, pass_.at_least_window(state_.next_capacities()[layer], longest));
+      stage(layer, kv, kv, pass_.selection());
+      const auto earlier = held_views.last(changed_.size());
+      stage_changed(earlier);
+      over_layers_.reserve(layer + 1, state_);
+
+      // From here on nothing fails.
+      commit_changed(earlier);
+      commit_staged(layer, kv);
+      state_.adopt_capacities();
+      end_arrival(scores);
+      changed_.push_back(layer);
+    }
     return changed_;
   }
 
   /// Shrinks all layers of a composition that must see the whole model first, once each has arrived. Returns
   /// all layers.
   ///
-  /// Throws ArgumentError naming a layer that has not arrived, or whose view is not what it was; nothing has
-  /// moved then.
+  /// Throws ArgumentError naming a layer that has not arrived, or whose view is not what it was.
   template <class Views>
   std::span<const std::size_t> finish(Views&& views) {
-    static_assert(P::reach == Reach::all_layers,
-                  "this composition need not see the whole model: there is nothing to finish");
-    state_.check_layer(0);
-    const std::size_t layers = state_.layers();
-    arrivals_.check_all(layers);
-    detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(pass_.workspace(), layers);
-    changed_.clear();
-    changed_.reserve(layers);
-    for (std::size_t l = 0; l < layers; ++l) {
-      see_all_rows(l, held_views.add(views(l)));
-      changed_.push_back(l);
-    }
-    state_.reset_next_capacities();
-    compaction_.start();
-    stage_changed(held_views.last(layers));
+    if constexpr (call::fits<call::finish<P, Views>>()) {
+      state_.check_layer(0);
+      const std::size_t layers = state_.layers();
+      arrivals_.check_all(layers);
+      detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(pass_.workspace(), layers);
+      changed_.clear();
+      changed_.reserve(layers);
+      for (std::size_t l = 0; l < layers; ++l) {
+        pass_.see_all_rows(state_, l, held_views.add(views(l)));
+        changed_.push_back(l);
+      }
+      state_.reset_next_capacities();
+      compaction_.start();
+      stage_changed(held_views.last(layers));
 
-    // From here on nothing fails.
-    commit_changed(held_views.last(layers));
-    arrivals_.end();
+      // From here on nothing fails.
+      commit_changed(held_views.last(layers));
+      arrivals_.end();
+    }
     return changed_;
   }
 
   /// The layer's scores alone; they live in the compressor until its next call and may be changed (reduced).
   /// Throws as `compress`.
   template <class V, class O = NotGiven>
-  requires(!KeylessObservation<V>) Scores<granularity> score(std::size_t layer, const V& kv,
-                                                             const O& observation = {}) {
-    static_assert(!QueryObservation<V>, "queries need the keys: give the layer's view as well");
-    see(layer, kv);
-    return scores(layer, kv, observation, NotGiven{});
+  requires(!KeylessObservation<V> ||
+           !std::same_as<O, NotGiven>) Scores<granularity> score(std::size_t layer, const V& kv,
+                                                                 const O& observation = {}) {
+    if constexpr (call::fits<call::score<P, V, O>>()) {
+      pass_.see(state_, layer, kv);
+      return scores(layer, kv, observation, NotGiven{});
+    }
+    return {{}, {}, {}};
   }
 
   /// The same from attention alone, for engines that keep their cache elsewhere.
   template <KeylessObservation O>
   Scores<granularity> score(std::size_t layer, const O& attention) {
-    see_attention(layer, attention);
-    return scores(layer, NotGiven{}, attention, NotGiven{});
+    if constexpr (call::fits<call::attention<P, O>>()) {
+      pass_.see_attention(state_, layer, attention.tokens());
+      return scores(layer, NotGiven{}, attention, NotGiven{});
+    }
+    return {{}, {}, {}};
   }
 
   /// Rows to keep, from scores of this layer as `score` filled them or as ranks reduced them; protected
@@ -250,31 +249,39 @@ class Compressor {
 
   /// Rows to keep from attention alone, without any view: for engines whose cache lies on a device, and those
   /// that only append. Where no more rows than the capacity are shown, all stay. Throws as `score`.
-  template <KeylessObservation O>
-  const Selection& select(std::size_t layer, const O& attention) {
-    see_attention(layer, attention);
-    if (stays_whole(layer)) {
-      sequence::select_all(pass_.rows(), pass_.selection());
-      return pass_.selection();
+  template <class O>
+  requires(!std::convertible_to<const O&, Scores<granularity>>) const Selection& select(std::size_t layer,
+                                                                                        const O& attention) {
+    if constexpr (call::fits<call::attention<P, O>>()) {
+      pass_.see_attention(state_, layer, attention.tokens());
+      if (pass_.stays_whole(state_, layer)) {
+        pass_.select_all();
+      } else {
+        select(layer, scores(layer, NotGiven{}, attention, NotGiven{}));
+      }
     }
-    return select(layer, scores(layer, NotGiven{}, attention, NotGiven{}));
+    return pass_.selection();
   }
 
   /// Moves the selected rows of `kv` to its first rows, in order, and forgets the others. The selection may
   /// come from elsewhere (another rank, a file). Throws ArgumentError before anything moves.
-  template <class V>
-  const Retained& compact(std::size_t layer, const V& kv, const Selection& selection) {
-    return keep(layer, kv, kv, selection);
+  template <class V, class R = Selection>
+  const Retained& compact(std::size_t layer, const V& kv, const R& selection) {
+    if constexpr (call::fits<call::compact<V, R>>()) {
+      keep(layer, kv, kv, selection);
+    }
+    return state_.layer(layer);
   }
 
-  /// As `compact`, to the first rows of another cache; `source` is not written, unless `target` shares memory
-  /// with it. `target` must have room.
-  template <class V, class W>
-  const Retained& gather(std::size_t layer, const V& source, const Selection& selection, const W& target) {
-    static_assert(models_kv_view<W>(),
-                  "gather's target is no KvView: see compresskv/view/kv_view.hpp for its members");
-    detail::check_view(target, plan().shape());
-    return keep(layer, source, target, selection);
+  /// As `compact`, to the first rows of another cache that has room; `source` is written only by what it
+  /// shares.
+  template <class V, class W, class R = Selection>
+  const Retained& gather(std::size_t layer, const V& source, const R& selection, const W& target) {
+    if constexpr (call::fits<call::gather<V, R, W>>()) {
+      detail::check_view(target, plan().shape());
+      keep(layer, source, target, selection);
+    }
+    return state_.layer(layer);
   }
 
   /// For engines that need contiguous positions: turns the keys of a compressed layer from their true
@@ -288,26 +295,15 @@ class Compressor {
   /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
   /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
   /// never re-quantised.
-  template <class V>
-  const Retained& rerotate(std::size_t layer, const V& kv, const kernel::Rotary& rotary) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    using Key = typename V::key_element;
-    static_assert(Element<Key> || ElementOfAnyKind<Key>,
-                  "only plain keys can be turned: quantised rows are never re-quantised");
-    if constexpr (ElementOfAnyKind<Key>) {
-      const ElementKind kind = kv.key_kind();
-      detail::require(kind <= ElementKind::bfloat16, "keys are ", name(kind),
-                      ": only plain keys can be turned, quantised rows are never re-quantised");
+  template <class V, class R = kernel::Rotary>
+  const Retained& rerotate(std::size_t layer, const V& kv, const R& rotary) {
+    if constexpr (call::fits<call::rerotate<V, R>>()) {
+      state_.check_layer(layer);
+      detail::check_view(kv, plan().shape());
+      state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
+      over_layers_.check_turn(layer, arrivals_);
+      sequence::turn_to_rows(state_, layer, kv, rotary, pass_.workspace(), pass_.executor());
     }
-    state_.check_layer(layer);
-    detail::check_view(kv, plan().shape());
-    state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
-    detail::require(!sequence::CarriesScores<P> || !arrivals_.under_way() ||
-                        (layer < arrivals_.arrived() && arrivals_.arrived() > over_layers_.waiting_layers()),
-                    "layer ", layer,
-                    " is still to be chosen from by position: rerotate() it after the last layer");
-    sequence::turn_to_rows(state_, layer, kv, rotary, pass_.workspace(), pass_.executor());
     return state_.layer(layer);
   }
 
@@ -322,62 +318,17 @@ class Compressor {
 
   /// Resolves the budget of a turn into `next_capacities`, and makes room for what travels.
   sequence::Turn prepare(std::size_t tokens) {
-    const std::size_t window = plan().scorer().window();
-    const std::size_t per_layer = plan().allocator().budget().resolve(tokens, window, plan().shape());
-    if (per_layer < tokens) {
-      plan().allocator().allocate({.per_layer = per_layer, .window = window, .tokens = tokens},
-                                  state_.next_capacities());
-    }
     const sequence::Turn turn{.tokens = tokens,
-                              .per_layer = per_layer,
+                              .per_layer = plan().resolve(tokens, state_.next_capacities()),
                               .layers = state_.layers(),
                               .score_rows = pass_.score_rows()};
     over_layers_.prepare(turn);
     return turn;
   }
-  void start(const sequence::Turn& turn) noexcept {
-    over_layers_.start(turn);
-    arrivals_.start();
-  }
-
-  /// Checks a view against the plan and the tokens announced, and takes its rows for the layer at hand.
-  template <class V>
-  void see(std::size_t layer, const V& kv) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    state_.check_layer(layer);
-    detail::check_view(kv, plan().shape());
-    for (std::size_t head = 0; granularity == Granularity::layer && head < kv.kv_heads(); ++head) {
-      detail::require(
-          kv.rows(head) == kv.rows(0), "KV head ", head, " of layer ", layer, " has ", kv.rows(head),
-          " rows, KV head 0 has ", kv.rows(0),
-          ": one set of rows for all heads needs equal lengths; use a policy with scores a KV head");
-    }
-    state_.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
-    pass_.see(kv);
-  }
-  template <class V>
-  void see_all_rows(std::size_t layer, const V& kv) {
-    see(layer, kv);
-    state_.check_all_rows(layer, [&](std::size_t head) { return kv.rows(head); });
-  }
-  template <KeylessObservation O>
-  void see_attention(std::size_t layer, const O& attention) {
-    state_.check_layer(layer);
-    state_.check_announced(layer, [&](std::size_t) { return attention.tokens(); });
-    pass_.see(attention.tokens());
-  }
-
-  bool stays_whole(std::size_t layer) const {
-    const std::size_t longest = pass_.longest();
-    return longest <= pass_.at_least_window(state_.capacities()[layer], longest);
-  }
 
   /// Bytes of the sequence beside the positions that every composition holds.
   std::size_t held_bytes() const {
-    // Positions of what each layer is to keep are held until all are known: 1.1 bits each.
-    const std::size_t staged = (compaction_.at_once() - 1) * pass_.score_rows() * pass_.longest() * 11 / 80;
-    return staged + over_layers_.held_bytes();
+    return over_layers_.held_bytes() + compaction_.held_bytes(pass_.score_rows(), pass_.longest());
   }
 
   template <class V, class O, class Reduce>
@@ -391,13 +342,11 @@ class Compressor {
   }
 
   template <class V, class W>
-  const Retained& keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
+  void keep(std::size_t layer, const V& source, const W& target, const Selection& selection) {
     state_.check_layer(layer);
-    detail::require(!cascades || !arrivals_.under_way() || layer >= arrivals_.arrived(), "layer ", layer,
-                    " may shrink again as later layers arrive: change its rows after the last one");
+    over_layers_.check_cut(layer, arrivals_);
     stage(layer, source, target, selection);
     compaction_.commit(state_, layer, source, target, selection, pass_.workspace(), pass_.executor());
-    return state_.layer(layer);
   }
 
   template <class V, class W>
@@ -410,7 +359,7 @@ class Compressor {
   void stage_changed(std::span<const V> views) {
     for (std::size_t i = 0; i < views.size(); ++i) {
       const std::size_t layer = changed_[i];
-      pass_.see(views[i]);
+      pass_.take_rows(views[i]);
       const Scores<granularity> scores = over_layers_.scores_of(layer, state_, pass_);
       pass_.select(state_, layer, scores,
                    pass_.at_least_window(state_.next_capacities()[layer], pass_.longest()));
@@ -427,19 +376,15 @@ class Compressor {
     }
   }
 
-  /// Moves a layer that was staged before others.
   template <class V>
   void commit_staged(std::size_t layer, const V& kv) noexcept {
-    compaction_.selection_of(state_, layer, kv, pass_.rows(), pass_.selection());
-    compaction_.commit(state_, layer, kv, kv, pass_.selection(), pass_.workspace(), pass_.executor());
+    compaction_.commit_staged(state_, layer, kv, pass_.rows(), pass_.selection(), pass_.workspace(),
+                              pass_.executor());
   }
 
   void end_arrival(const Scores<granularity>& scores) noexcept {
     over_layers_.end_arrival(scores, pass_.selection());
-    arrivals_.add();
-    if (P::reach == Reach::earlier_layers && arrivals_.arrived() == state_.layers()) {
-      arrivals_.end();
-    }
+    arrivals_.add(P::reach == Reach::earlier_layers ? state_.layers() : state_.layers() + 1);
   }
 
   sequence::State state_;
@@ -450,9 +395,7 @@ class Compressor {
   std::vector<std::size_t> changed_;
 };
 
-template <class P>
-Compressor(const P&) -> Compressor<P>;
-template <class P, class X>
-Compressor(const P&, X) -> Compressor<P, X>;
+template <class P, class X = SerialExecutor>
+Compressor(const P&, X = X{}) -> Compressor<P, X>;
 
 }  // namespace compresskv

@@ -1,4 +1,4 @@
-// expect: this composition shrinks each layer on its own: call compress\(\), not arrive\(\)
+// first: this composition shrinks each layer on its own: call compress\(\), not arrive\(\)
 #include "scorer.hpp"
 
 using CaseScorer = Scorer<ckv::Granularity::layer, ckv::Needs::nothing, ckv::Reach::own_layer>;

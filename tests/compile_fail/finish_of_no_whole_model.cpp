@@ -1,4 +1,4 @@
-// expect: this composition need not see the whole model: there is nothing to finish
+// first: this composition need not see the whole model: there is nothing to finish
 #include "scorer.hpp"
 
 const ckv::Plan plan{shape, ckv::score::Cake{}, ckv::select::GroupedTopK{},

@@ -1,4 +1,4 @@
-// expect: rows move as they are
+// first: rows move as they are
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;

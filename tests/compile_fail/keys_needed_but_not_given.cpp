@@ -1,4 +1,4 @@
-// expect: this scorer reads the keys: give it the layer's view
+// first: this scorer reads the keys: give it the layer's view
 #include "scorer.hpp"
 
 using CaseScorer = Scorer<ckv::Granularity::layer, ckv::Needs::keys, ckv::Reach::own_layer>;

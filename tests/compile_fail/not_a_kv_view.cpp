@@ -1,4 +1,4 @@
-// expect: the kv view lacks rows\(kv_head\)
+// first: the kv view lacks a member or has one of another type: static_assert\(compresskv::models_kv_view
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;
@@ -7,7 +7,9 @@ const ckv::Plan plan{ckv::ModelShape{.layers = 1, .query_heads = 2, .kv_heads = 
                      ckv::score::SemanticRetrieval{ckv::HeadRanking{{{0, 1}}}, {.heads_per_layer = 1}},
                      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::tokens_per_layer(16)}};
 
-struct Cache {};
+struct Cache {
+  std::size_t kv_heads() const { return 1; }
+};
 
 void compress(const ckv::QueryWindow<float>& queries) {
   ckv::Compressor compressor{plan};

@@ -1,4 +1,4 @@
-// expect: the executor is no Executor
+// first: the executor is no Executor
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;

@@ -1,4 +1,4 @@
-// expect: queries need the keys
+// first: queries need the keys
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;

@@ -1,4 +1,4 @@
-// expect: this composition must see more than one layer before it can shrink any
+// first: this composition must see more than one layer before it can shrink any
 #include "scorer.hpp"
 
 using CaseScorer = Scorer<ckv::Granularity::layer, ckv::Needs::nothing, ckv::Reach::all_layers>;

@@ -1,4 +1,4 @@
-// expect: quantised rows are never re-quantised
+// first: quantised rows are never re-quantised
 #include <compresskv/compresskv.hpp>
 
 namespace ckv = compresskv;

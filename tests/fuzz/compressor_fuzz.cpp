@@ -270,7 +270,7 @@ class Driver {
   using S = typename P::scorer_type;
   /// Whether scores, or what layers may keep, go from layer to layer.
   static constexpr bool carries = requires(const S& scorer) { scorer.decay(); };
-  static constexpr bool cascades = C::cascades;
+  static constexpr bool cascades = P::allocator_type::reach != Reach::own_layer;
   static constexpr bool own_layer = P::reach == Reach::own_layer;
   static constexpr bool adaptive =
       std::same_as<std::remove_cvref_t<decltype(std::declval<P>().selector())>, select::Adaptive>;

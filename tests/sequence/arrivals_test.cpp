@@ -15,11 +15,11 @@ TEST(Arrivals, LayersComeInOrderEachOnce) {
   EXPECT_FALSE(arrivals.under_way());
   expect_error<ArgumentError>([&] { arrivals.check_next(1); }, {"layer 1 arrives, expected layer 0"});
   arrivals.check_next(0);
-  arrivals.add();
+  arrivals.add(3);
   EXPECT_TRUE(arrivals.under_way());
   expect_error<ArgumentError>([&] { arrivals.check_next(0); }, {"layer 0 arrives, expected layer 1"});
   expect_error<ArgumentError>([&] { arrivals.check_all(2); }, {"layer 1 has not arrived", "all 2 layers"});
-  arrivals.add();
+  arrivals.add(3);
   arrivals.check_all(2);
   arrivals.end();
   EXPECT_FALSE(arrivals.under_way());

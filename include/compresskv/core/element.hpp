@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <type_traits>
 
@@ -16,6 +17,77 @@ template <class T>
 concept Element = std::same_as < std::remove_const_t<T>,
 float > || std::same_as<std::remove_const_t<T>, Eigen::half> ||
     std::same_as<std::remove_const_t<T>, Eigen::bfloat16>;
+
+namespace detail {
+
+/// Scalar types of the compiler's own: `_Float16`, `std::float16_t`, `std::bfloat16_t`, where it has them.
+/// The standard library may not count `_Float16` among the arithmetic types.
+template <class T>
+concept ShortFloat = sizeof(T) == 2 && !std::is_class_v<T> && !std::is_union_v<T> && !std::is_integral_v<T> &&
+                     !std::is_enum_v<T> && requires(T value) {
+  static_cast<float>(value);
+};
+/// A half holds 257, a bfloat16 does not.
+template <class T>
+inline constexpr bool is_half = false;
+template <ShortFloat T>
+inline constexpr bool is_half<T> = static_cast<float>(static_cast<T>(257.0F)) == 257.0F;
+
+/// `std::uint16_t` and what holds one alone, as `struct ggml_bf16_t { uint16_t bits; }`: nothing in the type
+/// says which of the two it is.
+template <class T>
+concept Bits16 = std::same_as<T, std::uint16_t> ||
+    (std::is_class_v<T> && sizeof(T) == 2 && alignof(T) == 2 && std::is_trivially_copyable_v<T> &&
+     std::is_standard_layout_v<T> && !std::same_as<T, Eigen::half> && !std::same_as<T, Eigen::bfloat16>);
+
+/// The same memory. What was written through `from` before has been written: no compiler moves it past here.
+template <class To, class From>
+auto* look_at_as(From* from) {
+  using Element = std::conditional_t<std::is_const_v<From>, const To, To>;
+  static_assert(sizeof(To) == sizeof(From) && alignof(To) <= alignof(From));
+  auto* elements = reinterpret_cast<Element*>(from);
+  asm volatile("" : "+r"(elements) : : "memory");
+  return elements;
+}
+
+}  // namespace detail
+
+/// Types whose memory holds half, and bfloat16: Eigen's, the compiler's own, and 16 raw bits
+/// (`std::uint16_t`, `ggml_fp16_t`, `ggml_bf16_t`), of which only their owner knows what they are.
+template <class T>
+concept HalfStorage = std::same_as<std::remove_const_t<T>, Eigen::half> ||
+    detail::Bits16<std::remove_const_t<T>> ||
+    (detail::ShortFloat<std::remove_const_t<T>>&& detail::is_half<std::remove_const_t<T>>);
+template <class T>
+concept Bfloat16Storage = std::same_as<std::remove_const_t<T>, Eigen::bfloat16> ||
+    detail::Bits16<std::remove_const_t<T>> ||
+    (detail::ShortFloat<std::remove_const_t<T>> && !detail::is_half<std::remove_const_t<T>>);
+
+/// The same memory as the library's element type, for views and observations; nothing is copied. Of const
+/// elements the result is const.
+///
+/// Aliasing: `Eigen::half` and `Eigen::bfloat16` are one `std::uint16_t` each, and are read and written as
+/// such. That is the type that memory of raw bits has. Memory of the compiler's own types has another, and a
+/// compiler may assume that the two never meet: convert before each call, after writing, which orders the
+/// two; and read what a call has written in another file than the call, through the result, or with
+/// `-fno-strict-aliasing`.
+template <HalfStorage T>
+auto* as_half(T* elements) {
+  return detail::look_at_as<Eigen::half>(elements);
+}
+template <Bfloat16Storage T>
+auto* as_bfloat16(T* elements) {
+  return detail::look_at_as<Eigen::bfloat16>(elements);
+}
+/// The same of memory of known size: `as_half(std::span(vector))`.
+template <HalfStorage T, std::size_t N>
+auto as_half(std::span<T, N> elements) {
+  return std::span(as_half(elements.data()), elements.size());
+}
+template <Bfloat16Storage T, std::size_t N>
+auto as_bfloat16(std::span<T, N> elements) {
+  return std::span(as_bfloat16(elements.data()), elements.size());
+}
 
 /// Exact: every half and every bfloat16 is a float32.
 [[gnu::always_inline]] inline float to_float(float value) { return value; }

@@ -15,7 +15,11 @@ class Arrivals {
   }
   /// No layer is awaited until the next turn.
   void end() noexcept { over_ = true; }
-  void add() noexcept { ++arrived_; }
+  /// One more; with the `last`-th none is awaited any more.
+  void add(std::size_t last) noexcept {
+    ++arrived_;
+    over_ = arrived_ == last;
+  }
 
   std::size_t arrived() const { return arrived_; }
   /// Whether some layers have arrived and others, or `finish`, are awaited.

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "compresskv/core/error.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/retained.hpp"
@@ -95,6 +96,19 @@ class CarriedScores {
   void keep(std::size_t /*layer*/, const Selection& /*selection*/) noexcept {}
   void end_arrival(const Scores<Granularity::layer>& /*scores*/, const Selection& /*selection*/) noexcept {
     std::copy(next_.begin(), next_.end(), by_position_.begin());
+  }
+
+  void check_cut(std::size_t /*layer*/, const Arrivals& /*arrivals*/) const {}
+  void check_turn(std::size_t layer, const Arrivals& arrivals) const {
+    const bool chosen = layer < arrivals.arrived() && arrivals.arrived() > waiting_layers();
+    detail::require(chosen || !arrivals.under_way(), "layer ", layer,
+                    " is still to be chosen from by position: rerotate() it after the last layer");
+  }
+  void check_turned() const {
+    detail::fail<ArgumentError>(
+        "scores are carried from layer to layer by true positions, which rerotate() gave up: begin() starts "
+        "a "
+        "new sequence");
   }
 
   std::size_t memory_bytes() const { return (by_position_.capacity() + next_.capacity()) * sizeof(float); }

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "compresskv/core/error.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
@@ -20,7 +21,7 @@ namespace compresskv::sequence {
 template <class P>
 concept SharesAsLayersArrive = P::allocator_type::reach != Reach::own_layer;
 
-/// Budgets of earlier layers shrink as later ones arrive (CAKE, `budget::Cake`): each layer's preference, and
+/// Capacities of earlier layers shrink as later ones arrive (CAKE, `budget::Cake`): each layer's preference, and
 /// the scores of the rows that it still holds. A layer that has been cut never grows again.
 template <class P>
 class Cascade {
@@ -82,6 +83,13 @@ class Cascade {
     kept_scores_.settle();
     kept_scores_.append(scores, selection);
   }
+
+  void check_cut(std::size_t layer, const Arrivals& arrivals) const {
+    detail::require(!arrivals.under_way() || layer >= arrivals.arrived(), "layer ", layer,
+                    " may shrink again as later layers arrive: change its rows after the last one");
+  }
+  void check_turn(std::size_t /*layer*/, const Arrivals& /*arrivals*/) const {}
+  void check_turned() const {}
 
   std::size_t memory_bytes() const { return kept_scores_.memory_bytes(); }
 

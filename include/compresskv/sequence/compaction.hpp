@@ -45,14 +45,9 @@ class Compaction {
 
   /// Checks `selection` of a layer against both caches and the tokens announced, writes down what the layer
   /// will hold, and makes room for it. `source` and `target` may be one object. Throws ArgumentError.
-  template <class V, class W>
+  template <KvView V, KvView W>
   void stage(State& state, const ModelShape& shape, std::size_t index, const V& source, const W& target,
              const Selection& selection, Workspace& workspace) {
-    static_assert(models_kv_view<V>(),
-                  "the argument kv is no KvView: see compresskv/view/kv_view.hpp for its members");
-    static_assert(
-        kernel::rows_fit<V, W>,
-        "rows move as they are: the cache written needs the element types of the cache read, not const");
     detail::check_view(source, shape);
     state.check_rows(index, [&](std::size_t head) { return source.rows(head); });
     const std::size_t kv_heads = source.kv_heads();
@@ -150,7 +145,19 @@ class Compaction {
     }
   }
 
-  std::size_t at_once() const { return next_.size(); }
+  /// Moves a layer in place that was staged before others. `rows` and `selection` are memory for it.
+  template <class V, Executor X>
+  void commit_staged(State& state, std::size_t index, const V& kv, std::span<std::size_t> rows,
+                     Selection& selection, Workspace& workspace, X& executor) noexcept {
+    selection_of(state, index, kv, rows, selection);
+    commit(state, index, kv, kv, selection, workspace, executor);
+  }
+
+  /// Bytes that layers staged together take beside those of one: 1.1 bits for each of `rows` rows and row of
+  /// scores.
+  std::size_t held_bytes(std::size_t score_rows, std::size_t rows) const {
+    return (next_.size() - 1) * score_rows * rows * 11 / 80;
+  }
 
   std::size_t memory_bytes() const {
     std::size_t total = 0;

@@ -5,6 +5,7 @@
 
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
+#include "compresskv/sequence/arrivals.hpp"
 #include "compresskv/sequence/state.hpp"
 
 namespace compresskv::sequence {
@@ -32,11 +33,13 @@ struct Turn {
 /// | `scores_of(layer, state, pass)` | what an earlier layer, seen by `pass`, is chosen by |
 /// | `reserve(layers, state)` | makes room for what `keep` and `add` write; may throw |
 /// | `keep(layer, selection)` | an earlier layer was cut; does not throw |
-/// | `end_arrival(scores, selection)` | the arrival holds; the new layer was cut, unless it waits; does not
-/// throw |
+/// | `check_cut(layer, arrivals)`, `check_turn(layer, arrivals)` | throw where the engine must not change the
+/// rows of a layer, or turn its keys, before others have arrived | | `check_turned()` | throws where a turn
+/// needs true positions, which `rerotate` gave up | | `end_arrival(scores, selection)` | the arrival holds;
+/// the new layer was cut, unless it waits; does not throw |
 template <class C>
-concept CrossLayer = requires(C& over, const Turn& turn, State& state, std::size_t layer,
-                              const Selection& rows) {
+concept CrossLayer = requires(C& over, const Turn& turn, State& state, const Arrivals& arrivals,
+                              std::size_t layer, const Selection& rows) {
   over.prepare(turn);
   { over.start(turn) }
   noexcept;
@@ -46,6 +49,9 @@ concept CrossLayer = requires(C& over, const Turn& turn, State& state, std::size
   over.reserve(layer, state);
   { over.keep(layer, rows) }
   noexcept;
+  over.check_cut(layer, arrivals);
+  over.check_turn(layer, arrivals);
+  over.check_turned();
   { over.memory_bytes() } -> std::same_as<std::size_t>;
 };
 
@@ -59,6 +65,9 @@ struct OwnLayer {
   bool changes(std::size_t, std::size_t, const State&) const { return false; }
   void reserve(std::size_t, const State&) {}
   void keep(std::size_t, const Selection&) noexcept {}
+  void check_cut(std::size_t, const Arrivals&) const {}
+  void check_turn(std::size_t, const Arrivals&) const {}
+  void check_turned() const {}
   std::size_t memory_bytes() const { return 0; }
 };
 static_assert(CrossLayer<OwnLayer>);

@@ -13,14 +13,12 @@
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/layer_input.hpp"
+#include "compresskv/sequence/compaction.hpp"
 #include "compresskv/sequence/state.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
 
 namespace compresskv {
-
-/// Stands for the keys or the observation where a scorer needs none.
-struct NotGiven {};
 
 namespace sequence {
 
@@ -40,16 +38,41 @@ class LayerPass {
   Workspace& workspace() { return workspace_; }
   Selection& selection() { return selection_; }
 
-  /// The layer at hand has the rows of this view.
+  /// Takes a view's rows for the layer at hand, checked against the plan and the tokens announced. Throws
+  /// ArgumentError.
   template <KvView V>
-  void see(const V& kv) {
+  void see(const State& state, std::size_t layer, const V& kv) {
+    state.check_layer(layer);
+    detail::check_view(kv, plan_->shape());
+    for (std::size_t head = 0; granularity == Granularity::layer && head < kv.kv_heads(); ++head) {
+      detail::require(
+          kv.rows(head) == kv.rows(0), "KV head ", head, " of layer ", layer, " has ", kv.rows(head),
+          " rows, KV head 0 has ", kv.rows(0),
+          ": one set of rows for all heads needs equal lengths; use a policy with scores a KV head");
+    }
+    state.check_rows(layer, [&](std::size_t head) { return kv.rows(head); });
+    take_rows(kv);
+  }
+  /// The same for a layer that must show all rows announced.
+  template <KvView V>
+  void see_all_rows(const State& state, std::size_t layer, const V& kv) {
+    see(state, layer, kv);
+    state.check_all_rows(layer, [&](std::size_t head) { return kv.rows(head); });
+  }
+  /// The same for attention alone, over `rows` rows.
+  void see_attention(const State& state, std::size_t layer, std::size_t rows) {
+    state.check_layer(layer);
+    state.check_announced(layer, [&](std::size_t) { return rows; });
+    rows_.assign(plan_->shape().kv_heads, rows);
+  }
+  /// The layer at hand has the rows of this view, which was seen before.
+  template <KvView V>
+  void take_rows(const V& kv) {
     rows_.resize(kv.kv_heads());
     for (std::size_t head = 0; head < rows_.size(); ++head) {
       rows_[head] = kv.rows(head);
     }
   }
-  /// It has as many in each KV head.
-  void see(std::size_t rows) { rows_.assign(plan_->shape().kv_heads, rows); }
 
   std::span<std::size_t> rows() { return rows_; }
   std::size_t longest() const { return *std::max_element(rows_.begin(), rows_.end()); }
@@ -59,6 +82,11 @@ class LayerPass {
   /// Whatever an allocator of the engine's own says, the window stays whole.
   std::size_t at_least_window(std::size_t capacity, std::size_t rows) const {
     return (std::max)(capacity, (std::min)(plan_->scorer().window(), rows));
+  }
+
+  /// Whether no KV head has more rows than the layer may keep.
+  bool stays_whole(const State& state, std::size_t layer) const {
+    return longest() <= at_least_window(state.capacities()[layer], longest());
   }
 
   template <class V, class O>
@@ -90,13 +118,7 @@ class LayerPass {
   /// Checks the observation and scores. Throws ArgumentError and ScoreError.
   template <class V, class O>
   Scores<granularity> score(const State& state, const kernel::LayerInput<V, O>& in) {
-    static_assert(S::needs != Needs::keys || KvView<V>,
-                  "this scorer reads the keys: give it the layer's view");
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
-      static_assert(
-          Observation<O>,
-          "this scorer needs the window's attention: give it a QueryWindow, an AttentionMatrix or another "
-          "Observation (compresskv/view/observation.hpp)");
       for (std::size_t head = 0; head < rows_.size(); ++head) {
         const std::size_t window = (std::min)(plan_->scorer().window(), rows_[head]);
         detail::check_observation(in.observation, plan_->shape(), rows_[head],
@@ -142,6 +164,9 @@ class LayerPass {
     state.protected_tokens().mark(layer, state.layer(layer), scores, capacity);
     plan_->selector().select(scores, capacity, workspace_, selection_);
   }
+
+  /// All rows, into `selection()`.
+  void select_all() { sequence::select_all(rows_, selection_); }
 
   std::size_t memory_bytes() const { return workspace_.bytes() + selection_.memory_bytes(); }
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <span>
 
+#include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/retained.hpp"
@@ -18,6 +19,9 @@ namespace compresskv::sequence {
 template <KvView V, Executor X>
 void turn_to_rows(State& state, std::size_t index, const V& kv, const kernel::Rotary& rotary,
                   Workspace& workspace, X& executor) {
+  const ElementKind kind = key_kind(kv);
+  detail::require(kind <= ElementKind::bfloat16, "keys are ", name(kind),
+                  ": only plain keys can be turned, quantised rows are never re-quantised");
   rotary.validate(kv.head_dim());
   for (std::size_t head = 0; head < kv.kv_heads(); ++head) {
     detail::require(kv.rows(head) == kv.rows(0), "KV head ", head, " has ", kv.rows(head),

@@ -11,10 +11,8 @@ namespace compresskv::detail {
 
 /// Copies of the views of some layers, in the workspace's memory: the engine is asked for each view once,
 /// before any row moves, as making one may fail.
-template <class V>
+template <KvView V>
 class HeldViews {
-  static_assert(models_kv_view<V>(),
-                "views(layer) gives no KvView: see compresskv/view/kv_view.hpp for its members");
   static_assert(alignof(V) <= 64, "the workspace aligns to 64 bytes");
 
  public:

@@ -83,7 +83,7 @@ class StridedKv {
     static_assert(
         elements,
         "keys and values come first, as pointers or spans of the view's elements: float, Eigen::half, "
-        "Eigen::bfloat16, BlockQ8_0 or BlockQ4_0; reinterpret_cast raw bits to the type that they are");
+        "Eigen::bfloat16, BlockQ8_0 or BlockQ4_0; as_half or as_bfloat16 takes raw bits for what they are");
     static_assert(kept || !elements, "keys and values are not copied: give variables that outlive the view");
     static_assert(shapes || !elements,
                   "the third argument is a KvShape: StridedKv{keys, values, shape, layout}");

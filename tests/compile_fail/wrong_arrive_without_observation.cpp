@@ -1,0 +1,10 @@
+// first: this scorer needs the window's attention: give it a QueryWindow
+#include "scorer.hpp"
+
+const ckv::Plan plan{shape, ckv::score::Cake{}, ckv::select::GroupedTopK{},
+                     ckv::budget::Cake{ckv::Budget::tokens_per_layer(16)}};
+
+void arrive(const ckv::StridedKv<float>& kv) {
+  ckv::Compressor compressor{plan};
+  compressor.arrive(0, [&](std::size_t) { return kv; });
+}

@@ -1,0 +1,9 @@
+// first: the layer's view comes second, the observation after it
+#include "scorer.hpp"
+
+const ckv::Plan plan{shape, ckv::score::Tova{}, ckv::select::SharedTopK{}, uniform};
+
+void compress(const ckv::StridedKv<float>& kv, const ckv::QueryWindow<float>& queries) {
+  ckv::Compressor compressor{plan};
+  compressor.compress(0, queries, kv);
+}

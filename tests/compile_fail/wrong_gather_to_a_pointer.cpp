@@ -1,0 +1,9 @@
+// first: the layer's view is missing
+#include "scorer.hpp"
+
+const ckv::Plan plan{shape, ckv::score::Tova{}, ckv::select::SharedTopK{}, uniform};
+
+void gather(const ckv::StridedKv<float>& kv, const ckv::Selection& selection, float* target) {
+  ckv::Compressor compressor{plan};
+  compressor.gather(0, kv, selection, target);
+}

@@ -1,0 +1,9 @@
+// first: the layer's view is missing
+#include "scorer.hpp"
+
+const ckv::Plan plan{shape, ckv::score::Tova{}, ckv::select::SharedTopK{}, uniform};
+
+void rerotate(const ckv::StridedKv<float>& kv) {
+  ckv::Compressor compressor{plan};
+  compressor.rerotate(0, ckv::kernel::Rotary{}, kv);
+}
