@@ -1,8 +1,9 @@
-// A library compressor for one prompt, whichever method it is: the methods are compiled in one place.
+// A library compressor for one prompt, whichever method it is.
 #pragma once
 
 #include <compresskv/core/retained.hpp>
 #include <compresskv/core/shape.hpp>
+#include <compresskv/runtime/any_compressor.hpp>
 #include <compresskv/view/attention_matrix.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <cstddef>
@@ -23,22 +24,25 @@ struct Observed {
   const compresskv::AttentionSums* sums = nullptr;
 };
 
-/// Belongs to one sequence. Throws as the library's Compressor does.
+/// Belongs to one sequence. Throws as the library's AnyCompressor does.
 class PromptCompressor {
  public:
-  PromptCompressor() = default;
+  PromptCompressor(const compresskv::AnyPlan& plan, engine::ThreadPool& pool);
   PromptCompressor(const PromptCompressor&) = delete;
   PromptCompressor& operator=(const PromptCompressor&) = delete;
-  virtual ~PromptCompressor() = default;
 
-  virtual void begin(std::size_t prompt_tokens) = 0;
-  virtual void begin_turn(std::size_t total_tokens) = 0;
+  void begin(std::size_t prompt_tokens) { compressor_.begin(prompt_tokens); }
+  void begin_turn(std::size_t total_tokens) { compressor_.begin_turn(total_tokens); }
 
   /// Compresses a layer where it lies and gives its memory back; where the method reaches back, that of
   /// earlier layers too.
-  virtual void compress(engine::LayerView& layer, const Observed& observed) = 0;
+  void compress(engine::LayerView& layer, const Observed& observed);
 
-  virtual const compresskv::Retained& retained(std::size_t layer) const = 0;
+  const compresskv::Retained& retained(std::size_t layer) const { return compressor_.retained(layer); }
+
+ private:
+  engine::PoolExecutor executor_;  // before the compressor, which refers to it
+  compresskv::AnyCompressor compressor_;
 };
 
 /// For any method but `full`, which has nothing to compress. `prompt_tokens` matters with `working_rows`

@@ -5,8 +5,8 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
-#include <compresskv/kernel/pooling.hpp>
-#include <compresskv/methods.hpp>
+#include <compresskv/kernel/pool.hpp>
+#include <compresskv/method_settings.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <optional>

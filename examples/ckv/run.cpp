@@ -143,6 +143,11 @@ void check_calibration(const std::filesystem::path& heads, const std::filesystem
   }
 }
 
+compresskv::AnyKv any_view_of(const engine::LayerView& layer) {
+  return engine::with_kv_type(layer.type,
+                              [&]<typename T>(T*) { return compresskv::AnyKv(view_of<T>(layer)); });
+}
+
 compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer) {
   return {layer.queries, compresskv::QueryShape{.query_heads = static_cast<std::size_t>(layer.heads),
                                                 .queries = layer.window,

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <compresskv/compresskv.hpp>
+#include <compresskv/view/any_kv.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -59,6 +60,9 @@ compresskv::StridedKv<T> view_of(const engine::LayerView& layer) {
                               .head_rows = layer.head_rows},
           compresskv::layout::head_token_dim};
 }
+
+/// The same whatever its element type.
+compresskv::AnyKv any_view_of(const engine::LayerView& layer);
 
 /// The last queries of the tokens just read, as the library sees them.
 compresskv::QueryWindow<float> queries_of(const engine::LayerView& layer);
