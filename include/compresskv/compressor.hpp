@@ -293,8 +293,7 @@ class Compressor {
   /// `begin_turn`, `truncate` and `held` throw. So does `begin_turn` where scores travel from layer to layer.
   ///
   /// Throws ArgumentError where KV heads hold different rows counts, or `rotary` does not fit. Cost: every
-  /// kept key is read, turned and rounded to its element type once. Quantised keys do not compile: rows are
-  /// never re-quantised.
+  /// kept key is read, turned and rounded to its element type once. Quantised keys are refused.
   template <class V, class R = kernel::Rotary>
   const Retained& rerotate(std::size_t layer, const V& kv, const R& rotary) {
     if constexpr (call::fits<call::rerotate<V, R>>()) {
