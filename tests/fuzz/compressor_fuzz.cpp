@@ -371,7 +371,7 @@ class Driver {
       before_[2 * l + 1] = caches_[l].values;
     }
     std::optional<C> unasked;
-    if (due != Due::success && data_.ConsumeIntegralInRange(0, 3) == 3) {
+    if (due == Due::either || (due == Due::refusal && data_.ConsumeIntegralInRange(0, 3) == 3)) {
       unasked.emplace(compressor_);
     }
     const std::vector<std::size_t> told = state(compressor_);
@@ -438,6 +438,11 @@ class Driver {
       cache.known = told;
     }
     append(tokens);
+    if (data_.ConsumeIntegralInRange(0, 3) == 3) {
+      C fresh(plan_);
+      fresh.begin(told, protection);
+      check(outcome(fresh) == outcome(compressor_), "a sequence remembers the one before it");
+    }
   }
 
   void begin_turn() {
