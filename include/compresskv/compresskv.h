@@ -12,9 +12,10 @@
  * leaves it. A call that fails has changed nothing: the caches of all layers and the sequence are as they
  * were.
  *
- * Structs that may grow begin with struct_size: their _init functions set it and the defaults, and fields
- * that a program does not know keep what the library did before them. Strides count elements, or blocks where
- * the element comes in blocks.
+ * Structs that may grow begin with struct_size, the size that the program knows: their _init functions set it
+ * and the defaults, and fields that a program does not know keep what the library did before them. A field
+ * that the library does not know, and that is set, is an error. Strides count elements, or blocks where the
+ * element comes in blocks.
  *
  * A plan is shared by all threads; a sequence belongs to one thread at a time. */
 #ifndef COMPRESSKV_H
@@ -81,8 +82,12 @@ typedef struct ckv_settings {
   int equal_weights;  /* of carried and model-wide */
 } ckv_settings;
 
-/* The defaults: everything is kept. */
-void ckv_settings_init(ckv_settings* settings);
+/* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;
+ * other languages call this one. */
+void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size);
+static inline void ckv_settings_init(ckv_settings* settings) {
+  ckv_settings_init_sized(settings, sizeof *settings);
+}
 
 typedef struct ckv_plan ckv_plan;
 
@@ -106,7 +111,7 @@ typedef enum ckv_element {
   CKV_BF16 = 2,
   CKV_Q8_0 = 3, /* ggml's blocks of 32 */
   CKV_Q4_0 = 4,
-  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero) */
+  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero); rows side by side */
 } ckv_element;
 
 /* Keys or values of a layer:
@@ -128,7 +133,7 @@ typedef struct ckv_rows {
 } ckv_rows;
 
 typedef struct ckv_kv {
-  size_t struct_size; /* set by ckv_kv_init */
+  size_t struct_size; /* set by the library */
   ckv_rows keys;
   ckv_rows values;
   size_t rows;             /* in use now */
@@ -142,12 +147,17 @@ typedef struct ckv_kv {
   size_t pool_blocks;
   size_t key_block_stride; /* 0: block after block */
   size_t value_block_stride;
+  /* [pool_blocks], how many sequences use a block; NULL: this one alone. A block that others use and that
+   * would be written is an error. Beams and shared prefixes need it. */
+  const int32_t* references;
 } ckv_kv;
 
-void ckv_kv_init(ckv_kv* kv);
-
-/* Fills *kv, which is as ckv_kv_init leaves it, with what layer `layer` holds now. Anything but CKV_OK ends
- * the call that asked, with that status. */
+/* Fills *kv, in which all is 0 but struct_size, with what layer `layer` holds now. Write no field beyond
+ * kv->struct_size. Anything but CKV_OK ends the call that asked, with that status.
+ *
+ * What *kv points to (head_rows, table, references) must live until ckv_arrive or ckv_finish returns: views
+ * of several layers are held at once, so give each layer arrays of its own. The function returns: it neither
+ * jumps out, nor ends its thread, nor calls with the same sequence. */
 typedef ckv_status (*ckv_views)(void* context, size_t layer, ckv_kv* kv);
 
 typedef enum ckv_shown {
@@ -172,7 +182,10 @@ typedef struct ckv_observation {
   const float* sinks;    /* [query_head]; NULL: none */
 } ckv_observation;
 
-void ckv_observation_init(ckv_observation* observation);
+void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size);
+static inline void ckv_observation_init(ckv_observation* observation) {
+  ckv_observation_init_sized(observation, sizeof *observation);
+}
 
 /* ---- sequences -------------------------------------------------------------------------------------- */
 
@@ -199,8 +212,8 @@ ckv_status ckv_begin_turn(ckv_sequence* sequence, size_t total_tokens, const ckv
 ckv_status ckv_truncate(ckv_sequence* sequence, size_t position);
 
 /* Layer `layer` has ended its prefill: it shrinks in place, and where the method reaches back layers before
- * it. *changed names the `*count` layers that were shrunk, until the sequence's next call: shorten each to
- * ckv_rows_kept. `observation` may be NULL where ckv_plan_needs_attention says so. */
+ * it. *changed names the `*count` layers that were shrunk, until the sequence's next call (none where it
+ * fails): shorten each to ckv_rows_kept. `observation` may be NULL where ckv_plan_needs_attention says so. */
 ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, void* context,
                       const ckv_observation* observation, const size_t** changed, size_t* count);
 /* After the last layer; for most methods *count is 0. */

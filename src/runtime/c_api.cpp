@@ -76,15 +76,35 @@ void require_given(const void* argument, const char* name) {
   require(argument != nullptr, name, " is NULL: give one");
 }
 
+/// More than any struct of this header will have: what is larger was never set.
+constexpr std::size_t largest_struct = 4096;
+
+/// Writes the defaults of a struct as far as the caller knows it.
+template <class T>
+void init_as(T* caller, const T& defaults, std::size_t size) {
+  if (caller == nullptr) {
+    return;
+  }
+  std::memset(static_cast<void*>(caller), 0, size);
+  std::memcpy(static_cast<void*>(caller), &defaults, (std::min)(size, sizeof(T)));
+  std::memcpy(static_cast<void*>(caller), &size, (std::min)(size, sizeof(size)));
+}
+
 /// A struct as this library has it: fields beyond what the caller's has keep their defaults.
 template <class T, class Init>
 T as_known(const T* given, const char* name, Init&& init) {
   require_given(given, name);
   T known;
-  init(&known);
-  require(given->struct_size >= sizeof(std::size_t), name, ": struct_size is ", given->struct_size, ": call ",
+  init(&known, sizeof(T));
+  const std::size_t size = given->struct_size;
+  require(size >= sizeof(std::size_t) && size <= largest_struct, name, ": struct_size is ", size, ": call ",
           name, "_init first");
-  std::memcpy(&known, given, (std::min)(given->struct_size, sizeof(T)));
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(given);
+  for (std::size_t i = sizeof(T); i < size; ++i) {
+    require(bytes[i] == 0, name, ": byte ", i, " is set, this library knows ", sizeof(T),
+            " bytes: link the library that the header came with");
+  }
+  std::memcpy(&known, given, (std::min)(size, sizeof(T)));
   known.struct_size = sizeof(T);
   return known;
 }
@@ -175,6 +195,14 @@ bool same_strides(const ckv_rows& a, const ckv_rows& b) {
          a.chunk_stride == b.chunk_stride;
 }
 
+/// The memory of rows as elements `T`.
+template <class T>
+T* memory_of(const ckv_rows& rows, const char* name) {
+  require(reinterpret_cast<std::uintptr_t>(rows.data) % alignof(T) == 0, "ckv_kv: ", name,
+          " do not lie at a multiple of ", alignof(T), " bytes, as their elements must");
+  return static_cast<T*>(rows.data);
+}
+
 /// Calls `f` with a null pointer of a type that a pointer can be to.
 template <class F>
 ckv::AnyKv with_block_kind(ckv::ElementKind kind, F&& f) {
@@ -200,9 +228,11 @@ ckv::AnyKv paged_view(const ckv_kv& kv, const ckv::ModelShape& model) {
                               .value_block_stride = kv.value_block_stride,
                               .head_rows = {kv.head_rows, kv.head_rows == nullptr ? 0 : model.kv_heads}};
   const ckv::Borrowed<const std::int32_t> table(kv.table, kv.table_size);
+  const ckv::Borrowed<const std::int32_t> references(kv.references,
+                                                     kv.references == nullptr ? 0 : kv.pool_blocks);
   return with_block_kind(kind_of(kv.keys.element), [&]<class T>(T*) -> ckv::AnyKv {
-    return ckv::PagedKv<T>(static_cast<T*>(kv.keys.data), static_cast<T*>(kv.values.data), shape, table,
-                           strides_of(kv.keys), strides_of(kv.values));
+    return ckv::PagedKv<T>(memory_of<T>(kv.keys, "keys"), memory_of<T>(kv.values, "values"), shape, table,
+                           strides_of(kv.keys), strides_of(kv.values), references);
   });
 }
 
@@ -210,6 +240,9 @@ ckv::AnyKv view_of(const ckv_kv& kv, const ckv::ModelShape& model) {
   if (kv.table != nullptr) {
     return paged_view(kv, model);
   }
+  require(kv.table_size == 0 && kv.block_rows == 0 && kv.pool_blocks == 0 && kv.references == nullptr,
+          "ckv_kv: table is NULL, but table_size, block_rows, pool_blocks or references are given: give the "
+          "block table of a paged cache");
   ckv::KvShape shape{.kv_heads = model.kv_heads,
                      .rows = kv.rows,
                      .head_dim = model.head_dim,
@@ -225,7 +258,7 @@ ckv::AnyKv view_of(const ckv_kv& kv, const ckv::ModelShape& model) {
   }
   return with_block_kind(keys, [&]<class K>(K*) -> ckv::AnyKv {
     return with_block_kind(values, [&]<class W>(W*) -> ckv::AnyKv {
-      return ckv::StridedKv<K, W>(static_cast<K*>(kv.keys.data), static_cast<W*>(kv.values.data), shape,
+      return ckv::StridedKv<K, W>(memory_of<K>(kv.keys, "keys"), memory_of<W>(kv.values, "values"), shape,
                                   strides_of(kv.keys), strides_of(kv.values));
     });
   });
@@ -233,8 +266,8 @@ ckv::AnyKv view_of(const ckv_kv& kv, const ckv::ModelShape& model) {
 
 /// What the caller's function gives of a layer.
 ckv::AnyKv asked(ckv_views views, void* context, std::size_t layer, const ckv::ModelShape& model) {
-  ckv_kv kv;
-  ckv_kv_init(&kv);
+  ckv_kv kv{};
+  kv.struct_size = sizeof(kv);
   const ckv_status status = views(context, layer, &kv);
   if (status != CKV_OK) {
     throw ViewsRefused{status};
@@ -249,7 +282,7 @@ void with_observation(const ckv_observation* given, const ckv::ModelShape& model
     f(ckv::AnyObservation());
     return;
   }
-  const ckv_observation o = as_known(given, "ckv_observation", ckv_observation_init);
+  const ckv_observation o = as_known(given, "ckv_observation", ckv_observation_init_sized);
   const ckv::AttentionShape attention{
       .query_heads = model.query_heads, .queries = o.queries, .tokens = o.tokens};
   if (o.shown == CKV_SHOWS_SUMS) {
@@ -291,32 +324,40 @@ ckv::Protection protection_of(const ckv_protection* given) {
           .positions = {given->positions, given->count}};
 }
 
+const ckv::Retained& retained_of(const ckv_sequence& sequence, std::size_t layer, std::size_t kv_head) {
+  const std::size_t heads = sequence.compressor.plan().shape().kv_heads;
+  require(kv_head < heads, "kv_head is ", kv_head, ", the model has KV heads 0 to ", heads - 1);
+  return sequence.compressor.retained(layer);
+}
+
+/// Nothing was shrunk yet.
+void start_answer(ckv_views views, const std::size_t** changed, std::size_t* count) {
+  require(views != nullptr && changed != nullptr && count != nullptr,
+          "views, changed or count is NULL: give all three");
+  *changed = nullptr;
+  *count = 0;
+}
+
 }  // namespace
 
 extern "C" {
 
 const char* ckv_last_error(void) { return last_error().c_str(); }
 
-void ckv_settings_init(ckv_settings* settings) {
-  const ckv::MethodSettings defaults;
-  *settings = ckv_settings{};
-  settings->struct_size = sizeof(ckv_settings);
-  settings->budget_ratio = 1.0;
-  settings->heads_per_layer = defaults.heads_per_layer;
-  settings->window = defaults.window;
-  settings->pool_width = defaults.pool_width;
-  settings->decay = defaults.decay;
-  settings->model_heads = defaults.model_heads;
+void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
+  const ckv::MethodSettings library;
+  ckv_settings defaults{};
+  defaults.budget_ratio = 1.0;
+  defaults.heads_per_layer = library.heads_per_layer;
+  defaults.window = library.window;
+  defaults.pool_width = library.pool_width;
+  defaults.decay = library.decay;
+  defaults.model_heads = library.model_heads;
+  init_as(settings, defaults, struct_size);
 }
 
-void ckv_kv_init(ckv_kv* kv) {
-  *kv = ckv_kv{};
-  kv->struct_size = sizeof(ckv_kv);
-}
-
-void ckv_observation_init(ckv_observation* observation) {
-  *observation = ckv_observation{};
-  observation->struct_size = sizeof(ckv_observation);
+void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size) {
+  init_as(observation, ckv_observation{}, struct_size);
 }
 
 ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv_settings* settings,
@@ -331,19 +372,19 @@ ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv
                                 .kv_heads = model->kv_heads,
                                 .head_dim = model->head_dim,
                                 .kv_row_bytes = model->kv_row_bytes};
-    const ckv_settings known = as_known(settings, "ckv_settings", ckv_settings_init);
+    const ckv_settings known = as_known(settings, "ckv_settings", ckv_settings_init_sized);
     *plan = new ckv_plan{ckv::AnyPlan(shape, method, settings_of(known, shape))};
   });
 }
 
 void ckv_plan_free(ckv_plan* plan) { delete plan; }
-size_t ckv_plan_window(const ckv_plan* plan) { return plan->plan.window(); }
+size_t ckv_plan_window(const ckv_plan* plan) { return plan == nullptr ? 0 : plan->plan.window(); }
 int ckv_plan_needs_attention(const ckv_plan* plan) {
-  const ckv::Needs needs = plan->plan.needs();
+  const ckv::Needs needs = plan == nullptr ? ckv::Needs::nothing : plan->plan.needs();
   return needs == ckv::Needs::window_attention || needs == ckv::Needs::all_queries ? 1 : 0;
 }
 int ckv_plan_reaches_back(const ckv_plan* plan) {
-  return plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;
+  return plan == nullptr || plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;
 }
 
 ckv_status ckv_sequence_create(const ckv_plan* plan, ckv_sequence** sequence) {
@@ -391,8 +432,7 @@ ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, voi
                       const ckv_observation* observation, const size_t** changed, size_t* count) {
   return guarded([&] {
     require_given(sequence, "sequence");
-    require(views != nullptr && changed != nullptr && count != nullptr,
-            "views, changed or count is NULL: give all three");
+    start_answer(views, changed, count);
     const ckv::ModelShape& model = sequence->compressor.plan().shape();
     const auto view = [&](std::size_t l) { return asked(views, context, l, model); };
     with_observation(observation, model, [&](const auto& shown) {
@@ -407,8 +447,7 @@ ckv_status ckv_finish(ckv_sequence* sequence, ckv_views views, void* context, co
                       size_t* count) {
   return guarded([&] {
     require_given(sequence, "sequence");
-    require(views != nullptr && changed != nullptr && count != nullptr,
-            "views, changed or count is NULL: give all three");
+    start_answer(views, changed, count);
     const ckv::ModelShape& model = sequence->compressor.plan().shape();
     const auto view = [&](std::size_t l) { return asked(views, context, l, model); };
     const std::span<const std::size_t> shrunk = sequence->compressor.finish(view);
@@ -421,7 +460,7 @@ ckv_status ckv_rows_kept(const ckv_sequence* sequence, size_t layer, size_t kv_h
   return guarded([&] {
     require_given(sequence, "sequence");
     require_given(rows, "rows");
-    *rows = sequence->compressor.retained(layer).rows(kv_head);
+    *rows = retained_of(*sequence, layer, kv_head).rows(kv_head);
   });
 }
 
@@ -431,7 +470,7 @@ ckv_status ckv_positions_kept(const ckv_sequence* sequence, size_t layer, size_t
     require_given(sequence, "sequence");
     require_given(count, "count");
     require(positions != nullptr || capacity == 0, "positions is NULL, capacity is ", capacity);
-    const auto& kept = sequence->compressor.retained(layer).positions(kv_head);
+    const auto& kept = retained_of(*sequence, layer, kv_head).positions(kv_head);
     std::size_t written = 0;
     for (const std::uint32_t position : kept) {
       if (written == capacity) {
@@ -456,6 +495,7 @@ ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t lay
   return guarded([&] {
     require_given(sequence, "sequence");
     require_given(rows, "rows");
+    retained_of(*sequence, layer, kv_head);
     *rows = sequence->compressor.held(tokens).rows(layer, kv_head);
   });
 }
@@ -469,6 +509,8 @@ ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows
   });
 }
 
-size_t ckv_memory_bytes(const ckv_sequence* sequence) { return sequence->compressor.memory_bytes(); }
+size_t ckv_memory_bytes(const ckv_sequence* sequence) {
+  return sequence == nullptr ? 0 : sequence->compressor.memory_bytes();
+}
 
 }  // extern "C"

@@ -2,6 +2,8 @@
 
 #include <compresskv/compresskv.h>
 #include <math.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -141,6 +143,246 @@ static void run_method(const char* method) {
   ckv_sequence_free(sequence);
 }
 
+/* The same prompt in other elements and layouts keeps the same rows: all numbers are exact in 8 bits. */
+static float exact(size_t i) { return (float)((i * 37U + i / 7U) % 15U) - 7.0F; }
+
+enum { block_rows = 4, blocks = tokens / block_rows };
+
+static uint16_t half_of(float x) { /* whole numbers from -7 to 7 */
+  uint16_t sign = x < 0.0F ? 0x8000U : 0U;
+  float size = x < 0.0F ? -x : x;
+  unsigned exponent = 15U;
+  if (size == 0.0F) return sign;
+  while (size >= 2.0F) {
+    size *= 0.5F;
+    ++exponent;
+  }
+  return (uint16_t)(sign | exponent << 10U | (unsigned)((size - 1.0F) * 1024.0F));
+}
+static uint16_t bfloat16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return (uint16_t)(bits >> 16U);
+}
+
+typedef struct stored {
+  ckv_element element;
+  int paged;
+  int transposed;
+  void* keys;
+  void* values;
+  float* scales;
+  float* zeros;
+  int32_t* table;
+  int32_t* references;
+  size_t rows;
+} stored;
+
+/* Where an element of a row lies in a cache of one layer. */
+static size_t place(const stored* s, size_t head, size_t row, size_t e) {
+  if (s->paged) {
+    const size_t block = (size_t)s->table[row / block_rows];
+    return ((block * block_rows + row % block_rows) * kv_heads + head) * head_dim + e;
+  }
+  if (s->transposed) return (head * head_dim + e) * tokens + row;
+  return (head * tokens + row) * head_dim + e;
+}
+static void put(const stored* s, void* memory, size_t at, float x) {
+  if (s->element == CKV_F32) ((float*)memory)[at] = x;
+  if (s->element == CKV_F16) ((uint16_t*)memory)[at] = half_of(x);
+  if (s->element == CKV_BF16) ((uint16_t*)memory)[at] = bfloat16_of(x);
+  if (s->element == CKV_INT8) ((int8_t*)memory)[at] = (int8_t)x;
+}
+
+static ckv_status view_of_stored(void* context, size_t layer, ckv_kv* kv) {
+  const stored* s = &((const stored*)context)[layer];
+  kv->keys.element = s->element;
+  kv->keys.data = s->keys;
+  kv->keys.head_stride = s->paged ? head_dim : head_floats;
+  kv->keys.row_stride = s->paged ? kv_heads * head_dim : head_dim;
+  if (s->transposed) {
+    kv->keys.row_stride = 1;
+    kv->keys.chunk = 1;
+    kv->keys.chunk_stride = tokens;
+  }
+  kv->values = kv->keys;
+  kv->values.data = s->values;
+  if (s->element == CKV_INT8) {
+    kv->keys.scales = s->scales;
+    kv->keys.zeros = s->zeros;
+    kv->values.scales = s->scales + kv_heads * tokens;
+    kv->values.zeros = s->zeros + kv_heads * tokens;
+  }
+  kv->rows = s->rows;
+  if (s->paged) {
+    kv->table = s->table;
+    kv->table_size = blocks;
+    kv->block_rows = block_rows;
+    kv->pool_blocks = blocks;
+    kv->references = s->references;
+  } else {
+    kv->allocated_rows = tokens;
+  }
+  return CKV_OK;
+}
+
+static void store(stored* s, ckv_element element, int paged, int transposed, size_t layer) {
+  s->element = element;
+  s->paged = paged;
+  s->transposed = transposed;
+  s->keys = malloc(layer_floats * sizeof(float));
+  s->values = malloc(layer_floats * sizeof(float));
+  s->scales = malloc(2 * kv_heads * tokens * sizeof(float));
+  s->zeros = malloc(2 * kv_heads * tokens * sizeof(float));
+  s->table = malloc(blocks * sizeof(int32_t));
+  s->references = malloc(blocks * sizeof(int32_t));
+  s->rows = tokens;
+  for (size_t i = 0; i < 2 * kv_heads * tokens; ++i) {
+    s->scales[i] = 1.0F;
+    s->zeros[i] = 0.0F;
+  }
+  for (size_t i = 0; i < blocks; ++i) {
+    s->table[i] = (int32_t)(i * 7U % blocks);
+    s->references[i] = 1;
+  }
+  for (size_t h = 0; h < kv_heads; ++h) {
+    for (size_t r = 0; r < tokens; ++r) {
+      for (size_t e = 0; e < head_dim; ++e) {
+        const size_t i = ((layer * kv_heads + h) * tokens + r) * head_dim + e;
+        put(s, s->keys, place(s, h, r, e), exact(i));
+        put(s, s->values, place(s, h, r, e), exact(3 * i + 1));
+      }
+    }
+  }
+}
+static void drop(stored* s) {
+  free(s->keys);
+  free(s->values);
+  free(s->scales);
+  free(s->zeros);
+  free(s->table);
+  free(s->references);
+}
+
+/* `method` shares its rows among the KV heads. Keeps what is found in `positions` of each layer. */
+static void run_stored(const char* method, ckv_element element, int paged, int transposed,
+                       uint32_t (*positions)[tokens]) {
+  static float exact_queries[query_heads * window * head_dim];
+  stored caches[layers];
+  double scores[layers * query_heads];
+  ckv_settings settings;
+  ckv_plan* plan = NULL;
+  ckv_sequence* sequence = NULL;
+  ckv_observation shown;
+  const size_t* changed = NULL;
+  size_t count = 0;
+
+  for (size_t i = 0; i < layers * query_heads; ++i) scores[i] = 1.0 + (double)(i % 5);
+  for (size_t i = 0; i < sizeof(exact_queries) / sizeof(*exact_queries); ++i)
+    exact_queries[i] = exact(5 * i + 2) / 8.0F;
+  for (size_t l = 0; l < layers; ++l) store(&caches[l], element, paged, transposed, l);
+  ckv_settings_init(&settings);
+  settings.budget = CKV_BUDGET_ROWS;
+  settings.budget_amount = budget;
+  settings.window = window;
+  settings.scores = scores;
+  ckv_observation_init(&shown);
+  shown.element = CKV_F32;
+  shown.data = exact_queries;
+  shown.queries = window;
+  CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
+  CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
+  CHECK(ckv_begin(sequence, tokens, NULL) == CKV_OK);
+  if (paged) { /* a block that another sequence uses is not written */
+    for (size_t i = 0; i < blocks; ++i) caches[0].references[i] = 2;
+    CHECK_FAILS(ckv_arrive(sequence, 0, view_of_stored, caches, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+                "block");
+    CHECK(changed == NULL && count == 0);
+    for (size_t i = 0; i < blocks; ++i) caches[0].references[i] = 1;
+  }
+  for (size_t l = 0; l < layers; ++l) {
+    CHECK(ckv_arrive(sequence, l, view_of_stored, caches, &shown, &changed, &count) == CKV_OK);
+    for (size_t i = 0; i < count; ++i) {
+      size_t kept = 0;
+      stored* s = &caches[changed[i]];
+      CHECK(ckv_positions_kept(sequence, changed[i], 0, positions[changed[i]], tokens, &kept) == CKV_OK);
+      s->rows = kept;
+      for (size_t h = 0; h < kv_heads; ++h) {
+        for (size_t r = 0; r < kept; ++r) {
+          const size_t at = place(s, h, r, 3);
+          const size_t from =
+              ((changed[i] * kv_heads + h) * tokens + positions[changed[i]][r]) * head_dim + 3;
+          unsigned char moved[sizeof(float)] = {0};
+          const size_t bytes = element == CKV_F32 ? 4 : element == CKV_INT8 ? 1 : 2;
+          put(s, moved, 0, exact(3 * from + 1));
+          CHECK(memcmp(moved, (const unsigned char*)s->values + at * bytes, bytes) == 0);
+        }
+      }
+    }
+  }
+  for (size_t l = 0; l < layers; ++l) CHECK(caches[l].rows == budget);
+  for (size_t l = 0; l < layers; ++l) drop(&caches[l]);
+  ckv_sequence_free(sequence);
+  ckv_plan_free(plan);
+}
+
+static void elements_and_layouts(void) {
+  static uint32_t expected[layers][tokens];
+  static uint32_t found[layers][tokens];
+  static const char* const shared[] = {"compresskv", "carried"};
+  static const ckv_element elements[] = {CKV_F32, CKV_F16, CKV_BF16, CKV_INT8};
+  for (size_t m = 0; m < 2; ++m) {
+    run_stored(shared[m], CKV_F32, 0, 0, expected);
+    for (size_t e = 0; e < 4; ++e) {
+      for (int layout = 0; layout < 3; ++layout) {
+        if (elements[e] == CKV_INT8 && layout > 0) continue; /* neither paged nor transposed */
+        memset(found, 0, sizeof(found));
+        run_stored(shared[m], elements[e], layout == 1, layout == 2, found);
+        for (size_t l = 0; l < layers; ++l)
+          CHECK(memcmp(found[l], expected[l], budget * sizeof(uint32_t)) == 0);
+      }
+    }
+  }
+}
+
+/* Structs of programs that know less or more than the library. */
+static void struct_sizes(void) {
+  struct {
+    ckv_settings settings;
+    unsigned char behind[64];
+  } larger;
+  ckv_plan* plan = NULL;
+  ckv_observation shown;
+  memset(&larger, 0xAB, sizeof(larger));
+  ckv_settings_init_sized(&larger.settings, offsetof(ckv_settings, ranking));
+  CHECK(larger.settings.struct_size == offsetof(ckv_settings, ranking));
+  CHECK(*((unsigned char*)&larger.settings + offsetof(ckv_settings, ranking)) == 0xAB);
+  CHECK(larger.behind[0] == 0xAB);
+  CHECK(ckv_plan_create(&model, "snapkv", &larger.settings, &plan) == CKV_OK);
+  ckv_plan_free(plan);
+  ckv_settings_init_sized(&larger.settings, sizeof(larger));
+  CHECK(larger.settings.struct_size == sizeof(larger) && larger.behind[63] == 0);
+  CHECK(ckv_plan_create(&model, "snapkv", &larger.settings, &plan) == CKV_OK);
+  ckv_plan_free(plan);
+  larger.behind[1] = 1;
+  CHECK_FAILS(ckv_plan_create(&model, "snapkv", &larger.settings, &plan), CKV_BAD_ARGUMENT,
+              "is set, this library");
+  ckv_observation_init_sized(&shown, sizeof(shown));
+  CHECK(shown.struct_size == sizeof(shown) && shown.data == NULL);
+  ckv_settings_init_sized(NULL, 8);
+  CHECK(ckv_plan_window(NULL) == 0 && ckv_plan_needs_attention(NULL) == 0 &&
+        ckv_plan_reaches_back(NULL) == 0);
+  CHECK(ckv_memory_bytes(NULL) == 0);
+}
+
+static ckv_status odd_view(void* context, size_t layer, ckv_kv* kv) {
+  (void)view_of(NULL, layer, kv);
+  if (*(const int*)context == 1) kv->keys.data = (unsigned char*)kv->keys.data + 2;
+  if (*(const int*)context == 2) kv->block_rows = 16;
+  if (*(const int*)context == 3) kv->values.element = (ckv_element)6;
+  return CKV_OK;
+}
+
 static void wrong_calls(void) {
   ckv_settings settings;
   ckv_plan* plan = NULL;
@@ -166,6 +408,9 @@ static void wrong_calls(void) {
   settings.budget_ratio = 0.25;
   settings.struct_size = 0;
   CHECK_FAILS(ckv_plan_create(&model, "snapkv", &settings, &plan), CKV_BAD_ARGUMENT, "struct_size is 0");
+  settings.struct_size = (size_t)1 << 40;
+  CHECK_FAILS(ckv_plan_create(&model, "snapkv", &settings, &plan), CKV_BAD_ARGUMENT,
+              "struct_size is 1099511627776");
   /* A program built when the struct ended after the budget: the rest has its defaults. */
   settings.struct_size = offsetof(ckv_settings, ranking);
   settings.window = 0;
@@ -183,6 +428,20 @@ static void wrong_calls(void) {
   CHECK_FAILS(ckv_arrive(sequence, 7, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
               "layer is 7");
   CHECK_FAILS(ckv_arrive(sequence, 0, view_of, &context, &shown, &changed, &count), CKV_FAILED, "views()");
+  context = 1;
+  CHECK_FAILS(ckv_arrive(sequence, 0, odd_view, &context, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+              "keys do not lie at a multiple of 4 bytes");
+  context = 2;
+  CHECK_FAILS(ckv_arrive(sequence, 0, odd_view, &context, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+              "table is NULL");
+  context = 3;
+  CHECK_FAILS(ckv_arrive(sequence, 0, odd_view, &context, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+              "element is 6");
+  CHECK_FAILS(ckv_arrive(NULL, 0, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+              "sequence is NULL");
+  CHECK_FAILS(ckv_arrive(sequence, 0, NULL, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+              "views, changed");
+  CHECK_FAILS(ckv_rows_kept(sequence, 0, 999, &number), CKV_BAD_ARGUMENT, "kv_head is 999");
   rows[0][1] = tokens - 1;
   CHECK_FAILS(ckv_arrive(sequence, 0, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
               "KV head 1");
@@ -229,6 +488,8 @@ int main(void) {
     run_method(methods[i]);
     if (failures > before) fprintf(stderr, "method %s\n", methods[i]);
   }
+  elements_and_layouts();
+  struct_sizes();
   wrong_calls();
   if (failures == 0) puts("the C API does what compresskv.h says");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
