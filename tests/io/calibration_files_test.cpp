@@ -271,9 +271,10 @@ TEST_F(CalibrationFiles, MessagesShowKeysCutAndEscaped) {
 }
 
 TEST_F(CalibrationFiles, LongListsTakeNoMoreTimeThanTheyAreLong) {
-  std::string list;
-  for (int head = 0; head < 300000; ++head) {
-    list += (head == 0 ? "" : ",") + std::to_string(head);
+  std::string list = "0";
+  for (int head = 1; head < 300000; ++head) {
+    list += ',';
+    list += std::to_string(head);
   }
   EXPECT_EQ(load_head_ranking(write("{\"0\": [" + list + "]}")).heads(0).size(), 300000U);
 }
