@@ -296,7 +296,7 @@ TEST_F(EvaluateWithModel, ResumedOnOtherThreadsIsTheSameRun) {
   const std::string text = read(whole);
   std::size_t answered = 0;
   for (const Json& line : lines_of(whole)) {
-    answered += line.value("method", "") == "cake" ? 1 : 0;
+    answered += line.value("method", "") == "cake" ? 1U : 0U;
   }
   EXPECT_EQ(answered, 2U);
 

@@ -44,7 +44,7 @@ TEST_F(Needles, CompressKvFindsHalfOfThemIn12PerCent) {
     const ckv::NeedlePrompt text = prompt(needle);
     if (right(full, needle, text)) {
       ++asked;
-      found += right(compressed, needle, text) ? 1 : 0;
+      found += right(compressed, needle, text) ? 1U : 0U;
     }
   }
   std::printf("  compresskv: %zu of %zu\n", found, asked);
@@ -58,7 +58,7 @@ TEST_F(Needles, StreamingLosesMostOfThemIn12PerCent) {
                                    .budget = compresskv::Budget::kept_ratio(0.12)};
   std::size_t found = 0;
   for (const std::size_t needle : std::span(answered_by_full).first(needles_wanted)) {
-    found += right(streaming, needle, prompt(needle)) ? 1 : 0;
+    found += right(streaming, needle, prompt(needle)) ? 1U : 0U;
   }
   std::printf("  streaming: %zu of %zu\n", found, needles_wanted);
   EXPECT_LE(found, 5U);
