@@ -280,7 +280,8 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
     EXPECT_EQ(record.at("kv_bytes"), alone.kv_bytes_kept) << row.name;
     if (row.method != compresskv::Method::full) {
       EXPECT_EQ(record.at("rows"), 40 * config.layers * config.kv_heads) << row.name;
-      EXPECT_EQ(record.at("kept"), stretches_of(alone.kept, prompt.tokens.size(), config.kv_heads))
+      EXPECT_EQ(record.at("kept"),
+                stretches_of(alone.kept, prompt.tokens.size(), static_cast<std::size_t>(config.kv_heads)))
           << row.name;
     }
   }
