@@ -359,9 +359,8 @@ class Compressor {
     for (std::size_t i = 0; i < views.size(); ++i) {
       const std::size_t layer = changed_[i];
       pass_.take_rows(views[i]);
-      const Scores<granularity> scores = over_layers_.scores_of(layer, state_, pass_);
-      pass_.select(state_, layer, scores,
-                   pass_.at_least_window(state_.next_capacities()[layer], pass_.longest()));
+      const std::size_t capacity = pass_.at_least_window(state_.next_capacities()[layer], pass_.longest());
+      over_layers_.select_again(layer, capacity, state_, pass_);
       stage(layer, views[i], views[i], pass_.selection());
     }
     compaction_.reserve(pass_.selection(), plan().shape().kv_heads);

@@ -469,5 +469,34 @@ TEST(Turned, ScoresThatTravelNeedTruePositions) {
   compressor.begin_turn(61);
 }
 
+TEST(Turned, ALayerThatACascadeCutsAgainIsChosenByTheScoresThatItArrivedWith) {
+  const auto plan = cake_plan();
+  const Rows listed{20, 21, 22, 23};
+  const auto run = [&](bool turns) {
+    Engine engine(12);
+    engine.append(60);
+    Compressor compressor{plan};
+    compressor.begin(60, {.positions = listed});
+    const auto views = [&](std::size_t layer) { return engine.view(layer); };
+    for (std::size_t layer = 0; layer < layers; ++layer) {
+      for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
+        shorten(engine, compressor, changed);
+      }
+      if (turns && layer == 1) {
+        EXPECT_LT(engine.rows[0][0], 60U) << "or row and position are the same";
+        compressor.rerotate(0, engine.view(0), {});
+      }
+    }
+    std::vector<std::vector<std::size_t>> kept(2);
+    for (std::size_t head = 0; head < 2; ++head) {
+      for (std::size_t row = 0; row < engine.rows[0][head]; ++row) {
+        kept[head].push_back(engine.position(0, head, row));
+      }
+    }
+    return kept;
+  };
+  EXPECT_EQ(run(true), run(false));
+}
+
 }  // namespace
 }  // namespace compresskv

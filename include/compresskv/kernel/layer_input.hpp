@@ -20,7 +20,7 @@ struct LayerInput {
   const Retained& retained;  ///< true positions of the rows
   const Kv& kv;
   const Observed& observation;
-  std::size_t held_bytes = 0;  ///< of the sequence's state without positions: they count towards the 1 %
+  std::size_t held_bytes = 0;  ///< of the sequence, beside its positions: they count towards the 1 %
 
   /// Rows that may go: none where a KV head is shorter than the window.
   std::size_t evictable(std::size_t kv_head) const {

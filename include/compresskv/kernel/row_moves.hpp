@@ -160,10 +160,9 @@ inline constexpr bool rows_fit = std::conjunction_v<
     std::is_same<std::remove_const_t<typename Source::key_element>, typename Target::key_element>,
     std::is_same<std::remove_const_t<typename Source::value_element>, typename Target::value_element>>;
 
-/// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head. Views of
-/// `AnyElement` are of the same kinds. `rows` ascend, so
-/// `source` and `target` may be the same cache: no row is overwritten before it is read. Bytes are moved as
-/// they are.
+/// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head; both hold
+/// elements of the same kinds. `rows` ascend, so `source` and `target` may be the same cache: no row is
+/// overwritten before it is read. Bytes are moved as they are.
 template <KvView Source, KvView Target>
 requires(rows_fit<Source, Target>) void copy_rows(const Source& source, const Target& target,
                                                   std::size_t kv_head, std::span<const std::uint32_t> rows) {

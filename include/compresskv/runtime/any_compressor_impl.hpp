@@ -127,10 +127,6 @@ class SequenceOf final : public AnySequence {
   }
   const Retained& gather(std::size_t layer, const AnyKv& source, const Selection& selection,
                          const AnyKv& target) override {
-    require(source.key_kind() == target.key_kind() && source.value_kind() == target.value_kind(),
-            "gather's target holds keys and values of ", name(target.key_kind()), " and ",
-            name(target.value_kind()), ", the source of ", name(source.key_kind()), " and ",
-            name(source.value_kind()), ": rows move as they are");
     return compressor_.gather(layer, source, selection, target);
   }
   const Retained& rerotate(std::size_t layer, const AnyKv& kv, const kernel::Rotary& rotary) override {

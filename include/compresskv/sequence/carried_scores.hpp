@@ -82,14 +82,14 @@ class CarriedScores {
   }
 
   template <class Pass>
-  Scores<Granularity::layer> scores_of(std::size_t layer, const State& state, Pass& pass) {
+  void select_again(std::size_t layer, std::size_t capacity, const State& state, Pass& pass) {
     const Scores<Granularity::layer> scores = pass.take_scores();
     const std::span<float> own = scores.row(0);
     Retained::Cursor positions = state.layer(layer).cursor();
     for (std::size_t t = 0; t < own.size(); ++t) {
       own[t] = next_[positions.seek(t)];
     }
-    return scores;
+    pass.select(state, layer, scores, capacity);
   }
 
   void reserve(std::size_t /*layers*/, const State& /*state*/) {}
@@ -116,7 +116,7 @@ class CarriedScores {
  private:
   const P* plan_;
   std::vector<float> by_position_;  // of the layers that have arrived
-  std::vector<float> next_;         // the same, and of the one that arrives
+  std::vector<float> next_;         // and of one that arrives; the same between calls that went through
 };
 
 template <CarriesScores P>

@@ -21,8 +21,8 @@ namespace compresskv::sequence {
 template <class P>
 concept SharesAsLayersArrive = P::allocator_type::reach != Reach::own_layer;
 
-/// Capacities of earlier layers shrink as later ones arrive (CAKE, `budget::Cake`): each layer's preference, and
-/// the scores of the rows that it still holds. A layer that has been cut never grows again.
+/// Capacities of earlier layers shrink as later ones arrive (CAKE, `budget::Cake`): each layer's preference,
+/// and the scores of the rows that it still holds. A layer that has been cut never grows again.
 template <class P>
 class Cascade {
   static constexpr Granularity granularity = P::scorer_type::granularity;
@@ -68,9 +68,10 @@ class Cascade {
     return state.next_capacities()[layer] < state.capacities()[layer];
   }
 
+  /// What is protected was marked in the scores when the layer arrived.
   template <class Pass>
-  Scores<granularity> scores_of(std::size_t layer, const State& /*state*/, Pass& /*pass*/) {
-    return kept_scores_.template of<granularity>(layer);
+  void select_again(std::size_t layer, std::size_t capacity, const State& /*state*/, Pass& pass) {
+    pass.select_by(kept_scores_.template of<granularity>(layer), capacity);
   }
 
   void reserve(std::size_t layers, const State& state) {

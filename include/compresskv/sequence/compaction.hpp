@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/executor.hpp"
 #include "compresskv/core/retained.hpp"
@@ -50,6 +51,10 @@ class Compaction {
              const Selection& selection, Workspace& workspace) {
     detail::check_view(source, shape);
     state.check_rows(index, [&](std::size_t head) { return source.rows(head); });
+    detail::require(key_kind(source) == key_kind(target) && value_kind(source) == value_kind(target),
+                    "gather's target holds keys and values of ", name(key_kind(target)), " and ",
+                    name(value_kind(target)), ", the source of ", name(key_kind(source)), " and ",
+                    name(value_kind(source)), ": rows move as they are");
     const std::size_t kv_heads = source.kv_heads();
     selection.validate(kv_heads, [&](std::size_t head) { return source.rows(head); });
     const bool in_place = static_cast<const void*>(&source) == static_cast<const void*>(&target);
@@ -121,7 +126,7 @@ class Compaction {
   void selection_of(const State& state, std::size_t index, const V& kv, std::span<std::size_t> rows,
                     Selection& selection) const noexcept {
     const Retained& now = state.layer(index);
-    const Retained& next = next_[index];
+    const Retained& next = next_[next_.size() == 1 ? 0 : index];
     if (next.bytes_freed_ == 0) {
       for (std::size_t head = 0; head < rows.size(); ++head) {
         rows[head] = kv.rows(head);

@@ -115,7 +115,7 @@ class LayerPass {
     return {workspace_.take(Workspace::Slot::scores, end), score_ends_, score_windows_};
   }
 
-  /// Checks the observation and scores. Throws ArgumentError and ScoreError.
+  /// Checks the observation, then scores the layer. Throws ArgumentError and ScoreError.
   template <class V, class O>
   Scores<granularity> score(const State& state, const kernel::LayerInput<V, O>& in) {
     if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
@@ -162,6 +162,10 @@ class LayerPass {
   void select(const State& state, std::size_t layer, const Scores<granularity>& scores,
               std::size_t capacity) {
     state.protected_tokens().mark(layer, state.layer(layer), scores, capacity);
+    select_by(scores, capacity);
+  }
+  /// The same by scores in which they are marked.
+  void select_by(const Scores<granularity>& scores, std::size_t capacity) {
     plan_->selector().select(scores, capacity, workspace_, selection_);
   }
 

@@ -100,9 +100,9 @@ class State {
     return {layers_, tokens};
   }
 
-  /// A layer's keys were turned to their row indices, `rows` in each KV head: it goes on at its row count.
-  /// Does not throw after `reserve_whole(index, rows)`.
+  /// Makes room for `turn`, which then does not throw.
   void reserve_whole(std::size_t index, std::size_t rows) { layers_[index].reserve_whole(rows); }
+  /// A layer's keys were turned to their row indices, `rows` in each KV head: it goes on at its row count.
   void turn(std::size_t index, std::size_t rows) {
     Retained& layer = layers_[index];
     const std::size_t unseen = layer.rows_before(layer.announced_) - rows;

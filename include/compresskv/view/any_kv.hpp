@@ -40,13 +40,12 @@ class AnyKv {
   }
   AnyKv& operator=(const AnyKv& other) {
     if (this != &other) {
-      // A view whose copy may throw is copied twice, so that this one stays what it is until then.
-      const AnyKv copy(other);
       destroy_view();
-      kv_heads_ = copy.kv_heads_;
-      head_dim_ = copy.head_dim_;
-      functions_ = copy.functions_;
-      copy_view(copy);
+      functions_ = nullptr;  // where copying throws there is no view any more, and nothing to destroy
+      copy_view(other);
+      kv_heads_ = other.kv_heads_;
+      head_dim_ = other.head_dim_;
+      functions_ = other.functions_;
     }
     return *this;
   }
@@ -129,14 +128,14 @@ class AnyKv {
           }};
 
   void copy_view(const AnyKv& other) {
-    if (functions_->copy == nullptr) {
+    if (other.functions_->copy == nullptr) {
       view_ = other.view_;
     } else {
-      functions_->copy(other.view_.data(), view_.data());
+      other.functions_->copy(other.view_.data(), view_.data());
     }
   }
   void destroy_view() {
-    if (functions_->destroy != nullptr) {
+    if (functions_ != nullptr && functions_->destroy != nullptr) {
       functions_->destroy(view_.data());
     }
   }
