@@ -111,6 +111,15 @@ void shorten(Engine& engine, const C& compressor, std::size_t layer) {
   }
 }
 
+/// `layer` arrives, and the caches that shrank are shortened.
+template <class C>
+void arrive(Engine& engine, C& compressor, std::size_t layer) {
+  const auto views = [&](std::size_t l) { return engine.view(l); };
+  for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
+    shorten(engine, compressor, changed);
+  }
+}
+
 /// `call` must say which layer, both numbers and what to do, and change nothing.
 template <class C, class Call>
 void expect_too_many(Engine& engine, C& compressor, std::size_t layer, std::size_t shown, std::size_t most,
@@ -427,11 +436,8 @@ TEST(Turned, LayersOfUnequalRowsRefuseWhatNeedsOnePositionForAll) {
   engine.append(60);
   Compressor compressor{plan};
   compressor.begin(60);
-  const auto views = [&](std::size_t layer) { return engine.view(layer); };
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
-      shorten(engine, compressor, changed);
-    }
+    arrive(engine, compressor, layer);
   }
   ASSERT_NE(engine.rows[0][0], engine.rows[2][0]) << "or the case shows nothing";
   for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -454,11 +460,8 @@ TEST(Turned, ScoresThatTravelNeedTruePositions) {
   engine.append(60);
   Compressor compressor{plan};
   compressor.begin(60);
-  const auto views = [&](std::size_t layer) { return engine.view(layer); };
   for (std::size_t layer = 0; layer < layers; ++layer) {
-    for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
-      shorten(engine, compressor, changed);
-    }
+    arrive(engine, compressor, layer);
   }
   for (std::size_t layer = 0; layer < layers; ++layer) {
     compressor.rerotate(layer, engine.view(layer), {});
@@ -477,11 +480,8 @@ TEST(Turned, ALayerThatACascadeCutsAgainIsChosenByTheScoresThatItArrivedWith) {
     engine.append(60);
     Compressor compressor{plan};
     compressor.begin(60, {.positions = listed});
-    const auto views = [&](std::size_t layer) { return engine.view(layer); };
     for (std::size_t layer = 0; layer < layers; ++layer) {
-      for (const std::size_t changed : compressor.arrive(layer, views, engine.observation())) {
-        shorten(engine, compressor, changed);
-      }
+      arrive(engine, compressor, layer);
       if (turns && layer == 1) {
         EXPECT_LT(engine.rows[0][0], 60U) << "or row and position are the same";
         compressor.rerotate(0, engine.view(0), {});

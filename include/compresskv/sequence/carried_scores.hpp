@@ -107,8 +107,7 @@ class CarriedScores {
   void check_turned() const {
     detail::fail<ArgumentError>(
         "scores are carried from layer to layer by true positions, which rerotate() gave up: begin() starts "
-        "a "
-        "new sequence");
+        "a new sequence");
   }
 
   std::size_t memory_bytes() const { return (by_position_.capacity() + next_.capacity()) * sizeof(float); }

@@ -126,7 +126,7 @@ class Compaction {
   void selection_of(const State& state, std::size_t index, const V& kv, std::span<std::size_t> rows,
                     Selection& selection) const noexcept {
     const Retained& now = state.layer(index);
-    const Retained& next = next_[next_.size() == 1 ? 0 : index];
+    const Retained& next = next_of(index);
     if (next.bytes_freed_ == 0) {
       for (std::size_t head = 0; head < rows.size(); ++head) {
         rows[head] = kv.rows(head);
@@ -174,6 +174,7 @@ class Compaction {
 
  private:
   Retained& next_of(std::size_t index) { return next_[next_.size() == 1 ? 0 : index]; }
+  const Retained& next_of(std::size_t index) const { return next_[next_.size() == 1 ? 0 : index]; }
 
   std::vector<Retained> next_;   // what layers are to hold: the one at hand, or all that change at once
   std::size_t staged_rows_ = 0;  // most rows that a selection of a layer staged has
