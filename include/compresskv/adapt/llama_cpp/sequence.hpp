@@ -6,13 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "compresskv/adapt/llama_cpp/context_state.hpp"
 #include "compresskv/adapt/llama_cpp/model.hpp"
 #include "compresskv/adapt/llama_cpp/observer.hpp"
 #include "compresskv/adapt/llama_cpp/state.hpp"
@@ -27,42 +27,6 @@
 namespace compresskv::llama_cpp {
 
 namespace detail {
-
-/// A sequence's state as its context holds it. Not a vector: nothing is written before the context writes.
-struct StateBytes {
-  std::unique_ptr<std::uint8_t[]> memory;
-  std::size_t size = 0;
-
-  std::span<std::uint8_t> span() { return {memory.get(), size}; }
-
-  void read(const Place& place) {
-    const std::size_t now = llama_state_seq_get_size(place.context, place.sequence);
-    if (now > size || memory == nullptr) {
-      memory = std::make_unique_for_overwrite<std::uint8_t[]>(now);
-    }
-    size = now;
-    require(size > 0 && llama_state_seq_get_data(place.context, memory.get(), size, place.sequence) == size,
-            "libllama did not give the state of sequence ", place.sequence, ": its log says why");
-  }
-};
-
-inline bool write_state(const Place& place, std::span<const std::uint8_t> bytes) {
-  return llama_state_seq_set_data(place.context, bytes.data(), bytes.size(), place.sequence) == bytes.size();
-}
-
-inline void remove_sequence(const Place& place) {
-  llama_memory_seq_rm(llama_get_memory(place.context), place.sequence, -1, -1);
-}
-
-inline bool is_empty(const Place& place) {
-  return llama_memory_seq_pos_max(llama_get_memory(place.context), place.sequence) < 0;
-}
-
-/// Streams that a context's states have.
-inline std::uint32_t streams_of(const llama_context& context) {
-  const std::uint32_t sequences = llama_n_seq_max(&context);
-  return sequences == 1 || llama_n_ctx_seq(&context) == llama_n_ctx(&context) ? 1 : sequences;
-}
 
 /// Rows that every layer and KV head was left with. Throws ArgumentError where they differ: a cell of
 /// libllama is a row of all of them.
@@ -121,7 +85,9 @@ struct Compressed {
 /// observer and the contexts are the caller's, and the latter two must outlive it. Its memory is a few bytes
 /// a kept row; while it compresses also the sequence's whole state, and what is kept of it once more.
 ///
-/// All or nothing: whatever a call throws, the context's sequence and this object are as they were.
+/// All or nothing: whatever a call throws, the context's sequence and this object are as they were. One
+/// exception: a copy that shares cells (`copy_to`) in a context without a spare sequence number and without
+/// free cells for what is kept is lost, and the error says so.
 class Sequence {
  public:
   /// Nothing is read yet, or the sequence holds tokens that were decoded before. Throws ArgumentError where
@@ -220,11 +186,15 @@ class Sequence {
     result.rows_after = detail::rows_of_all(next);
     result.bytes_after = smaller.size();
 
-    // Its rows have moved: what is to be put back on failure is read again, while the context still has it.
-    if (stays) {
-      bytes.read(place_);
+    if (const auto spare = stays && shared_ ? spare_sequence() : std::nullopt) {
+      replace_shared(smaller, *spare);
+    } else {
+      // Its rows have moved: what is to be put back on failure is read again, while the context still has it.
+      if (stays) {
+        bytes.read(place_);
+      }
+      replace(target, smaller, stays ? bytes.span() : std::span<const std::uint8_t>{});
     }
-    replace(target, smaller, stays ? bytes.span() : std::span<const std::uint8_t>{});
     if (!stays) {
       observer_->copy(place_, target);
       observer_->forget(place_);
@@ -232,20 +202,23 @@ class Sequence {
     }
     compressor_ = std::move(next);
     compressed_ = true;
+    shared_ = false;
     place_ = target;
     return result;
   }
 
   /// A second sequence of the context that goes its own way from here: `llama_memory_seq_cp`. Cells are
   /// shared until one of the two is compressed, which then needs cells of its own.
-  Sequence copy_to(llama_seq_id sequence) const {
+  Sequence copy_to(llama_seq_id sequence) {
     Sequence copy(*this);
+    copy.shared_ = detail::streams_of(*place_.context) == 1;
     copy.place_.sequence = sequence;
     detail::check_place(copy.place_);
     detail::require(is_empty(copy.place_), "sequence ", sequence,
                     " holds tokens: remove them with llama_memory_seq_rm");
     llama_memory_seq_cp(memory(), place_.sequence, sequence, -1, -1);
     observer_->copy(place_, copy.place_);
+    shared_ = copy.shared_;
     return copy;
   }
 
@@ -334,22 +307,45 @@ class Sequence {
   /// Puts a state in the sequence's place; where libllama does not take it, what was there before comes back.
   void replace(const Place& target, std::span<const std::uint8_t> state,
                std::span<const std::uint8_t> before) const {
-    std::string reason;
-    if (!detail::write_state(target, state)) {
-      reason =
-          "the context did not take the state: its flash attention, type_k or type_v are others than where "
-          "the "
-          "sequence comes from, or it has too few free cells; libllama's log says which";
-    } else {
-      reason = why_not_as_written(target, state);
-      if (reason.empty()) {
-        return;
-      }
+    const std::string reason = write(target, state);
+    if (reason.empty()) {
+      return;
     }
     detail::remove_sequence(target);
     const bool restored = before.empty() || detail::write_state(target, before);
     detail::fail<Error>("sequence ", target.sequence, ": ", reason,
                         restored ? "" : "; the sequence could not be put back and is now empty");
+  }
+
+  /// The same for one that shares cells with a copy. They do not become free, so there may be no room to put
+  /// it back: a spare sequence holds them meanwhile.
+  void replace_shared(std::span<const std::uint8_t> state, llama_seq_id spare) const {
+    llama_memory_seq_cp(memory(), place_.sequence, spare, -1, -1);
+    const std::string reason = write(place_, state);
+    if (!reason.empty()) {
+      detail::remove_sequence(place_);
+      llama_memory_seq_cp(memory(), spare, place_.sequence, -1, -1);
+    }
+    detail::remove_sequence({place_.context, spare});
+    detail::require<Error>(reason.empty(), "sequence ", place_.sequence, ": ", reason);
+  }
+
+  std::optional<llama_seq_id> spare_sequence() const {
+    for (std::uint32_t id = 0; id < llama_n_seq_max(place_.context); ++id) {
+      if (is_empty({place_.context, static_cast<llama_seq_id>(id)})) {
+        return static_cast<llama_seq_id>(id);
+      }
+    }
+    return std::nullopt;
+  }
+
+  /// Why a state could not be written; empty where it was.
+  std::string write(const Place& target, std::span<const std::uint8_t> state) const {
+    return detail::write_state(target, state)
+               ? why_not_as_written(target, state)
+               : "the context did not take the state: its flash attention, type_k or type_v are others than "
+                 "where "
+                 "the sequence comes from, or it has too few free cells; libllama's log says which";
   }
 
   /// The state read back: empty where it is what was written, its cells in any order. Formats have no number
@@ -376,6 +372,7 @@ class Sequence {
   Place place_;
   AnyCompressor compressor_;
   bool compressed_ = false;
+  bool shared_ = false;  // cells with a copy
 };
 
 }  // namespace compresskv::llama_cpp

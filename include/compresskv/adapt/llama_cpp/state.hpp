@@ -8,6 +8,7 @@
 #include <numeric>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -101,12 +102,15 @@ class StateWriter {
   explicit StateWriter(std::size_t bytes) { bytes_.reserve(bytes); }
 
   template <class T>
+  requires std::is_arithmetic_v<T>
   void put(T value) {
     const std::size_t at = bytes_.size();
     bytes_.resize(at + sizeof(T));
     std::memcpy(bytes_.data() + at, &value, sizeof(T));
   }
-  void put(std::span<const std::uint8_t> bytes) { bytes_.insert(bytes_.end(), bytes.begin(), bytes.end()); }
+  void put_bytes(std::span<const std::uint8_t> bytes) {
+    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+  }
   std::vector<std::uint8_t> take() && { return std::move(bytes_); }
 
  private:
@@ -227,19 +231,20 @@ class State {
     for (const Layer& layer : layers_) {
       out.put(ggml_type_of(layer.key_kind));
       out.put(std::uint64_t{layer.key_bytes});
-      out.put(bytes_.subspan(layer.keys, rows * layer.key_bytes));
+      out.put_bytes(bytes_.subspan(layer.keys, rows * layer.key_bytes));
     }
     for (const Layer& layer : layers_) {
       out.put(ggml_type_of(layer.value_kind));
       if (!transposed_) {
         out.put(std::uint64_t{layer.value_bytes});
-        out.put(bytes_.subspan(layer.values, rows * layer.value_bytes));
+        out.put_bytes(bytes_.subspan(layer.values, rows * layer.value_bytes));
         continue;
       }
       out.put(static_cast<std::uint32_t>(layer.value_bytes));
       out.put(static_cast<std::uint32_t>(width()));
       for (std::size_t i = 0; i < width(); ++i) {
-        out.put(bytes_.subspan(layer.values + i * cells() * layer.value_bytes, rows * layer.value_bytes));
+        out.put_bytes(
+            bytes_.subspan(layer.values + i * cells() * layer.value_bytes, rows * layer.value_bytes));
       }
     }
     for (std::uint32_t stream = 1; stream < target.streams; ++stream) {
