@@ -24,8 +24,8 @@
 /// What the benchmarks share: shapes, seeded inputs, memory larger than the caches, counters.
 namespace bench {
 
-using Eigen::bfloat16;
-using Eigen::half;
+using compresskv::bfloat16;
+using compresskv::half;
 
 /// Models whose layers are measured. Those of Mistral-7B have the shape of Llama-3.1-8B's, those of Qwen3-8B
 /// as well: their numbers stand for all three.

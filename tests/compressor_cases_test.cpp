@@ -44,12 +44,12 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 template <class T>
 struct CompressorCases : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 
 struct ElementNames {
   template <class T>
   static std::string GetName(int) {
-    return std::is_same_v<T, float> ? "float" : std::is_same_v<T, Eigen::half> ? "half" : "bfloat16";
+    return std::is_same_v<T, float> ? "float" : std::is_same_v<T, half> ? "half" : "bfloat16";
   }
 };
 TYPED_TEST_SUITE(CompressorCases, Elements, ElementNames);

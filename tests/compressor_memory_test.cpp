@@ -83,7 +83,7 @@ using reference::Random;
 
 template <class T>
 struct Memory : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 TYPED_TEST_SUITE(Memory, Elements);
 
 HeadRanking ranking_of(const ModelShape& shape) {
@@ -271,7 +271,7 @@ double share_alive(const ModelShape& shape, std::size_t tokens, std::size_t mean
 
 template <class T>
 struct MemoryPromise : testing::Test {};
-using StoredTypes = testing::Types<float, Eigen::half, Eigen::bfloat16, BlockQ8_0, BlockQ4_0, AffineInt8>;
+using StoredTypes = testing::Types<float, half, bfloat16, BlockQ8_0, BlockQ4_0, AffineInt8>;
 struct StoredNames {
   template <class T>
   static std::string GetName(int i) {

@@ -20,7 +20,6 @@
 namespace compresskv {
 namespace {
 
-using Eigen::bfloat16;
 using reference::alive;
 using reference::allocations;
 using reference::most_alive;

@@ -191,7 +191,7 @@ const std::vector<Case> cases{
 
 template <class T>
 struct PlantedCache : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 TYPED_TEST_SUITE(PlantedCache, Elements);
 
 TYPED_TEST(PlantedCache, RightHeadsKeepTheAnswer) {

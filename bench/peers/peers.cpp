@@ -24,8 +24,8 @@
 namespace {
 
 using namespace compresskv;
-using Eigen::bfloat16;
-using Eigen::half;
+using compresskv::bfloat16;
+using compresskv::half;
 
 /// A layer of Llama-3.1-8B, `[kv_head][token][dim]`.
 constexpr ModelShape shape{.layers = 32, .query_heads = 32, .kv_heads = 8, .head_dim = 128};

@@ -13,8 +13,8 @@ namespace ckv = compresskv;
 constexpr std::size_t kv_heads = 2, head_dim = 64, slab_tokens = 64;
 
 struct HeadRecord {
-  Eigen::half key[head_dim];
-  Eigen::bfloat16 value[head_dim];
+  ckv::half key[head_dim];
+  ckv::bfloat16 value[head_dim];
 };
 struct Slab {
   HeadRecord records[slab_tokens][kv_heads];
@@ -26,8 +26,8 @@ struct SlabCache {
 
 class SlabKv {
  public:
-  using key_element = Eigen::half;
-  using value_element = Eigen::bfloat16;
+  using key_element = ckv::half;
+  using value_element = ckv::bfloat16;
 
   explicit SlabKv(SlabCache& cache) : cache_(&cache) {}
 
@@ -35,10 +35,10 @@ class SlabKv {
   std::size_t head_dim() const { return ::head_dim; }
   std::size_t rows(std::size_t) const { return cache_->tokens; }
   std::size_t run_count(std::size_t) const { return (cache_->tokens + slab_tokens - 1) / slab_tokens; }
-  ckv::Run<Eigen::half> key_run(std::size_t head, std::size_t i) const {
+  ckv::Run<ckv::half> key_run(std::size_t head, std::size_t i) const {
     return run(cache_->slabs[i]->records[0][head].key, i);
   }
-  ckv::Run<Eigen::bfloat16> value_run(std::size_t head, std::size_t i) const {
+  ckv::Run<ckv::bfloat16> value_run(std::size_t head, std::size_t i) const {
     return run(cache_->slabs[i]->records[0][head].value, i);
   }
 
@@ -59,7 +59,7 @@ int main() {
   for (std::size_t i = 0; i < SlabKv{cache}.run_count(0); ++i)
     cache.slabs.push_back(std::make_unique<Slab>());
   const std::size_t needle = 333;  // one key that the queries look for
-  cache.slabs[needle / slab_tokens]->records[needle % slab_tokens][1].key[0] = Eigen::half(8.0F);
+  cache.slabs[needle / slab_tokens]->records[needle % slab_tokens][1].key[0] = ckv::half(8.0F);
   std::vector<float> queries(4 * 8 * head_dim);
   for (std::size_t i = 0; i < queries.size(); i += head_dim) queries[i] = 8.0F;
 

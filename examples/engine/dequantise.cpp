@@ -2,10 +2,10 @@
 
 #include <fmt/core.h>
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <compresskv/core/half.hpp>
 #include <cstring>
 
 // Every product below is exact in float32: a half scale has 11 significant bits, a block's own scale at most
@@ -21,7 +21,7 @@ using Byte = std::uint8_t;
 float half_at(const Byte* bytes) {
   std::uint16_t bits;
   std::memcpy(&bits, bytes, sizeof bits);
-  return static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(bits));
+  return static_cast<float>(std::bit_cast<compresskv::half>(bits));
 }
 
 std::uint32_t word_at(const Byte* bytes) {

@@ -6,7 +6,7 @@
 // Keys are post-RoPE: a row carries the rotation of its true position wherever it moves.
 #pragma once
 
-#include <Eigen/Core>
+#include <compresskv/core/half.hpp>
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
@@ -29,9 +29,9 @@ template <typename F>
 decltype(auto) with_kv_type(KvType type, F&& f) {
   switch (type) {
     case KvType::f16:
-      return f(static_cast<Eigen::half*>(nullptr));
+      return f(static_cast<compresskv::half*>(nullptr));
     case KvType::bf16:
-      return f(static_cast<Eigen::bfloat16*>(nullptr));
+      return f(static_cast<compresskv::bfloat16*>(nullptr));
     case KvType::f32:
       break;
   }

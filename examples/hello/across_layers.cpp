@@ -7,8 +7,8 @@
 namespace ckv = compresskv;
 
 struct LayerCache {
-  std::vector<Eigen::bfloat16> keys, values;  // [kv_head][token][dim]
-  std::size_t rows = 0;                       // in use now
+  std::vector<ckv::bfloat16> keys, values;  // [kv_head][token][dim]
+  std::size_t rows = 0;                     // in use now
 };
 
 int main() {
@@ -38,10 +38,10 @@ int main() {
 
   for (std::size_t layer = 0; layer < model.layers; ++layer) {
     // Stands for your prefill.
-    cache[layer] = {.keys = std::vector<Eigen::bfloat16>(model.kv_heads * tokens * dim),
-                    .values = std::vector<Eigen::bfloat16>(model.kv_heads * tokens * dim),
+    cache[layer] = {.keys = std::vector<ckv::bfloat16>(model.kv_heads * tokens * dim),
+                    .values = std::vector<ckv::bfloat16>(model.kv_heads * tokens * dim),
                     .rows = tokens};
-    const std::vector<Eigen::bfloat16> queries(model.query_heads * window * dim, Eigen::bfloat16(1.0F));
+    const std::vector<ckv::bfloat16> queries(model.query_heads * window * dim, ckv::bfloat16(1.0F));
     const ckv::QueryShape shown{.query_heads = model.query_heads, .queries = window, .head_dim = dim};
     shorten(compressor.arrive(layer, views, ckv::QueryWindow{queries.data(), shown}));
   }

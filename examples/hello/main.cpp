@@ -15,9 +15,9 @@ int main() {
 
   for (std::size_t layer = 0; layer < model.layers; ++layer) {
     // Stands for your prefill: keys and values as [kv_head][token][dim], bfloat16, and the last 8 queries.
-    std::vector<Eigen::bfloat16> keys(model.kv_heads * tokens * dim), values(keys.size());
-    const std::vector<Eigen::bfloat16> queries(model.query_heads * 8 * dim, Eigen::bfloat16(1.0F));
-    for (std::size_t i = 0; i < dim; ++i) keys[needle * dim + i] = Eigen::bfloat16(1.0F);
+    std::vector<ckv::bfloat16> keys(model.kv_heads * tokens * dim), values(keys.size());
+    const std::vector<ckv::bfloat16> queries(model.query_heads * 8 * dim, ckv::bfloat16(1.0F));
+    for (std::size_t i = 0; i < dim; ++i) keys[needle * dim + i] = ckv::bfloat16(1.0F);
 
     const ckv::KvShape cached{.kv_heads = model.kv_heads, .rows = tokens, .head_dim = dim};
     const ckv::StridedKv kv{keys.data(), values.data(), cached, ckv::layout::head_token_dim};

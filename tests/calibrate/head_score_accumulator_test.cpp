@@ -268,7 +268,7 @@ TEST(HeadScoreAccumulator, QueriesAndKeysVsTheirAttentionRows) {
     from_queries.begin_run(prompt, answer);
     for (std::size_t step = 0; step < 3; ++step) {
       for (std::size_t layer = 0; layer < layers; ++layer) {
-        reference::Cache<Eigen::half> cache(
+        reference::Cache<compresskv::half> cache(
             {.kv_heads = kv_heads, .rows = tokens + step, .head_dim = head_dim},
             random.pick(reference::all_arrangements));
         cache.fill(random, 1.5F);
@@ -280,12 +280,12 @@ TEST(HeadScoreAccumulator, QueriesAndKeysVsTheirAttentionRows) {
         if (random.coin()) {
           from_queries.add_queries(layer, cache.view(), observation);
         } else {
-          reference::ScatteredMemory<Eigen::half> pieces(cache, random, 9, head_dim);
+          reference::ScatteredMemory<compresskv::half> pieces(cache, random, 9, head_dim);
           from_queries.add_queries(layer, pieces.view(), observation);
         }
         for (std::size_t head = 0; head < heads; ++head) {
           const auto key = [&](std::size_t row, std::size_t dim) {
-            return static_cast<double>(cache.keys[cache.at(head / group, row, dim)]);
+            return static_cast<double>(to_float(cache.keys[cache.at(head / group, row, dim)]));
           };
           const auto query = [&](std::size_t dim) {
             return static_cast<double>(queries[(head * shape.queries + shape.queries - 1) * head_dim + dim]);

@@ -1,5 +1,5 @@
 cmake_minimum_required(VERSION 3.25)
-# cmake -DCOMPILER=... -DSOURCE=... -DINCLUDE=... -DSYSTEM_INCLUDES=... -DOBJECT=... -P check.cmake
+# cmake -DCOMPILER=... -DSOURCE=... -DINCLUDE=... -DOBJECT=... -P check.cmake
 
 cmake_path(GET SOURCE STEM name)
 file(STRINGS "${SOURCE}" lines LIMIT_COUNT 2)
@@ -20,16 +20,11 @@ if(expected STREQUAL "" AND NOT name MATCHES "^control_")
   message(FATAL_ERROR "${SOURCE}: the first line must read '// expect: <regular expression>', or '// first: ...'")
 endif()
 
-set(system_flags "")
-foreach(folder IN LISTS SYSTEM_INCLUDES)
-  list(APPEND system_flags -isystem "${folder}")
-endforeach()
-
 # A whole compilation, not -fsyntax-only: static_asserts in function bodies are found when templates are instantiated.
 # English diagnostics whatever the user's language; the paths of the sources stay out of what is matched.
 execute_process(
   COMMAND "${CMAKE_COMMAND}" -E env LC_ALL=C
-    "${COMPILER}" -std=c++20 -Wall -Wextra -I "${INCLUDE}" ${system_flags} ${flags} -c "${SOURCE}" -o "${OBJECT}"
+    "${COMPILER}" -std=c++20 -Wall -Wextra -I "${INCLUDE}" ${flags} -c "${SOURCE}" -o "${OBJECT}"
   RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
 
 if(expected STREQUAL "")

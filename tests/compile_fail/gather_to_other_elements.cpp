@@ -8,7 +8,7 @@ const ckv::Plan plan{ckv::ModelShape{.layers = 1, .query_heads = 2, .kv_heads = 
                      ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::tokens_per_layer(16)}};
 
 void gather(const ckv::StridedKv<float>& source, const ckv::Selection& selection,
-            const ckv::StridedKv<Eigen::half>& target) {
+            const ckv::StridedKv<ckv::half>& target) {
   ckv::Compressor compressor{plan};
   compressor.gather(0, source, selection, target);
 }

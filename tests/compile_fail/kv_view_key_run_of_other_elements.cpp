@@ -2,7 +2,7 @@
 #include "kv.hpp"
 
 struct View : Kv {
-  compresskv::Run<Eigen::half> key_run(std::size_t, std::size_t) const { return {}; }
+  compresskv::Run<compresskv::half> key_run(std::size_t, std::size_t) const { return {}; }
 };
 
 static_assert(compresskv::models_kv_view<View>());

@@ -2,7 +2,7 @@
 #include "kv.hpp"
 
 struct View : KvMembers {
-  using value_element = Eigen::half;
+  using value_element = compresskv::half;
 };
 
 static_assert(compresskv::models_kv_view<View>());

@@ -13,17 +13,17 @@
 namespace compresskv {
 namespace {
 
-// | Element | float, Eigen::half, Eigen::bfloat16, each of them const or not |
+// | Element | float, half, bfloat16, each of them const or not |
 static_assert(Element<float> && Element<const float>);
-static_assert(Element<Eigen::half> && Element<const Eigen::half>);
-static_assert(Element<Eigen::bfloat16> && Element<const Eigen::bfloat16>);
+static_assert(Element<half> && Element<const half>);
+static_assert(Element<bfloat16> && Element<const bfloat16>);
 static_assert(!Element<double> && !Element<int> && !Element<float&> && !Element<std::uint16_t>);
 
 // | Stored | an Element, a quantised block, or int8 with scale and zero point apart |
 static_assert(Stored<float> && Stored<const BlockQ8_0> && Stored<BlockQ4_0> && Stored<AffineInt8>);
 static_assert(ElementBlock<BlockQ8_0> && !ElementBlock<float> && !ElementBlock<AffineInt8>);
 static_assert(!Stored<double> && !Stored<std::int8_t> && !Element<BlockQ8_0> && !Element<AffineInt8>);
-static_assert(row_bytes<float>(64) == 256 && row_bytes<Eigen::half>(64) == 128);
+static_assert(row_bytes<float>(64) == 256 && row_bytes<half>(64) == 128);
 static_assert(row_bytes<BlockQ8_0>(64) == 68 && row_bytes<BlockQ4_0>(64) == 36);
 static_assert(row_bytes<AffineInt8>(64) == 72, "the scale and the zero point count");
 

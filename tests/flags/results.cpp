@@ -56,7 +56,7 @@ std::vector<T> numbers(std::size_t count, std::uint64_t seed, int power = 0) {
     const std::uint32_t bits = (random & 0x80000000U) | exponent << 23U | (random >> 3U & 0x7FFFFFU);
     if constexpr (std::is_same_v<T, float>) {
       value = std::bit_cast<float>(bits);
-    } else if constexpr (std::is_same_v<T, Eigen::bfloat16>) {
+    } else if constexpr (std::is_same_v<T, ckv::bfloat16>) {
       value = std::bit_cast<T>(static_cast<std::uint16_t>(bits >> 16U));
     } else {
       value = std::bit_cast<T>(static_cast<std::uint16_t>((random & 0x8000U) | (exponent - 112U) << 10U |
@@ -256,8 +256,8 @@ int main() {
     for (const Case& c : cases) {
       all_methods<float>(name + " float " + c.name, c);
       if (c.scale != 8.0F && c.power == 0) {
-        all_methods<Eigen::half>(name + " half " + c.name, c);
-        all_methods<Eigen::bfloat16>(name + " bfloat16 " + c.name, c);
+        all_methods<ckv::half>(name + " half " + c.name, c);
+        all_methods<ckv::bfloat16>(name + " bfloat16 " + c.name, c);
       }
     }
     matrix(name);

@@ -185,9 +185,10 @@ TEST_F(CalibrationFiles, DeepNestingIsAnErrorLikeAnyOther) {
 TEST_F(CalibrationFiles, RejectsWhatIsNoRegularFile) {
   const fs::path pipe = path("pipe");
   ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
-  for (const auto& [file, kind] : {std::pair<fs::path, std::string>{"/dev/zero", "a device"},
-                                   {"/dev/null", "a device"},
-                                   {pipe, "a pipe"}}) {
+  for (const auto& [no_file, kind] : {std::pair<fs::path, std::string>{"/dev/zero", "a device"},
+                                      {"/dev/null", "a device"},
+                                      {pipe, "a pipe"}}) {
+    const fs::path& file = no_file;  // clang 14 captures no structured binding
     const std::string remedy = file.string() + ": is " + kind + ": give the path of a regular file";
     EXPECT_EQ(message_of<FileError>([&] { load_head_ranking(file); }), remedy);
     EXPECT_EQ(message_of<FileError>([&] { load_head_scores(file); }), remedy);

@@ -32,7 +32,7 @@ Result attend(const V& kv, std::size_t head, const std::vector<float>& query, fl
 
 template <class T>
 struct DecodeAttention : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 TYPED_TEST_SUITE(DecodeAttention, Elements);
 
 TYPED_TEST(DecodeAttention, IsTheReferencesInEveryLayoutAndPath) {

@@ -19,7 +19,7 @@ namespace {
 
 template <class T>
 struct Logits : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 TYPED_TEST_SUITE(Logits, Elements);
 
 /// `count` queries, `[query][head_dim]`, as the kernel wants them.
@@ -142,9 +142,9 @@ TEST(Logits, PairsStayWithinTheirBound) {
   for (const std::size_t head_dim : {2U, 8U, 30U, 64U, 80U, 128U}) {
     for (const std::size_t count : {1U, 8U, 9U, 16U, 33U}) {
       constexpr std::size_t rows = 19;
-      std::vector<Eigen::bfloat16> queries(count * head_dim);
+      std::vector<bfloat16> queries(count * head_dim);
       for (auto& value : queries) {
-        value = static_cast<Eigen::bfloat16>(random.gaussian());
+        value = static_cast<bfloat16>(random.gaussian());
       }
       std::vector<float> floats(queries.size());
       std::transform(queries.begin(), queries.end(), floats.begin(),
@@ -152,19 +152,18 @@ TEST(Logits, PairsStayWithinTheirBound) {
       std::vector<float> data(PackedQueries::size(count, head_dim / 2), 0.0F);
       std::vector<float> query(head_dim / 2);
       for (std::size_t q = 0; q < count; ++q) {
-        std::memcpy(query.data(), queries.data() + q * head_dim, head_dim * sizeof(Eigen::bfloat16));
+        std::memcpy(query.data(), queries.data() + q * head_dim, head_dim * sizeof(bfloat16));
         PackedQueries::pack(q, query.data(), head_dim / 2, data.data());
       }
       const PackedQueries block{
           .data = data.data(), .count = count, .head_dim = head_dim, .bf16_pairs = true};
       for (const reference::Arrangement arrangement : reference::all_arrangements) {
-        reference::Cache<Eigen::bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim},
-                                                arrangement);
+        reference::Cache<bfloat16> cache({.kv_heads = 1, .rows = rows, .head_dim = head_dim}, arrangement);
         cache.fill(random);
-        std::vector<float> buffer(key_buffer_size<Eigen::bfloat16>(head_dim),
+        std::vector<float> buffer(key_buffer_size<bfloat16>(head_dim),
                                   std::numeric_limits<float>::quiet_NaN());
         std::vector<float> result(count * rows);
-        const compresskv::Run<const Eigen::bfloat16> run = cache.view().key_run(0, 0);
+        const compresskv::Run<const bfloat16> run = cache.view().key_run(0, 0);
         logits(run, 0, rows, block, 0.125F, buffer.data(), result.data(), rows);
         expect_products(result, floats, cache, 0, rows, head_dim, 1e-37);
       }

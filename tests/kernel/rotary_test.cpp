@@ -39,9 +39,9 @@ std::vector<double> rotated(const std::vector<double>& key, double position, con
 }
 
 template <class T>
-constexpr double roundoff = std::is_same_v<T, float>         ? 0x1p-24
-                            : std::is_same_v<T, Eigen::half> ? 0x1p-11
-                                                             : 0x1p-8;
+constexpr double roundoff = std::is_same_v<T, float>  ? 0x1p-24
+                            : std::is_same_v<T, half> ? 0x1p-11
+                                                      : 0x1p-8;
 
 /// The key was rounded where it was written, is turned, and is rounded once more; a pair's length bounds
 /// both. Halves below 2^-14 are rounded to 2^-25 at best.
@@ -69,7 +69,7 @@ std::vector<Rotary> rotaries() {
 
 template <class T>
 struct RotaryOf : testing::Test {};
-using Elements = testing::Types<float, Eigen::half, Eigen::bfloat16>;
+using Elements = testing::Types<float, half, bfloat16>;
 TYPED_TEST_SUITE(RotaryOf, Elements);
 
 TYPED_TEST(RotaryOf, RerotationIsRotatingAtTheRowIndexFromScratch) {

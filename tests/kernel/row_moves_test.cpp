@@ -34,7 +34,7 @@ Rows random_rows(Random& random, std::size_t count) {
 
 template <class T>
 struct RowMoves : testing::Test {};
-using Elements = testing::Types<float, Eigen::half>;
+using Elements = testing::Types<float, half>;
 TYPED_TEST_SUITE(RowMoves, Elements);
 
 TYPED_TEST(RowMoves, InPlaceIsACopyToANewCache) {
@@ -91,8 +91,8 @@ TYPED_TEST(RowMoves, BetweenAnyTwoLayoutsOfRuns) {
 
 TEST(RowMoves, KeysAndValuesMayDifferInType) {
   Random random(63);
-  Cache<Eigen::bfloat16, float> cache({.kv_heads = 2, .rows = 30, .head_dim = 6},
-                                      reference::Arrangement::token_head_dim);
+  Cache<bfloat16, float> cache({.kv_heads = 2, .rows = 30, .head_dim = 6},
+                               reference::Arrangement::token_head_dim);
   cache.fill(random);
   const Rows rows{0, 3, 4, 5, 29};
   const auto expected = cache.compacted([&](std::size_t) { return rows; });

@@ -12,10 +12,10 @@ namespace compresskv::reference {
 
 /// Random contents of a stored unit, and what an element of it decodes to.
 inline std::uint16_t random_scale(Random& random) {
-  return std::bit_cast<std::uint16_t>(static_cast<Eigen::half>(0.01F + 0.02F * std::abs(random.gaussian())));
+  return std::bit_cast<std::uint16_t>(static_cast<half>(0.01F + 0.02F * std::abs(random.gaussian())));
 }
 
-inline float scale_of(std::uint16_t bits) { return static_cast<float>(std::bit_cast<Eigen::half>(bits)); }
+inline float scale_of(std::uint16_t bits) { return static_cast<float>(std::bit_cast<half>(bits)); }
 
 inline void randomise(BlockQ8_0& block, Random& random) {
   block.scale = random_scale(random);
@@ -25,7 +25,7 @@ inline void randomise(BlockQ8_0& block, Random& random) {
 }
 
 inline void randomise(BlockQ4_0& block, Random& random) {
-  block.scale = std::bit_cast<std::uint16_t>(static_cast<Eigen::half>(0.2F + 0.1F * random.gaussian()));
+  block.scale = std::bit_cast<std::uint16_t>(static_cast<half>(0.2F + 0.1F * random.gaussian()));
   for (std::uint8_t& pair : block.quants) {
     pair = static_cast<std::uint8_t>(random.below(256));
   }

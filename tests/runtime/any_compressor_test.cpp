@@ -236,8 +236,8 @@ TEST(AnyCompressor, SaysWhatDoesNotFit) {
   AnyCompressor tova{AnyPlan{shape, "tova", settings()}};
   tova.begin(tokens);
   EXPECT_SAYS(tova.select(0, compressor.score(0, cache.view(0))), "scores are those of KV heads");
-  std::vector<Eigen::half> half(2 * tokens * 16);
-  const StridedKv other{half, half, KvShape{.kv_heads = 2, .rows = tokens, .head_dim = 16},
+  std::vector<half> halves(2 * tokens * 16);
+  const StridedKv other{halves, halves, KvShape{.kv_heads = 2, .rows = tokens, .head_dim = 16},
                         layout::head_token_dim};
   EXPECT_SAYS(
       compressor.gather(0, cache.view(0), compressor.select(0, compressor.score(0, cache.view(0))), other),

@@ -18,13 +18,11 @@ TEST(SameResults, OfFloat) {
 }
 
 TEST(SameResults, OfBfloat16KeysAndHalfValues) {
-  expect_same_results<Eigen::bfloat16>(
-      model<Eigen::bfloat16, Eigen::half>(layout::token_head_dim, layout::head_token_dim));
+  expect_same_results<bfloat16>(model<bfloat16, half>(layout::token_head_dim, layout::head_token_dim));
 }
 
 TEST(SameResults, OfHalfKeysInASplitLayout) {
-  expect_same_results<Eigen::half>(
-      model<Eigen::half, Eigen::bfloat16>(layout::SplitDim{8}, layout::token_head_dim));
+  expect_same_results<half>(model<half, bfloat16>(layout::SplitDim{8}, layout::token_head_dim));
 }
 
 }  // namespace

@@ -16,11 +16,11 @@ TEST(SameResults, OfQuantisedBlocks) {
 }
 
 TEST(SameResults, OfInt8) {
-  expect_same_results<Eigen::half>(Model<Int8Memory>{{Int8Memory(1), Int8Memory(3), Int8Memory(5)}, {}});
+  expect_same_results<half>(Model<Int8Memory>{{Int8Memory(1), Int8Memory(3), Int8Memory(5)}, {}});
 }
 
 TEST(SameResults, OfPagedBlocks) {
-  using M = PagedMemory<BlockQ4_0, Eigen::bfloat16>;
+  using M = PagedMemory<BlockQ4_0, bfloat16>;
   expect_same_results<float>(Model<M>{{M(1), M(3), M(5)}, {}});
 }
 

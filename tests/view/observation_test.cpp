@@ -33,7 +33,7 @@ TEST(QueryWindow, RunsAreTheHeadsQueries) {
 
 TEST(QueryWindow, StridesReachTheProjectionsOwnOrder) {
   // [query][head][dim]
-  std::vector<Eigen::half> queries(4 * 3 * 5);
+  std::vector<half> queries(4 * 3 * 5);
   const QueryWindow window{
       queries.data(), {.query_heads = 3, .queries = 4, .head_dim = 5}, {.head = 5, .query = 15}};
   EXPECT_EQ(window.query_run(2).row(3), queries.data() + 3 * 15 + 2 * 5);

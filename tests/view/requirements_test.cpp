@@ -18,8 +18,8 @@
 namespace compresskv {
 namespace {
 
-using Half = Eigen::half;
-using Brain = Eigen::bfloat16;
+using Half = half;
+using Brain = bfloat16;
 
 // ---- KvView ----
 

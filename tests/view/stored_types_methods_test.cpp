@@ -120,7 +120,7 @@ Selection selected(Method method, const Layer<float>& layer, const V& view) {
 
 template <class T>
 struct StoredTypesMethods : testing::Test {};
-using Types = testing::Types<float, Eigen::half, Eigen::bfloat16, BlockQ8_0, BlockQ4_0, AffineInt8>;
+using Types = testing::Types<float, half, bfloat16, BlockQ8_0, BlockQ4_0, AffineInt8>;
 TYPED_TEST_SUITE(StoredTypesMethods, Types);
 
 TYPED_TEST(StoredTypesMethods, KeepWhatTheyKeepOfTheDecodedCache) {

@@ -146,10 +146,10 @@ TEST(StoredTypes, ScoreAsTheyDecodeAndMoveAsBytes) {
   check_strided<BlockQ4_0, BlockQ8_0>(plain, transposed);
   check_strided<BlockQ4_0, BlockQ8_0>(transposed, plain);
   // Keys and values of different kinds.
-  check_strided<BlockQ8_0, Eigen::half>(by_token, transposed);
-  check_strided<Eigen::half, Eigen::bfloat16>(plain, transposed);
-  check_strided<Eigen::half, Eigen::bfloat16>(transposed, plain);
-  check_strided<Eigen::bfloat16, BlockQ8_0>(by_token, plain);
+  check_strided<BlockQ8_0, half>(by_token, transposed);
+  check_strided<half, bfloat16>(plain, transposed);
+  check_strided<half, bfloat16>(transposed, plain);
+  check_strided<bfloat16, BlockQ8_0>(by_token, plain);
   check_strided<float, BlockQ4_0>(transposed, by_token);
 }
 
@@ -166,7 +166,7 @@ TEST(StoredTypes, InPagedCachesToo) {
   };
   const auto pool_units = [](std::size_t units) { return (blocks + 3) * kv_heads * block_rows * units; };
   using Key = BlockQ8_0;
-  using Value = Eigen::half;
+  using Value = half;
   const layout::SplitDim key_layout{1};
   const layout::TokenHeadDim value_layout{};
   const auto key_strides = key_layout({.kv_heads = kv_heads, .rows = block_rows, .units = units_of_row<Key>});

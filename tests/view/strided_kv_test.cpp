@@ -27,7 +27,7 @@ TEST(StridedKv, RunsReachEveryElementInEveryArrangement) {
   for (const reference::Arrangement arrangement : reference::all_arrangements) {
     for (const std::size_t allocated : {0U, 9U}) {
       for (const std::size_t head_dim : {1U, 6U}) {
-        reference::Cache<float, Eigen::half> cache(
+        reference::Cache<float, half> cache(
             {.kv_heads = 3, .rows = 7, .head_dim = head_dim, .allocated_rows = allocated}, arrangement);
         const auto view = cache.view();
         EXPECT_EQ(view.kv_heads(), 3U);

@@ -121,8 +121,6 @@ class Cake {
   Options options_;
 };
 
-static_assert(Allocator<Cake>);
-
 }  // namespace compresskv::budget
 
 #include "compresskv/core/strict_float_end.hpp"

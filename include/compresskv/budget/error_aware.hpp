@@ -109,8 +109,6 @@ class ErrorAware {
   std::vector<std::uint32_t> rising_;   // layers by rising error
 };
 
-static_assert(Allocator<ErrorAware>);
-
 }  // namespace compresskv::budget
 
 #include "compresskv/core/strict_float_end.hpp"

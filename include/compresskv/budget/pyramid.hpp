@@ -92,8 +92,6 @@ class Pyramid {
   Options options_;
 };
 
-static_assert(Allocator<Pyramid>);
-
 }  // namespace compresskv::budget
 
 #include "compresskv/core/strict_float_end.hpp"

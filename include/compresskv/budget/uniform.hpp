@@ -25,6 +25,4 @@ class Uniform {
   Budget budget_;
 };
 
-static_assert(Allocator<Uniform>);
-
 }  // namespace compresskv::budget

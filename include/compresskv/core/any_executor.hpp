@@ -35,6 +35,4 @@ class AnyExecutor {
   void (*run_)(void* executor, std::size_t count, FunctionRef<void(std::size_t)> task) = nullptr;
 };
 
-static_assert(Executor<AnyExecutor>);
-
 }  // namespace compresskv

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <concepts>
-#include <ranges>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -15,8 +14,9 @@ class Borrowed : public std::span<T> {
  public:
   constexpr Borrowed() = default;
   template <class R>
-  requires(std::constructible_from<std::span<T>, std::remove_reference_t<R>&> &&
-           !std::derived_from<std::remove_cvref_t<R>, Borrowed>) constexpr Borrowed(R&& elements)
+  requires(
+      !std::derived_from<std::remove_cvref_t<R>, Borrowed> &&
+      std::constructible_from<std::span<T>, std::remove_reference_t<R>&>) constexpr Borrowed(R&& elements)
       : std::span<T>(elements) {
     static_assert(std::is_lvalue_reference_v<R> || std::ranges::borrowed_range<R>,
                   "the elements are kept, not copied: give a variable that outlives this, not a temporary");

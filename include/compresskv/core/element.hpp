@@ -1,6 +1,5 @@
 #pragma once
 
-#include <Eigen/Core>
 #include <array>
 #include <bit>
 #include <concepts>
@@ -10,21 +9,23 @@
 #include <string_view>
 #include <type_traits>
 
-namespace compresskv {
+#include "compresskv/core/half.hpp"
 
-/// Element types that stand for themselves. Arithmetic is always float32.
-template <class T>
-concept Element = std::same_as < std::remove_const_t<T>,
-float > || std::same_as<std::remove_const_t<T>, Eigen::half> ||
-    std::same_as<std::remove_const_t<T>, Eigen::bfloat16>;
+// Known by name alone: whoever has such elements includes Eigen.
+namespace Eigen {
+struct half;
+struct bfloat16;
+}  // namespace Eigen
+
+namespace compresskv {
 
 namespace detail {
 
 /// Scalar types of the compiler's own: `_Float16`, `std::float16_t`, `std::bfloat16_t`, where it has them.
 /// The standard library may not count `_Float16` among the arithmetic types.
 template <class T>
-concept ShortFloat = sizeof(T) == 2 && !std::is_class_v<T> && !std::is_union_v<T> && !std::is_integral_v<T> &&
-                     !std::is_enum_v<T> && requires(T value) {
+concept ShortFloat = !std::is_class_v<T> && !std::is_union_v<T> && !std::is_integral_v<T> &&
+                     !std::is_enum_v<T> && sizeof(T) == 2 && requires(T value) {
   static_cast<float>(value);
 };
 /// A half holds 257, a bfloat16 does not.
@@ -33,51 +34,51 @@ inline constexpr bool is_half = false;
 template <ShortFloat T>
 inline constexpr bool is_half<T> = static_cast<float>(static_cast<T>(257.0F)) == 257.0F;
 
+template <class T>
+concept AnyHalf = std::same_as<T, half> || std::same_as<T, Eigen::half> ||(ShortFloat<T>&& is_half<T>);
+template <class T>
+concept AnyBfloat16 = std::same_as<T, bfloat16> || std::same_as<T, Eigen::bfloat16> ||
+    (ShortFloat<T> && !is_half<T>);
+
 /// `std::uint16_t` and what holds one alone, as `struct ggml_bf16_t { uint16_t bits; }`: nothing in the type
 /// says which of the two it is.
 template <class T>
 concept Bits16 = std::same_as<T, std::uint16_t> ||
-    (std::is_class_v<T> && sizeof(T) == 2 && alignof(T) == 2 && std::is_trivially_copyable_v<T> &&
-     std::is_standard_layout_v<T> && !std::same_as<T, Eigen::half> && !std::same_as<T, Eigen::bfloat16>);
+    (std::is_class_v<T> && !AnyHalf<T> && !AnyBfloat16<T> && sizeof(T) == 2 && alignof(T) == 2 &&
+     std::is_trivially_copyable_v<T> && std::is_standard_layout_v<T>);
 
-/// The same memory. What was written through `from` before has been written: no compiler moves it past here.
 template <class To, class From>
 auto* look_at_as(From* from) {
   using Element = std::conditional_t<std::is_const_v<From>, const To, To>;
   static_assert(sizeof(To) == sizeof(From) && alignof(To) <= alignof(From));
-  auto* elements = reinterpret_cast<Element*>(from);
-  asm volatile("" : "+r"(elements) : : "memory");
-  return elements;
+  return reinterpret_cast<Element*>(from);
 }
 
 }  // namespace detail
 
-/// Types whose memory holds half, and bfloat16: Eigen's, the compiler's own, and 16 raw bits
-/// (`std::uint16_t`, `ggml_fp16_t`, `ggml_bf16_t`), of which only their owner knows what they are.
+/// Element types that stand for themselves: float, `half`, `bfloat16`, Eigen's types of these two names, and
+/// the compiler's own (`_Float16`, `std::float16_t`, `std::bfloat16_t`). Arithmetic is always float32.
 template <class T>
-concept HalfStorage = std::same_as<std::remove_const_t<T>, Eigen::half> ||
-    detail::Bits16<std::remove_const_t<T>> ||
-    (detail::ShortFloat<std::remove_const_t<T>>&& detail::is_half<std::remove_const_t<T>>);
+concept Element = std::same_as < std::remove_const_t<T>,
+float > || detail::AnyHalf<std::remove_const_t<T>> || detail::AnyBfloat16<std::remove_const_t<T>>;
+
+/// Types whose memory holds half, and bfloat16: those above, and 16 raw bits (`std::uint16_t`,
+/// `ggml_fp16_t`, `ggml_bf16_t`), of which only their owner knows what they are.
 template <class T>
-concept Bfloat16Storage = std::same_as<std::remove_const_t<T>, Eigen::bfloat16> ||
-    detail::Bits16<std::remove_const_t<T>> ||
-    (detail::ShortFloat<std::remove_const_t<T>> && !detail::is_half<std::remove_const_t<T>>);
+concept HalfStorage = detail::AnyHalf<std::remove_const_t<T>> || detail::Bits16<std::remove_const_t<T>>;
+template <class T>
+concept Bfloat16Storage =
+    detail::AnyBfloat16<std::remove_const_t<T>> || detail::Bits16<std::remove_const_t<T>>;
 
 /// The same memory as the library's element type, for views and observations; nothing is copied. Of const
 /// elements the result is const.
-///
-/// Aliasing: `Eigen::half` and `Eigen::bfloat16` are one `std::uint16_t` each, and are read and written as
-/// such. That is the type that memory of raw bits has. Memory of the compiler's own types has another, and a
-/// compiler may assume that the two never meet: convert before each call, after writing, which orders the
-/// two; and read what a call has written in another file than the call, through the result, or with
-/// `-fno-strict-aliasing`.
 template <HalfStorage T>
 auto* as_half(T* elements) {
-  return detail::look_at_as<Eigen::half>(elements);
+  return detail::look_at_as<half>(elements);
 }
 template <Bfloat16Storage T>
 auto* as_bfloat16(T* elements) {
-  return detail::look_at_as<Eigen::bfloat16>(elements);
+  return detail::look_at_as<bfloat16>(elements);
 }
 /// The same of memory of known size: `as_half(std::span(vector))`.
 template <HalfStorage T, std::size_t N>
@@ -89,11 +90,30 @@ auto as_bfloat16(std::span<T, N> elements) {
   return std::span(as_bfloat16(elements.data()), elements.size());
 }
 
+namespace detail {
+
+template <class T>
+struct KernelElementOf {
+  using type = T;
+};
+template <AnyHalf T>
+struct KernelElementOf<T> {
+  using type = half;
+};
+template <AnyBfloat16 T>
+struct KernelElementOf<T> {
+  using type = bfloat16;
+};
+/// The type by which kernels read elements of type `T`, const or not: they know one type of each kind.
+template <class T>
+using KernelElement = typename KernelElementOf<std::remove_const_t<T>>::type;
+
+}  // namespace detail
+
 /// Exact: every half and every bfloat16 is a float32.
-[[gnu::always_inline]] inline float to_float(float value) { return value; }
-[[gnu::always_inline]] inline float to_float(Eigen::half value) { return static_cast<float>(value); }
-[[gnu::always_inline]] inline float to_float(Eigen::bfloat16 value) {
-  return __builtin_bit_cast(float, static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(value)) << 16U);
+template <Element T>
+[[gnu::always_inline]] inline float to_float(T value) {
+  return static_cast<float>(std::bit_cast<detail::KernelElement<T>>(value));
 }
 
 /// ggml's Q8_0: 32 elements `scale * quants[i]`, 34 bytes.
@@ -115,13 +135,13 @@ static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18);
 
 /// Exact but for the one rounding of the product.
 inline void decode_block(const BlockQ8_0& block, float* out) {
-  const float scale = to_float(std::bit_cast<Eigen::half>(block.scale));
+  const float scale = to_float(std::bit_cast<half>(block.scale));
   for (std::size_t i = 0; i < 32; ++i) {
     out[i] = scale * static_cast<float>(block.quants[i]);
   }
 }
 inline void decode_block(const BlockQ4_0& block, float* out) {
-  const float scale = to_float(std::bit_cast<Eigen::half>(block.scale));
+  const float scale = to_float(std::bit_cast<half>(block.scale));
   for (std::size_t i = 0; i < 16; ++i) {
     out[i] = scale * static_cast<float>((block.quants[i] & 15) - 8);
     out[i + 16] = scale * static_cast<float>((block.quants[i] >> 4) - 8);
@@ -156,9 +176,9 @@ constexpr ElementKind kind_of_element() {
   using E = std::remove_const_t<T>;
   if constexpr (std::same_as<E, float>) {
     return ElementKind::float32;
-  } else if constexpr (std::same_as<E, Eigen::half>) {
+  } else if constexpr (detail::AnyHalf<E>) {
     return ElementKind::float16;
-  } else if constexpr (std::same_as<E, Eigen::bfloat16>) {
+  } else if constexpr (detail::AnyBfloat16<E>) {
     return ElementKind::bfloat16;
   } else if constexpr (std::same_as<E, BlockQ8_0>) {
     return ElementKind::q8_0;
@@ -181,9 +201,9 @@ template <class F>
 decltype(auto) with_plain_kind(ElementKind kind, F&& f) {
   switch (kind) {
     case ElementKind::float16:
-      return f(static_cast<Eigen::half*>(nullptr));
+      return f(static_cast<half*>(nullptr));
     case ElementKind::bfloat16:
-      return f(static_cast<Eigen::bfloat16*>(nullptr));
+      return f(static_cast<bfloat16*>(nullptr));
     default:
       return f(static_cast<float*>(nullptr));
   }

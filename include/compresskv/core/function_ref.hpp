@@ -1,7 +1,6 @@
 #pragma once
 
 #include <concepts>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -22,7 +21,7 @@ class FunctionRef<R(Args...)> {
   requires(!std::same_as<std::remove_cvref_t<F>, FunctionRef> && std::is_object_v<std::remove_cvref_t<F>> &&
            std::is_invocable_v<F&, Args...>) FunctionRef(F&& function)
   noexcept
-      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(function)))),
+      : object_(const_cast<void*>(static_cast<const void*>(&function))),
         call_([](void* object, Args... arguments) -> R {
           return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<Args>(arguments)...);
         }) {}

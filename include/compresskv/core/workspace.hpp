@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <memory>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -24,9 +24,8 @@ class Workspace {
       buffer = std::vector<float>();  // nothing to carry over: the old one goes before the larger one comes
       buffer.resize(count + line / sizeof(float));
     }
-    void* start = buffer.data();
-    std::size_t room = buffer.size() * sizeof(float);
-    return {static_cast<float*>(std::align(line, count * sizeof(float), start, room)), count};
+    const std::size_t past_line = reinterpret_cast<std::uintptr_t>(buffer.data()) % line;
+    return std::span(buffer).subspan((line - past_line) % line / sizeof(float), count);
   }
 
   /// `count` numbers of rows, one a KV head or so, with unspecified contents.

@@ -78,7 +78,11 @@ inline bool supported(CodePath path) {
 
 /// The fastest path that this CPU supports.
 inline CodePath fastest_code_path() {
-  return *std::find_if(all_code_paths.rbegin(), all_code_paths.rend(), supported);
+  CodePath fastest = CodePath::portable;
+  for (const CodePath path : all_code_paths) {
+    fastest = supported(path) ? path : fastest;
+  }
+  return fastest;
 }
 
 namespace detail {

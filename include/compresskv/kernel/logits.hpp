@@ -41,7 +41,7 @@ template <class T>
 void dot(const ContiguousKeys<T>& keys, const PackedQueries& queries, float scale,
          [[maybe_unused]] float* buffer, float* out, std::size_t out_stride) {
 #if defined(__x86_64__)
-  if constexpr (std::same_as<T, Eigen::bfloat16>) {
+  if constexpr (std::same_as<T, bfloat16>) {
     if (queries.bf16_pairs) {
       avx512_bf16::dot(keys, queries, scale, out, out_stride);
       return;
@@ -77,7 +77,7 @@ ContiguousKeys<T> contiguous_keys(const Run<const T>& keys, std::size_t first, s
 template <Stored T>
 std::size_t count_in_place(const Run<const T>& keys, std::size_t count, std::size_t head_dim) {
   if constexpr (Element<T>) {
-    const std::size_t whole = std::same_as<T, Eigen::half> ? 2 * unrolled_steps : 4;
+    const std::size_t whole = std::same_as<T, half> ? 2 * unrolled_steps : 4;
     if (keys.chunk >= head_dim && head_dim % whole == 0 && (std::same_as<T, float> || uses(CodePath::avx2))) {
       return count / keys_per_block * keys_per_block;
     }
@@ -92,31 +92,31 @@ void copy_key(const Run<const T>& keys, std::size_t row, std::size_t head_dim, f
 }
 
 /// A bfloat16 key as it is.
-inline void copy_key(const Run<const Eigen::bfloat16>& keys, std::size_t row, std::size_t head_dim,
-                     Eigen::bfloat16* out) {
+inline void copy_key(const Run<const bfloat16>& keys, std::size_t row, std::size_t head_dim, bfloat16* out) {
   for (std::size_t e = 0; e < head_dim; ++e) {
     out[e] = keys.row(row)[static_cast<std::ptrdiff_t>(e / keys.chunk) * keys.chunk_stride +
                            static_cast<std::ptrdiff_t>(e % keys.chunk)];
   }
 }
 
-/// `logits` for keys that are first copied to `buffer` as `T`, a block at a time.
-template <class T, class Key>
+/// `logits` for keys that are first copied to `buffer` as `T`, a block at a time, and multiplied by
+/// `multiply`.
+template <class T, class Key, class Multiply>
 void logits_of_copied(const Run<const Key>& keys, std::size_t first, std::size_t count,
-                      const PackedQueries& queries, float scale, float* buffer, float* out,
-                      std::size_t out_stride) {
+                      const PackedQueries& queries, float* buffer, float* out, const Multiply& multiply) {
   const std::size_t width = padded_width(queries.head_dim);
   T* const copied = reinterpret_cast<T*>(buffer);
   if (width != queries.head_dim) {
-    std::fill_n(copied, keys_per_block * width, T(0));
+    std::fill_n(copied, keys_per_block * width, T(0.0F));
   }
   for (std::size_t i = 0; i < count; i += keys_per_block) {
     const std::size_t copies = (std::min)(keys_per_block, count - i);
     for (std::size_t k = 0; k < copies; ++k) {
       copy_key(keys, first + i + k, queries.head_dim, copied + k * width);
     }
-    dot(ContiguousKeys<T>{.first = copied, .stride = static_cast<std::ptrdiff_t>(width), .count = copies},
-        queries, scale, buffer, out + i, out_stride);
+    multiply(
+        ContiguousKeys<T>{.first = copied, .stride = static_cast<std::ptrdiff_t>(width), .count = copies},
+        out + i);
   }
 }
 
@@ -148,13 +148,26 @@ void logits(const Run<const T>& keys, std::size_t first, std::size_t count, cons
   first += in_place;
   count -= in_place;
   out += in_place;
-  if constexpr (std::same_as<T, Eigen::bfloat16>) {
-    if (queries.bf16_pairs) {
-      detail::logits_of_copied<T>(keys, first, count, queries, scale, buffer, out, out_stride);
-      return;
-    }
+  if (count == 0) {
+    return;
   }
-  detail::logits_of_copied<float>(keys, first, count, queries, scale, buffer, out, out_stride);
+  if constexpr (std::same_as<T, bfloat16>) {
+    // Each path multiplies either bfloat16 or float32: a program of bfloat16 caches compiles one of them.
+    if (uses(CodePath::avx2)) {
+      detail::logits_of_copied<T>(keys, first, count, queries, buffer, out,
+                                  [&](const auto& copied, float* to) {
+                                    detail::dot(copied, queries, scale, buffer, to, out_stride);
+                                  });
+    } else {
+      detail::logits_of_copied<float>(
+          keys, first, count, queries, buffer, out,
+          [&](const auto& copied, float* to) { portable::dot(copied, queries, scale, to, out_stride); });
+    }
+  } else {
+    detail::logits_of_copied<float>(
+        keys, first, count, queries, buffer, out,
+        [&](const auto& copied, float* to) { detail::dot(copied, queries, scale, buffer, to, out_stride); });
+  }
 }
 
 }  // namespace compresskv::kernel

@@ -119,17 +119,17 @@ void with_element_of(ElementKind kind, F&& f) {
   if constexpr (ElementOfAnyKind<T>) {
     with_kind(kind, f);
   } else {
-    f(static_cast<std::remove_const_t<T>*>(nullptr));
+    f(static_cast<compresskv::detail::KernelElement<T>*>(nullptr));
   }
 }
 
-/// A run of `AnyElement` as one of `T`; any other as it is.
+/// A run of `AnyElement` as one of `T`; any other as the kernels read it.
 template <Stored T, class U>
 auto as_run_of(const Run<U>& run) {
   if constexpr (ElementOfAnyKind<U>) {
     return run.template as<T>();
   } else {
-    return run;
+    return compresskv::detail::kernel_run(run);
   }
 }
 
@@ -156,9 +156,13 @@ void copy_rows(std::span<const std::uint32_t> rows, std::size_t head_dim, Source
 /// Whether rows of one cache can be moved to the other as they are: the same elements, those written not
 /// const.
 template <KvView Source, KvView Target>
-inline constexpr bool rows_fit = std::conjunction_v<
-    std::is_same<std::remove_const_t<typename Source::key_element>, typename Target::key_element>,
-    std::is_same<std::remove_const_t<typename Source::value_element>, typename Target::value_element>>;
+inline constexpr bool rows_fit =
+    std::conjunction_v<std::negation<std::is_const<typename Target::key_element>>,
+                       std::negation<std::is_const<typename Target::value_element>>,
+                       std::is_same<compresskv::detail::KernelElement<typename Source::key_element>,
+                                    compresskv::detail::KernelElement<typename Target::key_element>>,
+                       std::is_same<compresskv::detail::KernelElement<typename Source::value_element>,
+                                    compresskv::detail::KernelElement<typename Target::value_element>>>;
 
 /// Row `i` of `target` becomes row `rows[i]` of `source`, keys and values, for one KV head; both hold
 /// elements of the same kinds. `rows` ascend, so `source` and `target` may be the same cache: no row is

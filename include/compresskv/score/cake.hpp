@@ -63,8 +63,6 @@ class Cake : public WindowScorer<Granularity::kv_head, Needs::window_attention, 
   }
 };
 
-static_assert(Scorer<Cake>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

@@ -81,6 +81,4 @@ class Carried : public WeightedRetrieval {
   std::size_t hold_layers_;
 };
 
-static_assert(Scorer<Carried>);
-
 }  // namespace compresskv::score

@@ -116,8 +116,6 @@ class GroupedRetrieval {
   SemanticRetrieval heads_;
 };
 
-static_assert(Scorer<GroupedRetrieval>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

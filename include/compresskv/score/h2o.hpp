@@ -40,8 +40,6 @@ class H2O : public WindowScorer<Granularity::kv_head, Needs::all_queries> {
   }
 };
 
-static_assert(Scorer<H2O>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

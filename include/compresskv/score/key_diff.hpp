@@ -66,8 +66,6 @@ class KeyDiff : public WindowScorer<Granularity::kv_head, Needs::keys> {
   static double inverse_of(double norm) { return norm == 0.0 ? 0.0 : 1.0 / norm; }
 };
 
-static_assert(Scorer<KeyDiff>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

@@ -49,8 +49,6 @@ class Knorm : public WindowScorer<Granularity::kv_head, Needs::keys> {
   }
 };
 
-static_assert(Scorer<Knorm>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

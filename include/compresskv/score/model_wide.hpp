@@ -72,6 +72,4 @@ class ModelWide : public WeightedRetrieval {
   }
 };
 
-static_assert(Scorer<ModelWide>);
-
 }  // namespace compresskv::score

@@ -50,6 +50,4 @@ class Random : public WindowScorer<Granularity::kv_head, Needs::nothing, RandomO
   }
 };
 
-static_assert(Scorer<Random>);
-
 }  // namespace compresskv::score

@@ -117,8 +117,6 @@ class SemanticRetrieval {
   std::size_t highest_head_ = 0;
 };
 
-static_assert(Scorer<SemanticRetrieval>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

@@ -39,8 +39,6 @@ class SnapKv : public WindowScorer<Granularity::kv_head, Needs::window_attention
   }
 };
 
-static_assert(Scorer<SnapKv>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

@@ -34,6 +34,4 @@ class StreamingLlm : public WindowScorer<Granularity::layer, Needs::nothing, Str
   }
 };
 
-static_assert(Scorer<StreamingLlm>);
-
 }  // namespace compresskv::score

@@ -43,8 +43,6 @@ class Tova {
   }
 };
 
-static_assert(Scorer<Tova>);
-
 }  // namespace compresskv::score
 
 #include "compresskv/core/strict_float_end.hpp"

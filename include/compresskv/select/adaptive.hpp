@@ -124,6 +124,4 @@ class Adaptive {
   double safeguard_ = 0.2;
 };
 
-static_assert(Selector<Adaptive>);
-
 }  // namespace compresskv::select

@@ -39,6 +39,4 @@ class GroupedTopK {
   }
 };
 
-static_assert(Selector<GroupedTopK>);
-
 }  // namespace compresskv::select

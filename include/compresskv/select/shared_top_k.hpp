@@ -35,6 +35,4 @@ class SharedTopK {
   }
 };
 
-static_assert(Selector<SharedTopK>);
-
 }  // namespace compresskv::select

@@ -81,8 +81,6 @@ struct OwnLayer {
   void check_turned() const {}
   std::size_t memory_bytes() const { return 0; }
 };
-static_assert(CrossLayer<OwnLayer>);
-
 /// The kind that plan `P` takes.
 template <class P>
 struct CrossLayerOf {

@@ -146,6 +146,4 @@ class AnyKv {
   alignas(std::max_align_t) std::array<std::byte, room> view_;
 };
 
-static_assert(KvView<AnyKv>);
-
 }  // namespace compresskv

@@ -130,8 +130,6 @@ class AnySums {
   std::span<const float> (*sums_)(const void* observation, std::size_t head);
 };
 
-static_assert(QueryObservation<AnyQueries> && AttentionObservation<AnyAttention> && SumsObservation<AnySums>);
-
 /// What shows the window, if anything: any `Observation`, by reference. Made for one call, as an argument;
 /// the observation must live until the call returns.
 class AnyObservation {

@@ -59,7 +59,7 @@ class AttentionMatrix {
       AttentionMatrix(const Weights&, const Shape&) {
     constexpr bool elements = detail::points_to<Weights, const T> && std::is_pointer_v<Weights>;
     static_assert(elements,
-                  "the weights come first, as a pointer to float, Eigen::half or Eigen::bfloat16: "
+                  "the weights come first, as a pointer to float, half or bfloat16: "
                   "AttentionMatrix{weights.data(), shape}");
     static_assert(!elements, "the second argument is an AttentionShape: AttentionMatrix{weights, shape}");
   }
@@ -108,8 +108,5 @@ class AttentionSums {
   const float* sums_;
   AttentionShape shape_;
 };
-
-static_assert(SumsObservation<AttentionSums> && !AttentionObservation<AttentionSums>);
-static_assert(AttentionObservation<AttentionMatrix<float>> && !QueryObservation<AttentionMatrix<float>>);
 
 }  // namespace compresskv

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
+#include <new>
 #include <span>
 
 #include "compresskv/core/workspace.hpp"
@@ -21,12 +21,16 @@ class HeldViews {
       : views_(reinterpret_cast<V*>(
             workspace.take(Workspace::Slot::views, (most * sizeof(V) + sizeof(float) - 1) / sizeof(float))
                 .data())) {}
-  ~HeldViews() { std::destroy_n(views_, count_); }
+  ~HeldViews() {
+    for (; count_ > 0; --count_) {
+      views_[count_ - 1].~V();
+    }
+  }
   HeldViews(const HeldViews&) = delete;
   HeldViews& operator=(const HeldViews&) = delete;
 
   const V& add(const V& view) {
-    const V* const added = std::construct_at(views_ + count_, view);
+    const V* const added = new (views_ + count_) V(view);
     ++count_;
     return *added;
   }

@@ -87,6 +87,4 @@ class Int8Kv {
   detail::Placement placement_;
 };
 
-static_assert(KvView<Int8Kv>);
-
 }  // namespace compresskv

@@ -92,7 +92,7 @@ class QueryWindow {
       QueryWindow(const Queries&, const Shape&, const Rest&...) {
     constexpr bool elements = detail::points_to<Queries, const T> && std::is_pointer_v<Queries>;
     static_assert(elements,
-                  "queries come first, as a pointer to float, Eigen::half or Eigen::bfloat16: "
+                  "queries come first, as a pointer to float, half or bfloat16: "
                   "QueryWindow{queries.data(), shape}");
     static_assert(!elements, "the second argument is a QueryShape: QueryWindow{queries, shape}");
   }
@@ -123,7 +123,5 @@ class QueryWindow {
 
 template <class Queries, class Shape, class... Rest>
 QueryWindow(const Queries&, const Shape&, const Rest&...) -> QueryWindow<detail::PointedElement<Queries>>;
-
-static_assert(QueryObservation<QueryWindow<float>> && !AttentionObservation<QueryWindow<float>>);
 
 }  // namespace compresskv

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -107,13 +108,29 @@ struct Run<T> {
   }
 };
 
-/// Calls `f` with the run, by its type: for all rows of a run, this is asked once.
+namespace detail {
+
+/// A run as the kernels read it: see `KernelElement`.
+template <class T>
+auto kernel_run(const Run<T>& run) {
+  using E = std::conditional_t<std::is_const_v<T>, const KernelElement<T>, KernelElement<T>>;
+  if constexpr (std::same_as<E, T>) {
+    return run;
+  } else {
+    return Run<E>{look_at_as<KernelElement<T>>(run.base), run.rows, run.row_stride, run.chunk,
+                  run.chunk_stride};
+  }
+}
+
+}  // namespace detail
+
+/// Calls `f` with the run as the kernels read it: for all rows of a run, its type is asked for once.
 template <class T, class F>
 decltype(auto) with_element(const Run<T>& run, F&& f) {
   if constexpr (ElementOfAnyKind<T>) {
     return with_kind(run.kind, [&]<class E>(E*) -> decltype(auto) { return f(run.template as<E>()); });
   } else {
-    return f(run);
+    return f(detail::kernel_run(run));
   }
 }
 
@@ -123,7 +140,7 @@ decltype(auto) with_plain_element(const Run<T>& run, F&& f) {
   if constexpr (ElementOfAnyKind<T>) {
     return with_plain_kind(run.kind, [&]<class E>(E*) -> decltype(auto) { return f(run.template as<E>()); });
   } else {
-    return f(run);
+    return f(detail::kernel_run(run));
   }
 }
 

@@ -63,10 +63,9 @@ class StridedKv {
  public:
   using key_element = Key;
   using value_element = Value;
-  static_assert(
-      detail::plain_stored<Key> && detail::plain_stored<Value>,
-      "StridedKv<Key, Value> holds float, Eigen::half, Eigen::bfloat16, BlockQ8_0 or BlockQ4_0: see Stored "
-      "in compresskv/core/element.hpp; int8 rows have the view Int8Kv");
+  static_assert(detail::plain_stored<Key> && detail::plain_stored<Value>,
+                "StridedKv<Key, Value> holds float, half, bfloat16, BlockQ8_0 or BlockQ4_0: see Stored "
+                "in compresskv/core/element.hpp; int8 rows have the view Int8Kv");
 
   /// `keys` and `values` are pointers to buffers of unknown size, large enough for `allocated_rows` rows of
   /// every KV head, or spans (vectors, arrays) of known size; the view owns neither.
@@ -82,8 +81,8 @@ class StridedKv {
     constexpr bool layouts = layout::Layout<KeyLayout> && layout::Layout<ValueLayout>;
     static_assert(
         elements,
-        "keys and values come first, as pointers or spans of the view's elements: float, Eigen::half, "
-        "Eigen::bfloat16, BlockQ8_0 or BlockQ4_0; as_half or as_bfloat16 takes raw bits for what they are");
+        "keys and values come first, as pointers or spans of the view's elements: float, half, "
+        "bfloat16, BlockQ8_0 or BlockQ4_0; as_half or as_bfloat16 takes raw bits for what they are");
     static_assert(kept || !elements, "keys and values are not copied: give variables that outlive the view");
     static_assert(shapes || !elements,
                   "the third argument is a KvShape: StridedKv{keys, values, shape, layout}");
@@ -150,8 +149,5 @@ template <class Keys, class Values, class Shape = KvShape, class KeyLayout = lay
           class ValueLayout = layout::Strides>
 StridedKv(Keys&&, Values&&, const Shape&, const KeyLayout& = {}, const ValueLayout& = {})
     -> StridedKv<detail::StoredIn<Keys>, detail::StoredIn<Values>>;
-
-static_assert(KvView<StridedKv<float>> && KvView<StridedKv<Eigen::half, Eigen::bfloat16>> &&
-              KvView<StridedKv<BlockQ8_0, BlockQ4_0>>);
 
 }  // namespace compresskv

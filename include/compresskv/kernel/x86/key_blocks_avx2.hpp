@@ -18,9 +18,9 @@ namespace compresskv::kernel::detail {
 /// `decoded_stride` apart. Decoded keys are interleaved by `unrolled_steps`, so that one register addresses
 /// all keys of a block.
 template <>
-class KeyBlocks<Eigen::half> : public KeyBlockCursor<Eigen::half> {
+class KeyBlocks<half> : public KeyBlockCursor<half> {
  public:
-  [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] KeyBlocks(const ContiguousKeys<Eigen::half>& keys,
+  [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] KeyBlocks(const ContiguousKeys<half>& keys,
                                                                  std::size_t head_dim, float* buffer)
       : KeyBlockCursor(keys), current_(buffer), next_(buffer + decoded_stride(head_dim)) {
     point(0);

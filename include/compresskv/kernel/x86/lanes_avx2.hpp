@@ -13,10 +13,10 @@ namespace compresskv::kernel::avx2 {
 [[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const float* from) {
   return _mm256_loadu_ps(from);
 }
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const Eigen::half* from) {
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const Eigen::bfloat16* from) {
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 load8(const bfloat16* from) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }

@@ -43,7 +43,7 @@ namespace avx2 {
   std::memcpy(&both, step, sizeof(both));
   return _mm256_castpd_ps(_mm256_set1_pd(both));
 }
-[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const Eigen::bfloat16* step) {
+[[gnu::target("avx2,fma,f16c"), gnu::always_inline]] inline __m256 broadcast(const bfloat16* step) {
   int both = 0;
   std::memcpy(&both, step, sizeof(both));
   const __m256i to_upper_halves = _mm256_set1_epi64x(0x0302808001008080);
@@ -176,7 +176,7 @@ broadcast(const float* step) {
   return _mm512_castpd_ps(_mm512_set1_pd(both));
 }
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw"), gnu::always_inline]] inline __m512
-broadcast(const Eigen::bfloat16* step) {
+broadcast(const bfloat16* step) {
   int both = 0;
   std::memcpy(&both, step, sizeof(both));
   const __m512i to_upper_halves = _mm512_set1_epi64(0x0302808001008080);

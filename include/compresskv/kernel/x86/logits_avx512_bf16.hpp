@@ -17,7 +17,7 @@ namespace compresskv::kernel::avx512_bf16 {
 
 /// As avx2::add_step, where a step is two pairs of bfloat16: each lane receives both products of a pair.
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16"), gnu::always_inline]] inline void
-add_step(const detail::KeyBlocks<Eigen::bfloat16>& block, const float* panel, std::size_t s,
+add_step(const detail::KeyBlocks<bfloat16>& block, const float* panel, std::size_t s,
          avx2::Sums<keys_per_block>& sums) {
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < keys_per_block; ++k) {
@@ -36,10 +36,10 @@ add_step(const detail::KeyBlocks<Eigen::bfloat16>& block, const float* panel, st
 /// `head_dim` additions rounds once, as in the float32 paths, but the order is the instruction's; subnormal
 /// sums become zero. In 256-bit registers: measured, 0.9 of the time of 512-bit ones.
 [[gnu::target("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]] inline void dot(
-    const detail::ContiguousKeys<Eigen::bfloat16>& keys, const PackedQueries& queries, float scale,
-    float* out, std::size_t out_stride) {
+    const detail::ContiguousKeys<bfloat16>& keys, const PackedQueries& queries, float scale, float* out,
+    std::size_t out_stride) {
   const std::size_t steps = queries.steps();
-  for (detail::KeyBlocks<Eigen::bfloat16> block(keys, 0, nullptr); block.more(); block.next()) {
+  for (detail::KeyBlocks<bfloat16> block(keys, 0, nullptr); block.more(); block.next()) {
     for (std::size_t q = 0; q < queries.count; q += queries_per_panel) {
       const float* panel = queries.data + q * 2 * steps;
       avx2::Sums<keys_per_block> sums;
