@@ -9,4 +9,6 @@ std::unique_ptr<ModelEngine> load_llama_cpp(const std::filesystem::path& /*path*
   throw engine::Error("this ckv was built without libllama");
 }
 
+LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) { return {.model = load_llama_cpp(path, 0)}; }
+
 }  // namespace ckv

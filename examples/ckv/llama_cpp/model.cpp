@@ -366,4 +366,37 @@ std::unique_ptr<ModelEngine> load_llama_cpp(const std::filesystem::path& path, i
   return std::make_unique<LlamaModel>(path, threads);
 }
 
+LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) {
+  auto loaded = std::make_unique<LlamaModel>(path, 1);
+  const llama_model* model = loaded->get();
+  const auto text = [&](const char* key) {
+    std::array<char, 256> value{};
+    llama_model_meta_val_str(model, key, value.data(), value.size());
+    return std::string(value.data());
+  };
+  std::array<char, 256> description{};
+  llama_model_desc(model, description.data(), description.size());
+  const auto count = [](std::int32_t number) { return static_cast<std::size_t>(std::max(number, 0)); };
+  LlamaFacts facts{.name = text("general.name"),
+                   .architecture = text("general.architecture"),
+                   .description = description.data(),
+                   .parameters = llama_model_n_params(model),
+                   .query_heads = count(llama_model_n_head(model)),
+                   .kv_heads = count(llama_model_n_head_kv(model)),
+                   .embedding = count(llama_model_n_embd(model)),
+                   .vocabulary = count(llama_vocab_n_tokens(loaded->vocabulary()))};
+  try {
+    loaded->chat_prompt("x");
+  } catch (const engine::Error& error) {
+    facts.why_no_chat = error.what();
+  }
+  try {
+    loaded->shape(engine::KvType::f32);
+  } catch (const compresskv::ArgumentError& error) {
+    facts.why_not = error.what();
+  }
+  facts.model = std::move(loaded);
+  return facts;
+}
+
 }  // namespace ckv
