@@ -53,7 +53,7 @@ struct ModelArguments {
 void add_engine_option(CLI::App& command, std::string& engine);
 
 /// An option, and whether it was given.
-using GivenOption = std::pair<std::string_view, bool>;
+using GivenOption = std::pair<std::string, bool>;
 
 /// Throws UsageError, naming the option and what to do, where one was given.
 void refuse_with_llama_cpp(std::initializer_list<GivenOption> options);

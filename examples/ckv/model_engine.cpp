@@ -35,6 +35,8 @@ void check_engine(std::string_view engine) {
   }
 }
 
+bool goes_with_llama_cpp(Method method) { return why_not_in_llama_cpp(method).empty(); }
+
 void check_method_of_llama_cpp(Method method) {
   if (const std::string_view why = why_not_in_llama_cpp(method); !why.empty()) {
     throw UsageError(

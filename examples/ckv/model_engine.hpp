@@ -104,6 +104,9 @@ inline constexpr std::string_view llama_cpp_engine = "llama.cpp";
 /// Throws UsageError where this tool was built without the engine.
 void check_engine(std::string_view engine);
 
+/// Whether `check_method_of_llama_cpp` lets it pass.
+bool goes_with_llama_cpp(Method method);
+
 /// Throws UsageError where it does not go with `--engine llama.cpp`: every layer and KV head has equally many
 /// rows there, and attention of all queries is not shown.
 void check_method_of_llama_cpp(Method method);

@@ -14,6 +14,10 @@ TEST(WithoutLlamaCpp, IsRefusedWithTheRemedy) {
   expect_usage_error(
       {"generate", "--engine", "llama.cpp", "--model", model, "--prompt", "x", "--method", "full"}, message);
   expect_usage_error({"inspect", "--engine", "llama.cpp", model}, message);
+  const std::string out = folder.path("out").string();
+  expect_usage_error({"evaluate", "--engine", "llama.cpp", "--model", model, "--ratios", "0.1", "--out", out},
+                     message);
+  expect_usage_error({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", out}, message);
   expect_usage_error({"demo", "--engine", "llama.cpp", "--model", model}, message);
 }
 

@@ -11,9 +11,11 @@
 #include <filesystem>
 #include <iterator>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "ckv/llama_cpp/load.hpp"
 #include "ckv/model_engine.hpp"
 #include "model_fixture.hpp"
 #include "runs.hpp"
@@ -94,6 +96,79 @@ TEST_F(PlainWeights, KeepsTheSamePositionsAndAnswersAlike) {
     std::fflush(stdout);
     EXPECT_GE(alike, prompts - 1);
   }
+}
+
+class LlamaCppNeedles : public Needles {};
+
+TEST_F(LlamaCppNeedles, CopiesOfOnePromptAnswerAsRunsOfTheirOwn) {
+  const auto llama = ckv::load_engine(ckv::llama_cpp_engine, model_path(), 1);
+  const ckv::NeedlePrompt prompt = ckv::needle_prompt(*llama, *haystack_, evaluation_needles[0],
+                                                      {.tokens = 200, .depth = 0.5, .start = 0.1});
+  const auto never = [](const std::string&) { return false; };
+  const auto read = ckv::read_in_llama_cpp(*llama, prompt.tokens,
+                                           {.window = 16, .max_new_tokens = 8, .progress = [](double) {}});
+  const ckv::RunOptions options{.max_new_tokens = 8};
+  for (int round = 0; round < 2; ++round) {
+    const ckv::Compression full{.method = ckv::Method::full};
+    EXPECT_EQ(read->answer(full, never).text, llama->run(prompt.tokens, full, options).answer);
+    for (const ckv::Method method : {ckv::Method::compresskv, ckv::Method::snapkv, ckv::Method::tova}) {
+      const ckv::Compression how{.method = method,
+                                 .budget = compresskv::Budget::kept_ratio(0.2),
+                                 .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))};
+      const auto copy = read->answer(how, never);
+      const ckv::RunResult alone = llama->run(prompt.tokens, how, options);
+      EXPECT_EQ(copy.kept, alone.kept) << ckv::info(method).name;
+      EXPECT_EQ(copy.text, alone.answer) << ckv::info(method).name;
+      EXPECT_GT(copy.compress_ms, 0.0);
+    }
+  }
+}
+
+TEST_F(LlamaCppNeedles, EvaluatesTheTaskNeedle) {
+  const Folder folder;
+  const std::string out = folder.path("records.jsonl").string();
+  const Outcome outcome = run_tool({"evaluate",
+                                    "--engine",
+                                    "llama.cpp",
+                                    "--threads",
+                                    "1",
+                                    "--model",
+                                    model_path(),
+                                    "--heads",
+                                    calibration("_head_scores.json").string(),
+                                    "--methods",
+                                    "all",
+                                    "--tokens",
+                                    "40",
+                                    "--lengths",
+                                    "200",
+                                    "--prompts",
+                                    "1",
+                                    "--depths",
+                                    "1",
+                                    "--max-new-tokens",
+                                    "12",
+                                    "--out",
+                                    out});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  std::istringstream lines{read(out)};
+  std::string line;
+  std::getline(lines, line);
+  EXPECT_EQ(Json::parse(line)["settings"]["engine"], "llama.cpp");
+  std::size_t full = 0;
+  std::size_t compressed = 0;
+  while (std::getline(lines, line)) {
+    const Json record = Json::parse(line);
+    EXPECT_TRUE(record.contains("right") && record.contains("answer"));
+    if (record["method"] == "full") {
+      ++full;
+      continue;
+    }
+    ++compressed;
+    EXPECT_EQ(record["rows"], 40 * 30 * 3) << record["method"];
+  }
+  EXPECT_GE(full, 1U);
+  EXPECT_EQ(compressed, 10U);
 }
 
 class LlamaCppTool : public RealModel {};
@@ -236,6 +311,19 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
   }
   expect_usage_error({"demo", "--engine", "llama.cpp", "--model", model, "--errors", errors},
                      "--errors" + with);
+  const std::string records = folder.path("records.jsonl").string();
+  const Arguments evaluate{"evaluate", "--engine", "llama.cpp", "--model", model,
+                           "--ratios", "0.1",      "--out",     records};
+  const auto evaluate_refused = [&](const Arguments& more, const std::string& message) {
+    Arguments all = evaluate;
+    all.insert(all.end(), more.begin(), more.end());
+    expect_usage_error(all, message);
+  };
+  evaluate_refused({"--tasks", "needle,perplexity"}, "--tasks perplexity" + with);
+  evaluate_refused({"--errors", errors}, "--errors" + with);
+  evaluate_refused({"--methods", "snapkv,h2o"}, "--method h2o" + with);
+  expect_usage_error({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
+                     "calibrate" + with);
   expect_usage_error({"generate", "--engine", "vllm", "--model", model, "--prompt", "x", "--method", "full"},
                      "llama.cpp");
   expect_failure({"generate", "--engine", "llama.cpp", "--model", model, "--prompt", "x", "--method", "full"},

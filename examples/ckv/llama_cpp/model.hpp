@@ -64,7 +64,7 @@ class LlamaModel final : public ModelEngine {
   void read(llama_context* context, compresskv::llama_cpp::Observer* observer,
             std::span<const TokenId> prompt, const std::function<void(std::size_t)>& progress) const;
 
-  /// One token behind those of the sequence, which must be the context's only one; its logits.
+  /// One token behind those of sequence 0; its logits.
   std::span<const float> decode(llama_context* context, TokenId token,
                                 compresskv::llama_cpp::Observer* observer = nullptr) const;
 
