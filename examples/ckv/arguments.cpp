@@ -202,10 +202,30 @@ CLI::Validator share() {
           "0 to 1"};
 }
 
+void add_engine_option(CLI::App& command, std::string& engine) {
+  command
+      .add_option(
+          "--engine", engine,
+          "What runs the model: small, our own for the LLaMA architecture, or llama.cpp, for all that "
+          "it runs")
+      ->check(CLI::IsMember({std::string(small_engine), std::string(llama_cpp_engine)}))
+      ->capture_default_str();
+}
+
+void refuse_with_llama_cpp(std::initializer_list<GivenOption> options) {
+  for (const auto& [option, given] : options) {
+    if (given) {
+      throw UsageError(
+          fmt::format("{} does not go with --engine llama.cpp: drop it, or take the small engine", option));
+    }
+  }
+}
+
 void ModelArguments::add_to(CLI::App& command) {
   command.add_option("--model", model, "GGUF file of a model of the LLaMA architecture")
       ->required()
       ->type_name("M.gguf");
+  add_engine_option(command, engine);
   command.add_option("--threads", threads, "Threads to use; 0: as many as the machine has")
       ->capture_default_str();
 }

@@ -5,12 +5,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 
 #include "engine/kv_cache.hpp"
 #include "method.hpp"
+#include "model_engine.hpp"
 
 namespace ckv {
 
@@ -38,10 +42,21 @@ CLI::Validator share();
 
 struct ModelArguments {
   std::filesystem::path model{};
+  std::string engine{small_engine};
   int threads = 0;
 
   void add_to(CLI::App& command);
+  bool is_llama_cpp() const { return engine == llama_cpp_engine; }
 };
+
+/// Adds `--engine`.
+void add_engine_option(CLI::App& command, std::string& engine);
+
+/// An option, and whether it was given.
+using GivenOption = std::pair<std::string, bool>;
+
+/// Throws UsageError, naming the option and what to do, where one was given.
+void refuse_with_llama_cpp(std::initializer_list<GivenOption> options);
 
 /// How a cache is observed, and what it is made of.
 struct CacheArguments {

@@ -547,6 +547,12 @@ void check(const CalibrateArguments& arguments, const engine::ModelConfig& confi
 }
 
 void calibrate(CalibrateArguments& arguments) {
+  check_engine(arguments.model.engine);
+  if (arguments.model.is_llama_cpp()) {
+    throw UsageError(
+        "calibrate does not go with --engine llama.cpp, which shows neither the attention of every step nor "
+        "what a layer loses by eviction: calibrate with the small engine, and name the files with --heads");
+  }
   arguments.settings.needles = wanted_needles(arguments);
   const engine::ModelConfig config = engine::read_config(engine::GgufFile::open(arguments.model.model));
   check(arguments, config);

@@ -79,25 +79,29 @@ std::string method_help() {
   return help;
 }
 
+compresskv::MethodSettings settings_of(const Compression& how) {
+  return {.budget = how.budget.value(),
+          .heads = how.heads,
+          .scores = how.scores,
+          .errors = how.errors,
+          .min_rows = how.min_rows,
+          .heads_per_layer = how.heads_per_layer,
+          .window = how.window,
+          .pool = how.pool,
+          .pool_width = how.pool_width,
+          .seed = how.seed,
+          .decay = how.decay,
+          .hold_layers = how.hold_layers,
+          .model_heads = how.model_heads,
+          .equal_weights = how.equal_weights};
+}
+
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,
                                                   engine::ThreadPool& pool, std::size_t prompt_tokens) {
-  const compresskv::MethodSettings settings{.budget = how.budget.value(),
-                                            .heads = how.heads,
-                                            .scores = how.scores,
-                                            .errors = how.errors,
-                                            .min_rows = how.min_rows,
-                                            .heads_per_layer = how.heads_per_layer,
-                                            .window = how.window,
-                                            .pool = how.pool,
-                                            .pool_width = how.pool_width,
-                                            .seed = how.seed,
-                                            .decay = how.decay,
-                                            .hold_layers = how.hold_layers,
-                                            .model_heads = how.model_heads,
-                                            .equal_weights = how.equal_weights};
   const compresskv::AnyPlanOptions options =
       how.working_rows > 0 ? while_reading(how.working_rows, prompt_tokens) : compresskv::AnyPlanOptions{};
-  return std::make_unique<PromptCompressor>(compresskv::AnyPlan(shape, how.method, settings, options), pool);
+  return std::make_unique<PromptCompressor>(compresskv::AnyPlan(shape, how.method, settings_of(how), options),
+                                            pool);
 }
 
 std::vector<float> sum_attention(const engine::LayerCache& layer,

@@ -45,6 +45,9 @@ class PromptCompressor {
   compresskv::AnyCompressor compressor_;
 };
 
+/// What the method is made from. There must be a budget.
+compresskv::MethodSettings settings_of(const Compression& how);
+
 /// For any method but `full`, which has nothing to compress. `prompt_tokens` matters with `working_rows`
 /// alone; `pool` must outlive the result. Throws compresskv::ArgumentError where something does not fit the
 /// model.

@@ -49,6 +49,8 @@ struct DemoArguments {
 /// The rankings to run with: the user's, else the ones found; errors only as asked for.
 Compression compression_of(const DemoArguments& arguments, const std::string& sha256) {
   CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  // In llama.cpp layers have equal rows.
+  const bool uniform = arguments.uniform || arguments.model.is_llama_cpp();
   if (files.heads.empty()) {
     const std::optional<CalibrationFiles> found = find_calibration(arguments.models_dir, sha256);
     if (!found) {
@@ -61,7 +63,7 @@ Compression compression_of(const DemoArguments& arguments, const std::string& sh
     files.errors = files.errors.empty() ? found->errors : files.errors;
   }
   Compression how{.method = Method::compresskv, .heads = compresskv::io::load_head_ranking(files.heads)};
-  if (!arguments.uniform && !files.errors.empty()) {
+  if (!uniform && !files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
   }
   arguments.cache.apply_to(how);
@@ -75,7 +77,7 @@ struct Question {
   std::string expect;
 };
 
-Question ask(const DemoArguments& arguments, const LoadedModel& loaded) {
+Question ask(const DemoArguments& arguments, const ModelEngine& loaded) {
   if (!arguments.prompt_file.empty()) {
     const std::string text =
         message_text(checked_text(read_text_file(arguments.prompt_file),
@@ -161,11 +163,16 @@ void demo(const DemoArguments& arguments) {
   if (!arguments.json.empty()) {
     check_writable("--json", arguments.json);
   }
+  check_engine(arguments.model.engine);
+  if (arguments.model.is_llama_cpp()) {
+    refuse_with_llama_cpp({{"--errors", !arguments.errors.empty()}});
+  }
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
   const Compression compresskv_way = compression_of(arguments, sha256);
-  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  const std::unique_ptr<ModelEngine> model =
+      load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
   check_interrupt();
-  const Question question = ask(arguments, loaded);
+  const Question question = ask(arguments, *model);
 
   fmt::print("{}: {} tokens", arguments.model.model.filename().string(), question.tokens.size());
   if (question.needle) {
@@ -177,8 +184,9 @@ void demo(const DemoArguments& arguments) {
 
   Json out = {{"model", arguments.model.model.filename().string()},
               {"model_sha256", sha256},
+              {"engine", model->engine_name()},
               {"prompt_tokens", question.tokens.size()},
-              {"layers", loaded.model.config().layers},
+              {"layers", model->layers()},
               {"question", question.text},
               {"budgets", compresskv_way.errors ? "by layer error" : "uniform"},
               {"needle", nullptr}};
@@ -195,7 +203,7 @@ void demo(const DemoArguments& arguments) {
   Progress progress{"demo", static_cast<double>(todo.size())};
   for (std::size_t i = 0; i < todo.size(); ++i) {
     const auto [method, share] = todo[i];
-    const auto layers = static_cast<double>(loaded.model.config().layers);
+    const auto layers = static_cast<double>(model->layers());
     RunOptions options{.kv_type = arguments.cache.type(), .max_new_tokens = arguments.max_new_tokens};
     options.on_layer = [&](std::size_t done) {
       progress.show(static_cast<double>(i) + static_cast<double>(done) / layers, info(todo[i].first).name);
@@ -206,7 +214,7 @@ void demo(const DemoArguments& arguments) {
       how.errors.reset();
     }
     how.budget = compresskv::Budget::kept_ratio(share);
-    const RunResult result = run(loaded, question.tokens, how, options);
+    const RunResult result = model->run(question.tokens, how, options);
     progress.clear();
     print_row(rows, info(method), share, question, result);
     out["runs"].push_back(run_json(info(method), share, question, result));

@@ -33,6 +33,7 @@
 #include "engine/error.hpp"
 #include "engine/sha256.hpp"
 #include "evaluation.hpp"
+#include "llama_cpp/load.hpp"
 #include "records.hpp"
 #include "run.hpp"
 #include "tasks.hpp"
@@ -163,6 +164,10 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
   for (const std::string& name : arguments.methods) {
     const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
     for (const std::string& method : more) {
+      if (name == "all" && arguments.model.is_llama_cpp() &&
+          !goes_with_llama_cpp(compresskv::method_named(method).method)) {
+        continue;
+      }
       // The full cache always answers first.
       if (method != "full" && std::find(names.begin(), names.end(), method) == names.end()) {
         names.push_back(method);
@@ -208,6 +213,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   const auto add = [&](const std::string& method, Json budget, const compresskv::Budget& amount) {
     Variant variant{.method = method, .budget = std::move(budget), .how = parse_method(method, base, errors)};
     variant.how.budget = amount;
+    if (arguments.model.is_llama_cpp()) {
+      check_method_of_llama_cpp(variant.how.method);
+    }
     if ((info(variant.how.method).needs_heads && !base.heads) ||
         (info(variant.how.method).needs_scores && !base.scores)) {
       throw UsageError(fmt::format(
@@ -237,18 +245,21 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
 /// grow.
 Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& files,
                  const std::string& sha256) {
-  return record_header("ckv evaluate", arguments.model.model, sha256,
-                       {{"seed", arguments.seed},
-                        {"depths", arguments.depths},
-                        {"window", arguments.cache.window},
-                        {"heads_per_layer", arguments.cache.heads_per_layer},
-                        {"pool", arguments.cache.pool},
-                        {"kv_type", arguments.cache.kv_type},
-                        {"max_new_tokens", arguments.max_new_tokens},
-                        {"heads_sha256", file_digest(files.heads)},
-                        {"errors_sha256", file_digest(files.errors)},
-                        {"scores_sha256", file_digest(files.scores)},
-                        {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}});
+  Json settings = {{"seed", arguments.seed},
+                   {"depths", arguments.depths},
+                   {"window", arguments.cache.window},
+                   {"heads_per_layer", arguments.cache.heads_per_layer},
+                   {"pool", arguments.cache.pool},
+                   {"kv_type", arguments.cache.kv_type},
+                   {"max_new_tokens", arguments.max_new_tokens},
+                   {"heads_sha256", file_digest(files.heads)},
+                   {"errors_sha256", file_digest(files.errors)},
+                   {"scores_sha256", file_digest(files.scores)},
+                   {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
+  if (arguments.model.is_llama_cpp()) {
+    settings["engine"] = arguments.model.engine;
+  }
+  return record_header("ckv evaluate", arguments.model.model, sha256, settings);
 }
 
 // ---- the grid ----
@@ -291,14 +302,19 @@ bool is_dropped(const Json& full_record) { return full_record.value("right", Jso
 
 class Grid {
  public:
-  Grid(const EvaluateArguments& arguments, const LoadedModel& loaded, const Haystack& haystack,
-       std::span<const Variant> variants, RecordFile& file)
+  /// `small`: the model in the small engine; none where `model` is in llama.cpp.
+  Grid(const EvaluateArguments& arguments, const ModelEngine& model, const LoadedModel* small,
+       const Haystack& haystack, std::span<const Variant> variants, RecordFile& file)
       : arguments_(&arguments),
-        loaded_(&loaded),
+        model_(&model),
+        small_(small),
         haystack_(&haystack),
         variants_(variants),
         file_(&file),
-        evaluation_(loaded, arguments.cache.type(), arguments.max_new_tokens) {
+        shape_(model.shape(arguments.cache.type())) {
+    if (small != nullptr) {
+      evaluation_.emplace(*small, arguments.cache.type(), arguments.max_new_tokens);
+    }
     for (const Json& record : file.records()) {
       keep(record);
     }
@@ -389,25 +405,29 @@ class Grid {
       return true;
     }
 
-    const TaskPrompt prompt = task_prompt(task, *loaded_, *haystack_, place);
-    const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
-      return wants_all_queries(variant->how.method);
-    });
-    ReadPrompt read = evaluation_.read(prompt.tokens, all_queries ? 0 : widest_,
-                                       [&](double share) { show(0.4 * share, "reading"); });
+    const TaskPrompt prompt = small_ != nullptr ? task_prompt(task, *small_, *haystack_, place)
+                                                : needle_task(*model_, *haystack_, place);
     common["expect"] = prompt.expect;
     common["prompt_tokens"] = prompt.tokens.size();
     if (prompt.fact.size() > 0) {
       common["fact"] = {prompt.fact.first, prompt.fact.last};
     }
+    if (small_ == nullptr) {
+      return run_in_llama_cpp(common, prompt, place, todo, full_record != records_.end(), show);
+    }
+    const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
+      return wants_all_queries(variant->how.method);
+    });
+    ReadPrompt read = evaluation_->read(prompt.tokens, all_queries ? 0 : widest_,
+                                        [&](double share) { show(0.4 * share, "reading"); });
     const Measure measure = measure_of(task);
     if (full_record == records_.end()) {
       std::vector<engine::Sequence> full;
       full.push_back(read.sequence.clone());
       std::vector<Outcome> outcome(1);
-      outcome[0].rows = evaluation_.rows_of(read.sequence);
+      outcome[0].rows = evaluation_->rows_of(read.sequence);
       if (measure == Measure::attention_error) {
-        outcome[0].errors.assign(evaluation_.shape().layers, 0.0);
+        outcome[0].errors.assign(shape_.layers, 0.0);
       } else {
         finish(prompt, measure, full, outcome);
       }
@@ -426,13 +446,13 @@ class Grid {
       show(0.4 + 0.2 * share, "compressing");
       // Beside the whole cache there is no room for all variants at once.
       const bool beside = measure == Measure::attention_error;
-      auto [sequence, outcome] = evaluation_.compress(read, todo[i]->how, beside);
+      auto [sequence, outcome] = evaluation_->compress(read, todo[i]->how, beside);
       check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
       if (place.index >= arguments_->depths) {
         outcome.kept.clear();  // one map a depth is enough
       }
       if (beside) {
-        outcome.errors = evaluation_.attention_errors(prompt, sequence);
+        outcome.errors = evaluation_->attention_errors(prompt, sequence);
       } else {
         sequences.push_back(std::move(sequence));
       }
@@ -449,6 +469,54 @@ class Grid {
     return true;
   }
 
+  /// `run_prompt` in llama.cpp, which answers from one copy after the other.
+  bool run_in_llama_cpp(const Json& common, const TaskPrompt& prompt, const PromptPlace& place,
+                        std::span<const Variant* const> todo, bool knows_full, const Show& show) {
+    const auto enough = [&](const std::string& text) { return is_right(prompt, text); };
+    const auto read = read_in_llama_cpp(*model_, prompt.tokens,
+                                        {.kv_type = arguments_->cache.type(),
+                                         .window = widest_,
+                                         .max_new_tokens = arguments_->max_new_tokens,
+                                         .progress = [&](double share) { show(0.4 * share, "reading"); }});
+    if (!knows_full) {
+      const Outcome outcome{.answer = read->answer({.method = Method::full}, enough).text,
+                            .rows = prompt.tokens.size() * shape_.layers * shape_.kv_heads};
+      Json record = record_of(common, "full", nullptr, prompt, outcome);
+      record["prefill_ms"] = rounded(read->prefill_ms());
+      add(record);
+      if (is_dropped(record)) {
+        return false;
+      }
+    }
+    for (std::size_t i = 0; i < todo.size(); ++i) {
+      show(0.4 + 0.6 * static_cast<double>(i) / static_cast<double>(todo.size()), "answering");
+      const LlamaPrompt::Answer answer = read->answer(todo[i]->how, enough);
+      Outcome outcome{.answer = answer.text, .compress_ms = answer.compress_ms};
+      count_kept(answer.kept, prompt.tokens.size(), outcome);
+      check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
+      if (place.index >= arguments_->depths) {
+        outcome.kept.clear();  // one map a depth is enough
+      }
+      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcome));
+      check_interrupt();
+    }
+    return true;
+  }
+
+  /// As the small engine's outcomes have it: rows of each KV head, also where all share one list.
+  void count_kept(const std::vector<std::vector<std::vector<std::uint32_t>>>& kept, std::size_t tokens,
+                  Outcome& outcome) const {
+    outcome.kept.assign(shape_.layers, std::vector<std::size_t>(Evaluation::stretches));
+    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
+      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+        for (const std::uint32_t position : kept[layer][kept[layer].size() == 1 ? 0 : head]) {
+          ++outcome.kept[layer][position * Evaluation::stretches / tokens];
+          ++outcome.rows;
+        }
+      }
+    }
+  }
+
   /// Answers, or what is measured instead.
   void finish(const TaskPrompt& prompt, Measure measure, std::span<engine::Sequence> sequences,
               std::span<Outcome> outcomes) const {
@@ -457,13 +525,13 @@ class Grid {
       batch.push_back(&sequence);
     }
     if (measure == Measure::perplexity) {
-      const std::vector<double> values = evaluation_.perplexities(prompt, batch);
+      const std::vector<double> values = evaluation_->perplexities(prompt, batch);
       for (std::size_t i = 0; i < batch.size(); ++i) {
         outcomes[i].perplexity = values[i];
       }
       return;
     }
-    const std::vector<std::string> answers = evaluation_.answer(prompt, batch);
+    const std::vector<std::string> answers = evaluation_->answer(prompt, batch);
     for (std::size_t i = 0; i < batch.size(); ++i) {
       outcomes[i].answer = answers[i];
     }
@@ -471,7 +539,7 @@ class Grid {
 
   /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
   void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
-    const compresskv::ModelShape& shape = evaluation_.shape();
+    const compresskv::ModelShape& shape = shape_;
     const std::size_t expected =
         variant.how.budget->resolve(tokens, variant.how.window, shape) * shape.layers * shape.kv_heads;
     if (rows != expected) {
@@ -505,7 +573,7 @@ class Grid {
       record["kept"] = outcome.kept;
     }
     record["rows"] = outcome.rows;
-    record["kv_bytes"] = outcome.rows * evaluation_.shape().kv_row_bytes;
+    record["kv_bytes"] = outcome.rows * shape_.kv_row_bytes;
     record["compress_ms"] = rounded(outcome.compress_ms);
     return record;
   }
@@ -518,11 +586,13 @@ class Grid {
   void keep(const Json& record) { records_.insert_or_assign(cell_of(record), record); }
 
   const EvaluateArguments* arguments_;
-  const LoadedModel* loaded_;
+  const ModelEngine* model_;
+  const LoadedModel* small_;
   const Haystack* haystack_;
   std::span<const Variant> variants_;
   RecordFile* file_;
-  Evaluation evaluation_;
+  compresskv::ModelShape shape_;
+  std::optional<Evaluation> evaluation_;  // in the small engine
   std::map<Cell, Json> records_;
   std::size_t widest_ = 1;
 };
@@ -615,6 +685,15 @@ void keep_freed_memory() {
 
 void evaluate(const EvaluateArguments& arguments) {
   keep_freed_memory();
+  check_engine(arguments.model.engine);
+  if (arguments.model.is_llama_cpp()) {
+    refuse_with_llama_cpp({{"--errors", !arguments.errors.empty()}});
+    for (const std::string& task : arguments.tasks) {
+      if (task != "needle") {
+        refuse_with_llama_cpp({{fmt::format("--tasks {}", task), true}});
+      }
+    }
+  }
   if (arguments.ratios.empty() && arguments.tokens.empty()) {
     throw UsageError("no budget: give --ratios, --tokens or both");
   }
@@ -629,7 +708,7 @@ void evaluate(const EvaluateArguments& arguments) {
   if (files.heads.empty()) {
     if (const auto found = find_calibration(arguments.models_dir, sha256)) {
       files.heads = found->heads;
-      files.errors = files.errors.empty() ? found->errors : files.errors;
+      files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
       files.scores = found->scores;
     }
   } else if (wants_scores(arguments)) {
@@ -637,19 +716,21 @@ void evaluate(const EvaluateArguments& arguments) {
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
-  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
-  const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
+  const std::unique_ptr<ModelEngine> model =
+      load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
+  const auto* small = dynamic_cast<const LoadedModel*>(model.get());
+  const compresskv::ModelShape shape = model->shape(arguments.cache.type());
   check_calibration(files.heads, files.errors, shape);
   for (const Variant& variant : variants) {
     try {
       variant.how.budget->validate(variant.how.window, shape);
-      make_compressor(variant.how, shape, loaded.model.pool());
+      static_cast<void>(compresskv::AnyPlan(shape, variant.how.method, settings_of(variant.how)));
     } catch (const compresskv::ArgumentError& error) {
       throw UsageError(fmt::format("--methods {}: {}", variant.method, error.what()));
     }
   }
   const Haystack haystack = Haystack::from(arguments.haystack);
-  Grid grid{arguments, loaded, haystack, variants, file};
+  Grid grid{arguments, *model, small, haystack, variants, file};
   grid.run();
   print_summary(arguments, variants, grid.records());
 }

@@ -76,6 +76,14 @@ std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) 
 /// together.
 Compression compression_of(const GenerateArguments& arguments) {
   const MethodInfo& method = compresskv::method_named(arguments.method);
+  check_engine(arguments.model.engine);
+  if (arguments.model.is_llama_cpp()) {
+    refuse_with_llama_cpp({{"--prefill-chunk", arguments.prefill_chunk > 0},
+                           {"--working-rows", arguments.working_rows > 0},
+                           {"--decode-every", arguments.decode_every > 0},
+                           {"--errors", !arguments.errors.empty()}});
+    check_method_of_llama_cpp(method.method);
+  }
   Compression how{.method = method.method, .budget = budget_of(arguments)};
   arguments.cache.apply_to(how);
   how.working_rows = arguments.working_rows;
@@ -140,8 +148,8 @@ CalibrationFiles calibration_of(const GenerateArguments& arguments, const Method
                     method.name, arguments.models_dir.string(), arguments.model.model.string()));
   }
   files.heads = method.needs_scores ? found->scores : found->heads;
-  // As in `evaluate`: the paper's budgets belong to the paper's method.
-  if (files.errors.empty() && method.needs_heads) {
+  // As in `evaluate`: the paper's budgets belong to the paper's method. In llama.cpp layers have equal rows.
+  if (files.errors.empty() && method.needs_heads && !arguments.model.is_llama_cpp()) {
     files.errors = found->errors;
   }
   return files;
@@ -178,8 +186,9 @@ Json count_json(std::size_t count) { return count == 0 ? Json() : Json(count); }
 Json file_json(const std::filesystem::path& path) { return path.empty() ? Json() : Json(path.string()); }
 
 Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& files,
-                   const LoadedModel& loaded) {
-  return {{"method", arguments.method},
+                   const ModelEngine& model) {
+  return {{"engine", model.engine_name()},
+          {"method", arguments.method},
           {"budget", budget_json(arguments)},
           {"heads", file_json(files.heads)},
           {"errors", file_json(files.errors)},
@@ -190,7 +199,7 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"prefill_chunk", count_json(arguments.prefill_chunk)},
           {"working_rows", count_json(arguments.working_rows)},
           {"decode_every", count_json(arguments.decode_every)},
-          {"threads", loaded.model.threads()},
+          {"threads", model.threads()},
           {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
           {"temperature", arguments.sampling.temperature},
           {"top_p", arguments.sampling.top_p},
@@ -217,7 +226,7 @@ Json per_layer(const RunResult& result, Of&& of) {
   return layers;
 }
 
-Json result_json(const GenerateArguments& arguments, const CalibrationFiles& files, const LoadedModel& loaded,
+Json result_json(const GenerateArguments& arguments, const CalibrationFiles& files, const ModelEngine& model,
                  const std::vector<TokenId>& prompt, const RunResult& result) {
   Json out;
   out["answer"] = result.answer;
@@ -241,7 +250,7 @@ Json result_json(const GenerateArguments& arguments, const CalibrationFiles& fil
   out["compress_ms"] = result.compress_ms;
   out["decode_tokens_per_second"] = result.decode_tokens_per_second();
   out["model_sha256"] = engine::sha256_of_file(arguments.model.model);
-  out["settings"] = settings_json(arguments, files, loaded);
+  out["settings"] = settings_json(arguments, files, model);
   return out;
 }
 
@@ -274,20 +283,22 @@ void generate(const GenerateArguments& arguments) {
   const std::string question = checked_text(arguments.question, "--question");
   const CalibrationFiles files = calibration_of(arguments, method);
   load(files, method, how);
-  const LoadedModel loaded = load_model(arguments.model.model, arguments.model.threads);
+  const std::unique_ptr<ModelEngine> model =
+      load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
   check_interrupt();
   const std::vector<TokenId> prompt =
-      arguments.raw ? encode_prompt(loaded, text)
-                    : encode_prompt(loaded, chat_prompt(loaded, message_text(text, question)));
-  const compresskv::ModelShape shape = shape_of(loaded.model.config(), arguments.cache.type());
-  check_calibration(files.heads, files.errors, shape);
-  check_budget(how, shape, prompt.size());
+      arguments.raw ? encode_prompt(*model, text)
+                    : encode_prompt(*model, chat_prompt(*model, message_text(text, question)));
+  if (how.method != Method::full) {
+    const compresskv::ModelShape shape = model->shape(arguments.cache.type());
+    check_calibration(files.heads, files.errors, shape);
+    check_budget(how, shape, prompt.size());
+  }
 
   const std::size_t chunks = arguments.prefill_chunk == 0
                                  ? 1
                                  : (prompt.size() + arguments.prefill_chunk - 1) / arguments.prefill_chunk;
-  Progress progress{"prefill",
-                    static_cast<double>(loaded.model.config().layers) * static_cast<double>(chunks)};
+  Progress progress{"prefill", static_cast<double>(model->layers()) * static_cast<double>(chunks)};
   RunOptions options{.kv_type = arguments.cache.type(),
                      .prefill_chunk = arguments.prefill_chunk,
                      .decode_every = arguments.decode_every,
@@ -301,11 +312,11 @@ void generate(const GenerateArguments& arguments) {
       flush_stdout();
     }
   };
-  const RunResult result = run(loaded, prompt, how, options);
+  const RunResult result = model->run(prompt, how, options);
   progress.clear();
   if (arguments.json) {
     // An answer cut off by the token limit may end inside a character.
-    fmt::print("{}\n", result_json(arguments, files, loaded, prompt, result)
+    fmt::print("{}\n", result_json(arguments, files, *model, prompt, result)
                            .dump(-1, ' ', false, Json::error_handler_t::replace));
   } else {
     fmt::print("\n");

@@ -12,12 +12,14 @@
 #include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "commands.hpp"
 #include "engine/chat_template.hpp"
 #include "engine/error.hpp"
 #include "engine/gguf.hpp"
 #include "engine/sha256.hpp"
 #include "engine/tokenizer.hpp"
+#include "llama_cpp/load.hpp"
 #include "run.hpp"
 #include "terminal.hpp"
 
@@ -32,6 +34,7 @@ constexpr double mebibyte = 1024.0 * 1024.0;
 
 struct InspectArguments {
   std::filesystem::path model;
+  std::string engine{small_engine};
   std::vector<std::size_t> lengths = {2048, 8192, 32768};
   std::string kv_type = "f32";
   bool json = false;
@@ -55,6 +58,27 @@ std::string chat_family(const engine::Tokenizer& tokenizer) {
 std::size_t rows_kept(const compresskv::ModelShape& shape, double share, std::size_t length) {
   const std::size_t window = compresskv::score::SemanticRetrieval::Options{}.window;
   return compresskv::Budget::kept_ratio(share).resolve(length, window, shape);
+}
+
+/// Bytes of keys and values of so many tokens.
+std::uint64_t cache_bytes(const compresskv::ModelShape& shape, std::size_t tokens) {
+  return std::uint64_t{tokens} * shape.layers * shape.kv_heads * shape.kv_row_bytes;
+}
+
+Json savings_json(const InspectArguments& arguments, const compresskv::ModelShape& shape) {
+  Json savings = Json::array();
+  for (const std::size_t length : arguments.lengths) {
+    for (const double share : shares) {
+      const std::size_t rows = rows_kept(shape, share, length);
+      savings.push_back({{"tokens", length},
+                         {"kv_type", arguments.kv_type},
+                         {"kept", share},
+                         {"rows", rows},
+                         {"kv_bytes_full", cache_bytes(shape, length)},
+                         {"kv_bytes_kept", cache_bytes(shape, rows)}});
+    }
+  }
+  return savings;
 }
 
 Json inspect_json(const InspectArguments& arguments, const engine::GgufFile& file,
@@ -89,28 +113,14 @@ Json inspect_json(const InspectArguments& arguments, const engine::GgufFile& fil
     out["kv_bytes_per_token"][std::string(engine::kv_type_name(type))] =
         engine::Sequence::full_cache_bytes(config, type, 1);
   }
-  const engine::KvType type = engine::parse_kv_type(arguments.kv_type);
-  const compresskv::ModelShape shape = shape_of(config, type);
-  out["savings"] = Json::array();
-  for (const std::size_t length : arguments.lengths) {
-    for (const double share : shares) {
-      const std::size_t rows = rows_kept(shape, share, length);
-      out["savings"].push_back({{"tokens", length},
-                                {"kv_type", arguments.kv_type},
-                                {"kept", share},
-                                {"rows", rows},
-                                {"kv_bytes_full", engine::Sequence::full_cache_bytes(config, type, length)},
-                                {"kv_bytes_kept", engine::Sequence::full_cache_bytes(config, type, rows)}});
-    }
-  }
+  out["savings"] = savings_json(arguments, shape_of(config, engine::parse_kv_type(arguments.kv_type)));
   return out;
 }
 
-void print_savings(const InspectArguments& arguments, const engine::ModelConfig& config) {
-  const engine::KvType type = engine::parse_kv_type(arguments.kv_type);
-  const compresskv::ModelShape shape = shape_of(config, type);
+void print_savings(const InspectArguments& arguments, const compresskv::ModelShape& shape,
+                   std::size_t context) {
   const auto mib = [&](std::size_t tokens) {
-    return static_cast<double>(engine::Sequence::full_cache_bytes(config, type, tokens)) / mebibyte;
+    return static_cast<double>(cache_bytes(shape, tokens)) / mebibyte;
   };
   fmt::print("\nKV cache of one sequence in {}, MiB\n", arguments.kv_type);
   std::vector<Table::Column> columns = {{.title = "tokens", .width = 10}, {.title = "full", .width = 11}};
@@ -126,12 +136,80 @@ void print_savings(const InspectArguments& arguments, const engine::ModelConfig&
       cells.push_back(fmt::format("{:.1f}", mib(rows_kept(shape, share, length))));
     }
     cells.push_back(fmt::format("{:.1f}", mib(length) - mib(rows_kept(shape, 0.12, length))));
-    cells.emplace_back(length > config.context ? "  beyond the model's context" : "");
+    cells.emplace_back(length > context ? "  beyond the model's context" : "");
     table.row(cells);
   }
 }
 
+Json inspect_json(const InspectArguments& arguments, const LlamaFacts& facts) {
+  const ModelEngine& model = *facts.model;
+  Json out;
+  out["file"] = arguments.model.string();
+  out["file_bytes"] = std::filesystem::file_size(arguments.model);
+  out["model_sha256"] = engine::sha256_of_file(arguments.model);
+  out["engine"] = model.engine_name();
+  out["name"] = facts.name;
+  out["architecture"] = facts.architecture;
+  out["description"] = facts.description;
+  out["parameters"] = facts.parameters;
+  out["layers"] = model.layers();
+  out["query_heads"] = facts.query_heads;
+  out["kv_heads"] = facts.kv_heads;
+  out["embedding"] = facts.embedding;
+  out["vocabulary"] = facts.vocabulary;
+  out["context"] = model.context();
+  out["chat"] = facts.why_no_chat.empty();
+  out["compresses"] = facts.why_not.empty();
+  out["why_not"] = facts.why_not.empty() ? Json() : Json(facts.why_not);
+  if (facts.why_not.empty()) {
+    out["head_dim"] = model.shape(engine::KvType::f32).head_dim;
+    for (const engine::KvType type : kv_types) {
+      out["kv_bytes_per_token"][std::string(engine::kv_type_name(type))] = cache_bytes(model.shape(type), 1);
+    }
+    out["savings"] = savings_json(arguments, model.shape(engine::parse_kv_type(arguments.kv_type)));
+  }
+  return out;
+}
+
+/// What llama.cpp says of a model, and whether its cache can be compressed there.
+void inspect_in_llama_cpp(const InspectArguments& arguments) {
+  const LlamaFacts facts = inspect_llama_cpp(arguments.model);
+  const ModelEngine& model = *facts.model;
+  check_interrupt();
+  if (arguments.json) {
+    const Json out = inspect_json(arguments, facts);
+    check_interrupt();
+    fmt::print("{}\n", out.dump(-1, ' ', false, Json::error_handler_t::replace));
+    return;
+  }
+  const auto line = [](const char* what, const std::string& value) { print_entry(what, value, 14); };
+  line("file", fmt::format("{} ({:.1f} MiB)", arguments.model.string(),
+                           static_cast<double>(std::filesystem::file_size(arguments.model)) / mebibyte));
+  line("model",
+       fmt::format("{}, architecture {} ({}), {:.1f} million parameters", facts.name, facts.architecture,
+                   facts.description, static_cast<double>(facts.parameters) / 1e6));
+  line("shape",
+       fmt::format("{} layers of {} query heads and {} KV heads, embedding {}, vocabulary {}", model.layers(),
+                   facts.query_heads, facts.kv_heads, facts.embedding, facts.vocabulary));
+  line("context", fmt::format("{} tokens", model.context()));
+  line("chat", facts.why_no_chat.empty() ? "llama.cpp's" : fmt::format("none ({})", facts.why_no_chat));
+  line("compression",
+       facts.why_not.empty() ? "yes, with equal rows in all layers" : fmt::format("no: {}", facts.why_not));
+  if (facts.why_not.empty()) {
+    for (const engine::KvType type : kv_types) {
+      line("KV a token",
+           fmt::format("{:<5} {:>7} bytes", engine::kv_type_name(type), cache_bytes(model.shape(type), 1)));
+    }
+    print_savings(arguments, model.shape(engine::parse_kv_type(arguments.kv_type)), model.context());
+  }
+}
+
 void inspect(const InspectArguments& arguments) {
+  check_engine(arguments.engine);
+  if (arguments.engine == llama_cpp_engine) {
+    inspect_in_llama_cpp(arguments);
+    return;
+  }
   const engine::GgufFile file = engine::GgufFile::open(arguments.model);
   const engine::ModelConfig config = engine::read_config(file);
   const engine::Tokenizer tokenizer{engine::tokenizer_spec(file)};
@@ -173,7 +251,7 @@ void inspect(const InspectArguments& arguments) {
     line("KV a token", fmt::format("{:<5} {:>7} bytes", engine::kv_type_name(type),
                                    engine::Sequence::full_cache_bytes(config, type, 1)));
   }
-  print_savings(arguments, config);
+  print_savings(arguments, shape_of(config, engine::parse_kv_type(arguments.kv_type)), config.context);
 }
 
 }  // namespace
@@ -183,6 +261,7 @@ void add_inspect(CLI::App& app) {
       app.add_subcommand("inspect", "What a model file holds, KV bytes a token, and what a budget saves");
   const auto arguments = std::make_shared<InspectArguments>();
   command->add_option("model", arguments->model, "The GGUF file")->required()->type_name("M.gguf");
+  add_engine_option(*command, arguments->engine);
   command
       ->add_option("--length", arguments->lengths,
                    "Lengths, in tokens, at which the saving is shown: 2048,8192")

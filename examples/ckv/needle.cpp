@@ -185,7 +185,7 @@ Haystack Haystack::from(const std::filesystem::path& path) {
   return path.empty() ? from_bible() : from_file(path);
 }
 
-compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::string_view text,
+compresskv::calibrate::TokenSpan token_span(const ModelEngine& loaded, std::string_view text,
                                             std::span<const TokenId> tokens, std::string_view part) {
   // Byte-level vocabularies give the text back byte by byte, so that places in it can be counted out.
   const std::size_t begin = text.find(part);
@@ -193,7 +193,7 @@ compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::stri
   std::optional<std::size_t> first;
   std::optional<std::size_t> last;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    bytes += loaded.tokenizer.token_bytes(tokens[i]);
+    bytes += loaded.token_bytes(tokens[i]);
     if (!first && bytes.size() > begin) {
       first = i;
     }
@@ -204,7 +204,7 @@ compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::stri
   if (begin != std::string_view::npos && bytes == text && first && last) {
     return {.first = *first, .last = *last};
   }
-  const auto alone = loaded.tokenizer.encode(part, {.add_bos = false, .parse_special = false});
+  const auto alone = loaded.encode(part, false);
   const auto found = compresskv::calibrate::find_answer_span(tokens, alone);
   if (!found) {
     throw engine::Error(fmt::format("'{}' was not found among the tokens of the prompt", part));
@@ -212,7 +212,7 @@ compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::stri
   return *found;
 }
 
-engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std::span<const Hidden> facts,
                         std::string_view question, std::size_t tokens, double start) {
   const auto sentences = haystack.sentences();
   const auto skipped = static_cast<std::size_t>(std::floor(start * static_cast<double>(sentences.size())));
@@ -250,8 +250,7 @@ engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std
           tokens - bare));
     }
     const std::string& sentence = sentences[skipped + ends.size()];
-    const std::size_t length =
-        loaded.tokenizer.encode(" " + sentence, {.add_bos = false, .parse_special = false}).size();
+    const std::size_t length = loaded.encode(" " + sentence, false).size();
     if (bare + count + length > tokens) {
       break;
     }
@@ -275,7 +274,7 @@ engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std
   return text_of(sentences.subspan(skipped, ends.size()));
 }
 
-NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
+NeedlePrompt needle_prompt(const ModelEngine& loaded, const Haystack& haystack, const Needle& needle,
                            const NeedlePlace& place) {
   const Hidden hidden{.fact = needle.fact, .depth = place.depth};
   const engine::PromptText text =

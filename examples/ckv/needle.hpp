@@ -73,7 +73,7 @@ struct NeedlePrompt {
 
 /// A prompt of at most `place.tokens` tokens: haystack with the needle between two sentences, then the
 /// question, in the model's chat template. Throws engine::Error when the haystack or the prompt is too short.
-NeedlePrompt needle_prompt(const LoadedModel& loaded, const Haystack& haystack, const Needle& needle,
+NeedlePrompt needle_prompt(const ModelEngine& loaded, const Haystack& haystack, const Needle& needle,
                            const NeedlePlace& place);
 
 /// A sentence to hide, and how deep.
@@ -84,12 +84,12 @@ struct Hidden {
 
 /// The text of such a prompt with any number of facts: haystack from `start` on with each fact between two
 /// sentences, at most `tokens` tokens with the question and the template. Throws as needle_prompt.
-engine::PromptText hide(const LoadedModel& loaded, const Haystack& haystack, std::span<const Hidden> facts,
+engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std::span<const Hidden> facts,
                         std::string_view question, std::size_t tokens, double start);
 
 /// Where `part` of `text` stands among the tokens of `text`; part must occur in it.
 /// Throws engine::Error where it cannot be found.
-compresskv::calibrate::TokenSpan token_span(const LoadedModel& loaded, std::string_view text,
+compresskv::calibrate::TokenSpan token_span(const ModelEngine& loaded, std::string_view text,
                                             std::span<const TokenId> tokens, std::string_view part);
 
 }  // namespace ckv

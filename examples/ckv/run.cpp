@@ -117,11 +117,35 @@ double milliseconds_since(Clock::time_point start) {
 }
 
 LoadedModel load_model(const std::filesystem::path& path, int threads) {
-  engine::GgufFile file = engine::GgufFile::open(path);
-  engine::Model model{file, {.threads = threads}};
-  engine::Tokenizer tokenizer{engine::tokenizer_spec(file)};
-  return {
-      .path = path, .file = std::move(file), .model = std::move(model), .tokenizer = std::move(tokenizer)};
+  return {path, engine::GgufFile::open(path), threads};
+}
+
+LoadedModel::LoadedModel(std::filesystem::path model_path, engine::GgufFile model_file, int threads)
+    : path(std::move(model_path)),
+      file(std::move(model_file)),
+      model(file, {.threads = threads}),
+      tokenizer(engine::tokenizer_spec(file)) {}
+
+compresskv::ModelShape LoadedModel::shape(engine::KvType type) const {
+  return shape_of(model.config(), type);
+}
+
+engine::PromptText LoadedModel::chat_prompt(const std::string& message) const {
+  const engine::ChatMessage user{.role = "user", .content = message};
+  return engine::ChatTemplate{tokenizer}.lay_out({&user, 1});
+}
+
+std::vector<TokenId> LoadedModel::encode(const engine::PromptText& prompt) const {
+  return tokenizer.encode(prompt);
+}
+
+std::vector<TokenId> LoadedModel::encode(std::string_view text, bool parse_special) const {
+  return tokenizer.encode(text, {.add_bos = false, .parse_special = parse_special});
+}
+
+RunResult LoadedModel::run(std::span<const TokenId> prompt, const Compression& how,
+                           const RunOptions& options) const {
+  return ckv::run(*this, prompt, how, options);
 }
 
 compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvType type) {
@@ -189,11 +213,6 @@ std::string message_text(std::string_view text, std::string_view question) {
   return question.empty() ? std::string(text) : fmt::format("{}\n\n{}", text, question);
 }
 
-engine::PromptText chat_prompt(const LoadedModel& loaded, const std::string& message) {
-  const engine::ChatMessage user{.role = "user", .content = message};
-  return engine::ChatTemplate{loaded.tokenizer}.lay_out({&user, 1});
-}
-
 std::string checked_text(std::string text, std::string_view from) {
   if (text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF")) {
     throw engine::Error(
@@ -209,14 +228,6 @@ std::string checked_text(std::string text, std::string_view from) {
     text.erase(0, 3);
   }
   return text;
-}
-
-std::vector<TokenId> encode_prompt(const LoadedModel& loaded, const engine::PromptText& prompt) {
-  return loaded.tokenizer.encode(prompt);
-}
-
-std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text) {
-  return loaded.tokenizer.encode(text, {.add_bos = false, .parse_special = true});
 }
 
 RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,

@@ -17,21 +17,34 @@
 #include "engine/gguf.hpp"
 #include "engine/kv_cache.hpp"
 #include "engine/model.hpp"
-#include "engine/sampler.hpp"
 #include "engine/sequence.hpp"
 #include "engine/thread_pool.hpp"
 #include "engine/tokenizer.hpp"
 #include "method.hpp"
+#include "model_engine.hpp"
 
 namespace ckv {
-
-using engine::TokenId;
 
 using Clock = std::chrono::steady_clock;
 double milliseconds_since(Clock::time_point start);
 
-/// A model file with all that is read from it.
-struct LoadedModel {
+/// A model file with all that is read from it: a model in the small engine.
+class LoadedModel final : public ModelEngine {
+ public:
+  LoadedModel(std::filesystem::path model_path, engine::GgufFile model_file, int threads);
+
+  std::string_view engine_name() const override { return small_engine; }
+  std::size_t layers() const override { return static_cast<std::size_t>(model.config().layers); }
+  std::size_t context() const override { return model.config().context; }
+  int threads() const override { return model.threads(); }
+  compresskv::ModelShape shape(engine::KvType type) const override;
+  engine::PromptText chat_prompt(const std::string& message) const override;
+  std::vector<TokenId> encode(const engine::PromptText& prompt) const override;
+  std::vector<TokenId> encode(std::string_view text, bool parse_special) const override;
+  std::string token_bytes(TokenId id) const override { return tokenizer.token_bytes(id); }
+  RunResult run(std::span<const TokenId> prompt, const Compression& how,
+                const RunOptions& options) const override;
+
   std::filesystem::path path;
   engine::GgufFile file;
   engine::Model model;
@@ -105,8 +118,10 @@ const compresskv::Retained& compress_layer(Compressor& compressor, engine::Layer
   return compress_layer(compressor, layer, queries_of(layer));
 }
 
-/// A user's message as the model's chat template lays it out, ready for the answer.
-engine::PromptText chat_prompt(const LoadedModel& loaded, const std::string& message);
+/// `ModelEngine::chat_prompt`.
+inline engine::PromptText chat_prompt(const ModelEngine& loaded, const std::string& message) {
+  return loaded.chat_prompt(message);
+}
 
 /// A user's text without the byte-order mark that some editors put first. Throws engine::Error where it is no
 /// UTF-8 but UTF-16, or holds NUL; `from` names it in the message: an option, a file.
@@ -116,49 +131,14 @@ std::string checked_text(std::string text, std::string_view from);
 std::string message_text(std::string_view text, std::string_view question);
 
 /// Tokens of a laid out prompt: the template's markers become control tokens, a message's never.
-std::vector<TokenId> encode_prompt(const LoadedModel& loaded, const engine::PromptText& prompt);
+inline std::vector<TokenId> encode_prompt(const ModelEngine& loaded, const engine::PromptText& prompt) {
+  return loaded.encode(prompt);
+}
 
 /// Tokens of a text that holds its special tokens already.
-std::vector<TokenId> encode_prompt(const LoadedModel& loaded, std::string_view text);
-
-/// How to run one prompt.
-struct RunOptions {
-  engine::KvType kv_type = engine::KvType::f32;
-  /// Tokens of the prompt that are read at a time; 0: all. What an answer is does not depend on it, unless
-  /// Compression::working_rows is given.
-  std::size_t prefill_chunk = 0;
-  /// Generated tokens after which the cache is compressed to its budget again; 0: never. Not for methods that
-  /// reach over layers or want all queries.
-  std::size_t decode_every = 0;
-  std::size_t max_new_tokens = 128;
-  engine::SamplerOptions sampling = {};
-  /// Parts of the answer as they come.
-  std::function<void(std::string_view)> on_text = {};
-  /// Logits of each step, before a token is picked.
-  std::function<void(std::span<const float>)> on_logits = {};
-  /// After each layer of prefill, chunk after chunk: how many are done.
-  std::function<void(std::size_t)> on_layer = {};
-};
-
-struct RunResult {
-  std::vector<TokenId> tokens;  ///< generated, without the end token
-  std::string answer;           ///< their text
-  /// Positions kept at the end of prefill: [layer][list][row], one list where all KV heads share it, else one
-  /// a KV head.
-  std::vector<std::vector<std::vector<std::uint32_t>>> kept;
-  std::uint64_t kv_bytes_full = 0;  ///< prompt tokens x bytes a token
-  std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
-  std::uint64_t kv_bytes_peak = 0;  ///< most cache bytes alive at any time of prefill, all layers together
-  std::size_t rows_peak = 0;        ///< most rows that a KV head held in decoding
-  double prefill_ms = 0.0;          ///< compression included
-  double compress_ms = 0.0;         ///< the library's calls, and giving the memory back
-  double decode_ms = 0.0;
-  std::size_t decode_steps = 0;
-
-  double decode_tokens_per_second() const {
-    return decode_steps == 0 ? 0.0 : 1000.0 * static_cast<double>(decode_steps) / decode_ms;
-  }
-};
+inline std::vector<TokenId> encode_prompt(const ModelEngine& loaded, std::string_view text) {
+  return loaded.encode(text, true);
+}
 
 /// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
 /// answer. In chunks, that is with the last one; with `working_rows` also with each before. With

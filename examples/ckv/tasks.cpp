@@ -153,13 +153,7 @@ OwnNeedle draw_needle(Draw& draw) {
 }
 
 TaskPrompt single_needle(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
-  Draw draw{place, 0};
-  const OwnNeedle needle = draw_needle(draw);
-  // A tenth of the text is left behind the last place to start, so that it never ends too soon.
-  NeedlePrompt prompt =
-      needle_prompt(loaded, haystack, needle.view(),
-                    {.tokens = place.length, .depth = place.depth, .start = 0.9 * draw.share()});
-  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}, .fact = prompt.needle};
+  return needle_task(loaded, haystack, place);
 }
 
 // The tasks below ask for numbers, as RULER does: small models can tell them from the text.
@@ -338,6 +332,16 @@ constexpr std::array<TaskInfo, 8> tasks = {{
 }};
 
 }  // namespace
+
+TaskPrompt needle_task(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 0};
+  const OwnNeedle needle = draw_needle(draw);
+  // A tenth of the text is left behind the last place to start, so that it never ends too soon.
+  NeedlePrompt prompt =
+      needle_prompt(loaded, haystack, needle.view(),
+                    {.tokens = place.length, .depth = place.depth, .start = 0.9 * draw.share()});
+  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}, .fact = prompt.needle};
+}
 
 std::vector<std::string> task_names() {
   std::vector<std::string> names;

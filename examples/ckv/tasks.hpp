@@ -40,6 +40,9 @@ std::string task_help();
 enum class Measure { none, perplexity, attention_error };
 Measure measure_of(std::string_view task);
 
+/// The task `needle`, of a model in any engine. Throws as `task_prompt`.
+TaskPrompt needle_task(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place);
+
 /// Throws engine::Error for a task of another name, and where the haystack or the length is too short.
 TaskPrompt task_prompt(std::string_view task, const LoadedModel& loaded, const Haystack& haystack,
                        const PromptPlace& place);

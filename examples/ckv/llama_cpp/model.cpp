@@ -1,0 +1,402 @@
+#include "model.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <numeric>
+#include <thread>
+#include <utility>
+
+#include "../compress.hpp"
+#include "../run.hpp"
+#include "../terminal.hpp"
+#include "engine/error.hpp"
+#include "engine/utf8.hpp"
+#include "load.hpp"
+
+namespace ckv {
+namespace {
+
+using compresskv::llama_cpp::Observer;
+using compresskv::llama_cpp::Sequence;
+
+ggml_type ggml_type_of(engine::KvType type) {
+  switch (type) {
+    case engine::KvType::f16:
+      return GGML_TYPE_F16;
+    case engine::KvType::bf16:
+      return GGML_TYPE_BF16;
+    case engine::KvType::f32:
+      break;
+  }
+  return GGML_TYPE_F32;
+}
+
+int threads_of(int threads) {
+  if (threads < 0 || threads > 1024) {
+    throw engine::Error(
+        fmt::format("threads is {}; give 1 to 1024, or 0 for as many as the machine has", threads));
+  }
+  return threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+/// Once a process: what libllama has to say is shown where it is an error.
+void start_llama() {
+  [[maybe_unused]] static const bool started = [] {
+    llama_log_set(
+        [](ggml_log_level level, const char* text, void*) {
+          if (level == GGML_LOG_LEVEL_ERROR) {
+            std::fputs(text, stderr);
+          }
+        },
+        nullptr);
+    llama_backend_init();
+    return true;
+  }();
+}
+
+/// libllama's own threads ask: here no exception may be thrown.
+bool wants_end(void*) {
+  try {
+    check_interrupt();
+    return false;
+  } catch (...) {
+    return true;
+  }
+}
+
+void check_decoded(std::int32_t status, std::string_view what) {
+  if (status != 0) {
+    check_interrupt();
+    throw engine::Error(
+        fmt::format("{}: llama_decode gave {}{}", what, status, status == 1 ? ": no room in the cache" : ""));
+  }
+}
+
+void check_length(std::size_t tokens, std::size_t context) {
+  if (tokens == 0) {
+    throw engine::Error("the prompt has no tokens: give a text");
+  }
+  if (tokens > context) {
+    throw engine::Error(fmt::format("the prompt has {} tokens, but the model's context holds {}; shorten it",
+                                    tokens, context));
+  }
+}
+
+std::string trimmed(const std::string& text) {
+  constexpr std::string_view white = " \t\r\n";
+  const std::size_t first = text.find_first_not_of(white);
+  return first == std::string::npos ? std::string()
+                                    : text.substr(first, text.find_last_not_of(white) + 1 - first);
+}
+
+}  // namespace
+
+LlamaModel::LlamaModel(const std::filesystem::path& path, int threads)
+    : pool_(std::make_unique<engine::ThreadPool>(threads_of(threads))), path_(path.string()) {
+  start_llama();
+  model_.reset(llama_model_load_from_file(path_.c_str(), llama_model_default_params()));
+  if (!model_) {
+    throw engine::Error(
+        fmt::format("{}: libllama cannot load it; give a GGUF file of a model that llama.cpp runs", path_));
+  }
+}
+
+std::size_t LlamaModel::layers() const {
+  return static_cast<std::size_t>(llama_model_n_layer(get()) - llama_model_n_layer_nextn(get()));
+}
+
+std::size_t LlamaModel::context() const { return static_cast<std::size_t>(llama_model_n_ctx_train(get())); }
+
+compresskv::ModelShape LlamaModel::shape(engine::KvType type) const {
+  return compresskv::llama_cpp::model_shape(get(), ggml_type_of(type), ggml_type_of(type));
+}
+
+engine::PromptText LlamaModel::chat_prompt(const std::string& message) const {
+  const char* chat = llama_model_chat_template(get(), nullptr);
+  if (chat == nullptr) {
+    throw engine::Error("the model has no chat template (tokenizer.chat_template); ask it with raw text");
+  }
+  // Laid out with a word in the message's place, so that it is known which bytes are the template's.
+  const std::string word = "message-of-ckv";
+  const std::string padded = " " + word + " ";
+  const llama_chat_message user{.role = "user", .content = padded.c_str()};
+  std::string text(1 << 16, '\0');
+  const std::int32_t size =
+      llama_chat_apply_template(chat, &user, 1, true, text.data(), static_cast<std::int32_t>(text.size()));
+  text.resize(static_cast<std::size_t>(std::clamp(size, 0, 1 << 16)));
+  const bool trims = text.find(padded) == std::string::npos;
+  const std::string& place = trims ? word : padded;
+  const std::size_t at = text.find(place);
+  if (at == std::string::npos) {
+    throw engine::Error(
+        "llama.cpp knows no chat template like the model's (llama_chat_apply_template); ask it with raw "
+        "text");
+  }
+  engine::PromptText prompt{std::string_view(text).substr(0, at), false};
+  prompt.append({trims ? trimmed(message) : message, true});
+  prompt.append({std::string_view(text).substr(at + place.size()), false});
+  return prompt;
+}
+
+std::vector<TokenId> LlamaModel::encode(std::string_view text, bool parse_special) const {
+  const auto size = static_cast<std::int32_t>(text.size());
+  std::vector<llama_token> tokens(text.size() + 8);
+  const std::int32_t count = llama_tokenize(vocabulary(), text.data(), size, tokens.data(),
+                                            static_cast<std::int32_t>(tokens.size()), false, parse_special);
+  if (count < 0) {
+    throw engine::Error("libllama cannot cut the text into tokens");
+  }
+  return {tokens.begin(), tokens.begin() + count};
+}
+
+std::vector<TokenId> LlamaModel::encode(const engine::PromptText& prompt) const {
+  std::vector<std::pair<std::string, bool>> parts;  // text, whether it comes from outside
+  for (std::size_t at = 0; at < prompt.size(); ++at) {
+    if (parts.empty() || parts.back().second != prompt.is_outside(at)) {
+      parts.emplace_back(std::string(), prompt.is_outside(at));
+    }
+    parts.back().first += prompt.text()[at];
+  }
+  const bool harmless = std::ranges::all_of(parts, [&](const auto& part) {
+    return !part.second || encode(part.first, false) == encode(part.first, true);
+  });
+  std::vector<TokenId> tokens;
+  if (harmless) {
+    tokens = encode(prompt.text(), true);
+  } else {
+    // The message holds the text of special tokens, which it must not become.
+    for (const auto& [text, outside] : parts) {
+      const std::vector<TokenId> some = encode(text, !outside);
+      tokens.insert(tokens.end(), some.begin(), some.end());
+    }
+  }
+  const llama_token bos = llama_vocab_bos(vocabulary());
+  if (llama_vocab_get_add_bos(vocabulary()) && bos != LLAMA_TOKEN_NULL &&
+      (tokens.empty() || tokens.front() != bos)) {
+    tokens.insert(tokens.begin(), bos);
+  }
+  return tokens;
+}
+
+std::string LlamaModel::piece(TokenId id, bool special) const {
+  std::string text(64, '\0');
+  const auto write = [&] {
+    return llama_token_to_piece(vocabulary(), id, text.data(), static_cast<std::int32_t>(text.size()), 0,
+                                special);
+  };
+  std::int32_t size = write();
+  if (size < 0) {
+    text.resize(static_cast<std::size_t>(-size));
+    size = write();
+  }
+  text.resize(static_cast<std::size_t>(std::max(size, 0)));
+  return text;
+}
+
+LlamaContext LlamaModel::make_context(const ContextOptions& options) const {
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = static_cast<std::uint32_t>(options.cells);
+  params.n_seq_max = options.sequences;
+  params.kv_unified = true;
+  params.n_batch = options.batch;
+  params.n_ubatch = options.batch;
+  params.type_k = ggml_type_of(options.type);
+  params.type_v = ggml_type_of(options.type);
+  params.n_threads = threads();
+  params.n_threads_batch = threads();
+  params.abort_callback = &wants_end;
+  if (options.observer != nullptr) {
+    options.observer->attach(params);
+  }
+  LlamaContext context{llama_init_from_model(get(), params)};
+  if (!context) {
+    throw engine::Error(fmt::format("libllama cannot make a context of {} cells in {}", options.cells,
+                                    engine::kv_type_name(options.type)));
+  }
+  return context;
+}
+
+void LlamaModel::read(llama_context* context, Observer* observer, std::span<const TokenId> prompt,
+                      const std::function<void(std::size_t)>& progress) const {
+  std::vector<llama_token> tokens(prompt.begin(), prompt.end());
+  const std::size_t most = llama_n_batch(context);
+  for (std::size_t first = 0; first < tokens.size(); first += most) {
+    const std::size_t count = std::min(most, tokens.size() - first);
+    const llama_batch batch = llama_batch_get_one(tokens.data() + first, static_cast<std::int32_t>(count));
+    check_decoded(observer != nullptr ? observer->decode(context, batch, tokens.size() - first - count)
+                                      : llama_decode(context, batch),
+                  "the prompt");
+    progress(first + count);
+    check_interrupt();
+  }
+  llama_synchronize(context);
+}
+
+std::span<const float> LlamaModel::decode(llama_context* context, TokenId token, Observer* observer) const {
+  llama_token one = token;
+  const llama_batch batch = llama_batch_get_one(&one, 1);
+  check_decoded(observer != nullptr ? observer->decode(context, batch) : llama_decode(context, batch),
+                "the answer");
+  check_interrupt();
+  return logits(context);
+}
+
+std::span<const float> LlamaModel::logits(llama_context* context) const {
+  return {llama_get_logits_ith(context, -1), static_cast<std::size_t>(llama_vocab_n_tokens(vocabulary()))};
+}
+
+std::vector<std::vector<std::vector<std::uint32_t>>> kept_by(const Sequence& sequence) {
+  std::vector<std::vector<std::vector<std::uint32_t>>> kept(sequence.plan().shape().layers);
+  for (std::size_t layer = 0; layer < kept.size(); ++layer) {
+    const compresskv::Retained& retained = sequence.compressor().retained(layer);
+    for (std::size_t list = 0; list < retained.lists(); ++list) {
+      const auto positions = retained.positions(list);
+      kept[layer].emplace_back(positions.begin(), positions.end());
+    }
+  }
+  return kept;
+}
+
+std::string LlamaText::push(TokenId id) {
+  waiting_ += model_->piece(id, false);
+  const std::size_t ready = waiting_.size() - engine::utf8::unfinished_suffix(waiting_);
+  std::string out = waiting_.substr(0, ready);
+  waiting_.erase(0, ready);
+  return out;
+}
+
+std::string LlamaText::finish() { return std::exchange(waiting_, {}); }
+
+RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& how,
+                          const RunOptions& options) const {
+  check_length(prompt.size(), context());
+  RunResult result;
+  const auto progress = [&](std::size_t tokens) {
+    if (options.on_layer) {
+      options.on_layer(layers() * tokens / prompt.size());
+    }
+  };
+  // What observes outlives the contexts that it observes.
+  std::optional<Observer> observer;
+  LlamaContext context;
+  std::vector<float> first_logits;
+  std::size_t rows = prompt.size();
+  if (how.method == Method::full) {
+    context = make_context({.type = options.kv_type, .cells = prompt.size() + options.max_new_tokens});
+    const auto start = Clock::now();
+    read(context.get(), nullptr, prompt, progress);
+    result.prefill_ms = milliseconds_since(start);
+    std::vector<std::uint32_t> all(prompt.size());
+    std::iota(all.begin(), all.end(), 0U);
+    result.kept.assign(layers(), {all});
+    // Of any model, also one whose cache is not compressed here.
+    result.kv_bytes_full = llama_state_seq_get_size(context.get(), 0);
+    result.kv_bytes_kept = result.kv_bytes_full;
+    result.kv_bytes_peak = result.kv_bytes_full;
+    const std::span<const float> logits = this->logits(context.get());
+    first_logits.assign(logits.begin(), logits.end());
+  } else {
+    const compresskv::ModelShape shape = this->shape(options.kv_type);
+    const compresskv::AnyPlan plan(shape, how.method, settings_of(how));
+    observer.emplace(shape, std::max(plan.window(), std::size_t{1}));
+    LlamaContext reading =
+        make_context({.type = options.kv_type, .cells = prompt.size(), .observer = &*observer});
+    const auto start = Clock::now();
+    read(reading.get(), &*observer, prompt, progress);
+    const std::span<const float> logits = this->logits(reading.get());
+    first_logits.assign(logits.begin(), logits.end());
+    const auto began = Clock::now();
+    engine::PoolExecutor pool = executor();
+    Sequence sequence(plan, *observer, {.context = reading.get()}, pool);
+    rows = std::min(how.budget->resolve(prompt.size(), how.window, shape), prompt.size());
+    // Decoding needs room for what is kept alone.
+    context = make_context({.type = options.kv_type, .cells = rows + options.max_new_tokens, .batch = 32});
+    sequence.compress_into({.context = context.get()});
+    const std::uint64_t token_bytes = shape.layers * shape.kv_heads * shape.kv_row_bytes;
+    result.kept = kept_by(sequence);
+    rows = result.kept.front().front().size();
+    result.kv_bytes_full = token_bytes * prompt.size();
+    result.kv_bytes_kept = token_bytes * rows;
+    result.kv_bytes_peak = token_bytes * (llama_n_ctx(reading.get()) + llama_n_ctx(context.get()));
+    reading.reset();
+    result.compress_ms = milliseconds_since(began);
+    result.prefill_ms = milliseconds_since(start);
+  }
+
+  engine::Sampler sampler{options.sampling};
+  LlamaText text{*this};
+  const auto say = [&](const std::string& part) {
+    result.answer += part;
+    if (options.on_text && !part.empty()) {
+      options.on_text(part);
+    }
+  };
+  std::size_t position = prompt.size();
+  std::span<const float> logits = first_logits;
+  const auto start = Clock::now();
+  while (result.tokens.size() < options.max_new_tokens) {
+    if (options.on_logits) {
+      options.on_logits(logits);
+    }
+    const TokenId token = sampler.next(logits);
+    if (llama_vocab_is_eog(vocabulary(), token)) {
+      break;
+    }
+    result.tokens.push_back(token);
+    say(text.push(token));
+    if (result.tokens.size() == options.max_new_tokens || position == this->context()) {
+      break;
+    }
+    logits = decode(context.get(), token);
+    ++position;
+    ++result.decode_steps;
+    result.rows_peak = rows + result.decode_steps;
+  }
+  result.decode_ms = milliseconds_since(start);
+  say(text.finish());
+  return result;
+}
+
+bool has_llama_cpp() { return true; }
+
+std::unique_ptr<ModelEngine> load_llama_cpp(const std::filesystem::path& path, int threads) {
+  return std::make_unique<LlamaModel>(path, threads);
+}
+
+LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) {
+  auto loaded = std::make_unique<LlamaModel>(path, 1);
+  const llama_model* model = loaded->get();
+  const auto text = [&](const char* key) {
+    std::array<char, 256> value{};
+    llama_model_meta_val_str(model, key, value.data(), value.size());
+    return std::string(value.data());
+  };
+  std::array<char, 256> description{};
+  llama_model_desc(model, description.data(), description.size());
+  const auto count = [](std::int32_t number) { return static_cast<std::size_t>(std::max(number, 0)); };
+  LlamaFacts facts{.name = text("general.name"),
+                   .architecture = text("general.architecture"),
+                   .description = description.data(),
+                   .parameters = llama_model_n_params(model),
+                   .query_heads = count(llama_model_n_head(model)),
+                   .kv_heads = count(llama_model_n_head_kv(model)),
+                   .embedding = count(llama_model_n_embd(model)),
+                   .vocabulary = count(llama_vocab_n_tokens(loaded->vocabulary()))};
+  try {
+    loaded->chat_prompt("x");
+  } catch (const engine::Error& error) {
+    facts.why_no_chat = error.what();
+  }
+  try {
+    loaded->shape(engine::KvType::f32);
+  } catch (const compresskv::ArgumentError& error) {
+    facts.why_not = error.what();
+  }
+  facts.model = std::move(loaded);
+  return facts;
+}
+
+}  // namespace ckv

@@ -1,0 +1,94 @@
+#pragma once
+
+#include <llama.h>
+
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <system_error>
+
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/shape.hpp"
+
+namespace compresskv::llama_cpp {
+
+/// One sequence of a context.
+struct Place {
+  llama_context* context = nullptr;
+  llama_seq_id sequence = 0;
+};
+
+namespace detail {
+
+using compresskv::detail::fail;
+using compresskv::detail::require;
+
+/// A count from the model's metadata; 0 where it is not there, or is a list with an entry a layer.
+inline std::size_t metadata_count(const llama_model& model, const char* key) {
+  std::array<char, 64> text{};
+  if (llama_model_meta_val_str(&model, key, text.data(), text.size()) <= 0) {
+    return 0;
+  }
+  std::size_t count = 0;
+  const char* end = text.data() + std::strlen(text.data());
+  const auto [rest, error] = std::from_chars(text.data(), end, count);
+  return error == std::errc{} && rest == end ? count : 0;
+}
+
+inline void check_model(const llama_model& model) {
+  require(!llama_model_is_recurrent(&model) && !llama_model_is_hybrid(&model),
+          "the model has recurrent layers, whose state is no KV cache: it is not compressed here");
+  require(llama_model_n_swa(&model) == 0, "the model has sliding-window layers of ",
+          llama_model_n_swa(&model),
+          " tokens, whose part of the state is not compressed here: leave its sequences as they are");
+  const llama_rope_type rope = llama_model_rope_type(&model);
+  require(rope == LLAMA_ROPE_TYPE_NONE || rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NEOX,
+          "the model has M-RoPE, several positions a token: it is not compressed here");
+}
+
+/// Throws ArgumentError where a place is none: libllama would end the program.
+inline void check_place(const Place& place) {
+  require(place.context != nullptr, "context is null: give the llama_context that the sequence is in");
+  require(place.sequence >= 0 && static_cast<std::uint32_t>(place.sequence) < llama_n_seq_max(place.context),
+          "sequence is ", place.sequence, ", the context has sequences 0 to ",
+          llama_n_seq_max(place.context) - 1, ": make it with a greater n_seq_max");
+  require(llama_get_memory(place.context) != nullptr,
+          "the context has no memory: its model keeps no KV cache");
+}
+
+}  // namespace detail
+
+/// The shape of a model's KV cache: `kv_row_bytes` for contexts of these element types. Throws ArgumentError
+/// for models that are not compressed: recurrent and hybrid ones, sliding windows, M-RoPE. Models whose
+/// layers differ are refused when their first state is looked at.
+inline ModelShape model_shape(const llama_model* model, ggml_type type_k = GGML_TYPE_F16,
+                              ggml_type type_v = GGML_TYPE_F16) {
+  detail::require(model != nullptr, "model is null: give the llama_model that is to be compressed");
+  detail::check_model(*model);
+  const auto count = [](std::int32_t value) { return value > 0 ? static_cast<std::size_t>(value) : 0; };
+  ModelShape shape{.layers = count(llama_model_n_layer(model)) - count(llama_model_n_layer_nextn(model)),
+                   .query_heads = count(llama_model_n_head(model)),
+                   .kv_heads = count(llama_model_n_head_kv(model))};
+  std::array<char, 64> architecture{};
+  llama_model_meta_val_str(model, "general.architecture", architecture.data(), architecture.size());
+  const std::string key = std::string(architecture.data()) + ".attention.key_length";
+  const std::string value = std::string(architecture.data()) + ".attention.value_length";
+  const std::size_t plain = shape.query_heads == 0 ? 0 : count(llama_model_n_embd(model)) / shape.query_heads;
+  const std::size_t key_dim = detail::metadata_count(*model, key.c_str());
+  const std::size_t value_dim = detail::metadata_count(*model, value.c_str());
+  shape.head_dim = key_dim == 0 ? plain : key_dim;
+  detail::require(shape.head_dim == (value_dim == 0 ? plain : value_dim), "the model's keys have ",
+                  shape.head_dim, " elements a head, its values ", value_dim,
+                  ": such caches (MLA) are not compressed here");
+  const auto bytes = [&](ggml_type type) {
+    return ggml_row_size(type, static_cast<std::int64_t>(shape.head_dim));
+  };
+  shape.kv_row_bytes = bytes(type_k) + bytes(type_v);
+  shape.validate();
+  return shape;
+}
+
+}  // namespace compresskv::llama_cpp

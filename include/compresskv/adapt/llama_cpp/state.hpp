@@ -1,0 +1,385 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "compresskv/core/element.hpp"
+#include "compresskv/core/error.hpp"
+#include "compresskv/core/shape.hpp"
+#include "compresskv/view/any_kv.hpp"
+#include "compresskv/view/layout.hpp"
+#include "compresskv/view/strided_kv.hpp"
+
+// The state of one sequence as `llama_state_seq_get_data` writes it (libllama 0.5), all in the machine's byte
+// order:
+//
+//     u32 magic, i32 sequence, u32 streams
+//     per stream: u32 cells; where there are any:
+//       per cell: i32 position, u32 sequences (1), i32 sequence
+//       u32 whether values are transposed, u32 layers
+//       per layer: i32 type of keys, u64 bytes of a row, rows
+//       per layer: i32 type of values, u64 bytes of a row, rows
+//         or transposed: i32 type, u32 bytes of an element, u32 width, [width][cell] elements
+//
+// Nothing here needs libllama: what it wrote is checked field by field.
+
+namespace compresskv::llama_cpp {
+
+namespace detail {
+
+using compresskv::detail::fail;
+using compresskv::detail::require;
+
+inline constexpr std::uint32_t state_magic = 0xaf143cd8;
+/// More than libllama's LLAMA_MAX_SEQ: a number above is no number of streams.
+inline constexpr std::uint32_t max_streams = 4096;
+
+struct GgmlType {
+  std::int32_t type;
+  ElementKind kind;
+};
+/// ggml's numbers of the types that a cache may hold here.
+inline constexpr GgmlType ggml_types[] = {{0, ElementKind::float32},
+                                          {1, ElementKind::float16},
+                                          {2, ElementKind::q4_0},
+                                          {8, ElementKind::q8_0},
+                                          {30, ElementKind::bfloat16}};
+
+/// Calls `f` with a null pointer of the kind's type; a cache of ggml holds no int8 rows.
+template <class F>
+decltype(auto) with_ggml_kind(ElementKind kind, F&& f) {
+  switch (kind) {
+    case ElementKind::q8_0:
+      return f(static_cast<BlockQ8_0*>(nullptr));
+    case ElementKind::q4_0:
+      return f(static_cast<BlockQ4_0*>(nullptr));
+    default:
+      return with_plain_kind(kind, f);
+  }
+}
+
+inline std::size_t bytes_of_elements(ElementKind kind, std::size_t count) {
+  return with_ggml_kind(kind, [&]<class T>(T*) { return row_bytes<T>(count); });
+}
+
+/// Takes one field after the other from a state, never past its end.
+class StateReader {
+ public:
+  explicit StateReader(std::span<const std::uint8_t> bytes) : bytes_(bytes) {}
+
+  std::size_t at() const { return at_; }
+  std::size_t left() const { return bytes_.size() - at_; }
+
+  template <class T>
+  T take(std::string_view field) {
+    T value{};
+    std::memcpy(&value, bytes_.data() + skip(field, sizeof(T)), sizeof(T));
+    return value;
+  }
+  /// Where `count` bytes begin, which are passed over.
+  std::size_t skip(std::string_view field, std::size_t count) {
+    require(count <= left(), "state: ", field, " at byte ", at_, " takes ", count, " bytes, ", left(),
+            " are left: the state is cut off, or of a format that is not known here");
+    return std::exchange(at_, at_ + count);
+  }
+
+ private:
+  std::span<const std::uint8_t> bytes_;
+  std::size_t at_ = 0;
+};
+
+class StateWriter {
+ public:
+  explicit StateWriter(std::size_t bytes) { bytes_.reserve(bytes); }
+
+  template <class T>
+  requires std::is_arithmetic_v<T>
+  void put(T value) {
+    const std::size_t at = bytes_.size();
+    bytes_.resize(at + sizeof(T));
+    std::memcpy(bytes_.data() + at, &value, sizeof(T));
+  }
+  void put_bytes(std::span<const std::uint8_t> bytes) {
+    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+  }
+  std::vector<std::uint8_t> take() && { return std::move(bytes_); }
+
+ private:
+  std::vector<std::uint8_t> bytes_;
+};
+
+}  // namespace detail
+
+/// Where a state is to be read: another context may have other streams, and the sequence another number.
+struct StateTarget {
+  std::uint32_t streams = 1;
+  std::int32_t sequence = 0;
+};
+
+/// The state of one sequence, looked at where it lies: views of its layers, and a smaller state of the rows
+/// that were kept.
+class State {
+ public:
+  /// Reads what stands in `bytes`, which must outlive this object and are written by what moves rows in its
+  /// views. `shape` is the model's. Throws ArgumentError naming the first field that is not as it must be:
+  /// another format, a second part (sliding-window and recurrent layers), rows of another width, types that
+  /// are no type of the library's, two sequences in one cell. Cost: a pass over the cells; rows are not read.
+  State(std::span<std::uint8_t> bytes, const ModelShape& shape) : bytes_(bytes), shape_(shape) {
+    detail::StateReader reader(bytes);
+    const auto magic = reader.take<std::uint32_t>("magic");
+    detail::require(magic == detail::state_magic, "state: magic is ", magic, ", must be ",
+                    detail::state_magic,
+                    ": this libllama writes states in a format that is not known here (known: libllama 0.5)");
+    sequence_ = reader.take<std::int32_t>("sequence");
+    streams_ = reader.take<std::uint32_t>("streams");
+    detail::require(streams_ >= 1 && streams_ <= detail::max_streams, "state: streams are ", streams_,
+                    ", must be 1 to ", detail::max_streams);
+    for (std::uint32_t stream = 0; stream < streams_; ++stream) {
+      const auto cells = reader.take<std::uint32_t>("cells of a stream");
+      if (cells > 0) {
+        detail::require(positions_.empty(), "state: streams ", stream,
+                        " and one before it hold cells: a sequence lies in one");
+        read_cells(reader, cells);
+        read_rows(reader);
+      }
+    }
+    detail::require(reader.left() == 0, "state: ", reader.left(),
+                    " bytes follow the last layer's values: the model has ",
+                    "sliding-window or recurrent layers, whose part of the state is not compressed here; "
+                    "leave the sequence as it is");
+  }
+
+  std::size_t cells() const { return positions_.size(); }
+  /// Of the cells, as they lie.
+  std::span<const std::int32_t> positions() const { return positions_; }
+  bool transposed() const { return transposed_; }
+  std::uint32_t streams() const { return streams_; }
+  std::int32_t sequence() const { return sequence_; }
+  ElementKind key_kind(std::size_t layer) const { return layers_[layer].key_kind; }
+  ElementKind value_kind(std::size_t layer) const { return layers_[layer].value_kind; }
+
+  /// Lays the rows out by ascending position, which cells that were used before need not have. Throws
+  /// ArgumentError where two cells have one position. Cost: nothing where they lie so, else a copy of every
+  /// row.
+  void sort() {
+    if (std::ranges::adjacent_find(positions_, std::ranges::greater_equal{}) == positions_.end()) {
+      return;
+    }
+    std::vector<std::size_t> order(cells());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::ranges::sort(order, {}, [&](std::size_t cell) { return positions_[cell]; });
+    std::vector<std::int32_t> sorted(cells());
+    std::ranges::transform(order, sorted.begin(), [&](std::size_t cell) { return positions_[cell]; });
+    const auto twice = std::ranges::adjacent_find(sorted);
+    detail::require(twice == sorted.end(), "state: two cells have position ",
+                    twice == sorted.end() ? 0 : *twice, ": a sequence has one token a position");
+    std::vector<std::uint8_t> scratch;
+    for (const Layer& layer : layers_) {
+      reorder(layer.keys, layer.key_bytes, order, scratch);
+      const std::size_t pieces = transposed_ ? width() : 1;
+      for (std::size_t i = 0; i < pieces; ++i) {
+        reorder(layer.values + i * cells() * layer.value_bytes, layer.value_bytes, order, scratch);
+      }
+    }
+    positions_ = std::move(sorted);
+  }
+
+  /// Keys and values of a layer where they lie in the state. Valid as long as its bytes. Throws ArgumentError
+  /// where they do not lie at an address that their type may have.
+  AnyKv view(std::size_t layer) const {
+    const Layer& at = layers_[layer];
+    const KvShape shape{.kv_heads = shape_.kv_heads, .rows = cells(), .head_dim = shape_.head_dim};
+    return detail::with_ggml_kind(at.key_kind, [&]<class Key>(Key*) {
+      return detail::with_ggml_kind(at.value_kind, [&]<class Value>(Value*) {
+        Key* keys = elements<Key>("keys", layer, at.keys);
+        Value* values = elements<Value>("values", layer, at.values);
+        return transposed_ ? AnyKv(StridedKv<Key, Value>(keys, values, shape, layout::token_head_dim,
+                                                         layout::head_dim_token))
+                           : AnyKv(StridedKv<Key, Value>(keys, values, shape, layout::token_head_dim));
+      });
+    });
+  }
+
+  /// A state of the first rows of every layer, as many as there are `positions`, which its cells get:
+  /// ascending. Throws ArgumentError where there are more than cells. Cost: a copy of these rows.
+  std::vector<std::uint8_t> first_rows(std::span<const std::int32_t> positions,
+                                       const StateTarget& target) const {
+    const std::size_t rows = positions.size();
+    detail::require(rows >= 1 && rows <= cells(), "state: rows to write are ", rows, ", must be 1 to the ",
+                    cells(), " cells that it has");
+    detail::StateWriter out(rows * (bytes_.size() / cells() + 1) + 4096);
+    out.put(detail::state_magic);
+    out.put(target.sequence);
+    out.put(target.streams);
+    out.put(static_cast<std::uint32_t>(rows));
+    for (const std::int32_t position : positions) {
+      out.put(position);
+      out.put(std::uint32_t{1});
+      out.put(target.sequence);
+    }
+    out.put(std::uint32_t{transposed_ ? 1U : 0U});
+    out.put(static_cast<std::uint32_t>(layers_.size()));
+    for (const Layer& layer : layers_) {
+      out.put(ggml_type_of(layer.key_kind));
+      out.put(std::uint64_t{layer.key_bytes});
+      out.put_bytes(bytes_.subspan(layer.keys, rows * layer.key_bytes));
+    }
+    for (const Layer& layer : layers_) {
+      out.put(ggml_type_of(layer.value_kind));
+      if (!transposed_) {
+        out.put(std::uint64_t{layer.value_bytes});
+        out.put_bytes(bytes_.subspan(layer.values, rows * layer.value_bytes));
+        continue;
+      }
+      out.put(static_cast<std::uint32_t>(layer.value_bytes));
+      out.put(static_cast<std::uint32_t>(width()));
+      for (std::size_t i = 0; i < width(); ++i) {
+        out.put_bytes(
+            bytes_.subspan(layer.values + i * cells() * layer.value_bytes, rows * layer.value_bytes));
+      }
+    }
+    for (std::uint32_t stream = 1; stream < target.streams; ++stream) {
+      out.put(std::uint32_t{0});
+    }
+    return std::move(out).take();
+  }
+
+ private:
+  /// Where a layer's rows begin, and the bytes of a cell's row, or of one element where they are transposed.
+  struct Layer {
+    ElementKind key_kind = ElementKind::float16;
+    ElementKind value_kind = ElementKind::float16;
+    std::size_t keys = 0;
+    std::size_t values = 0;
+    std::size_t key_bytes = 0;
+    std::size_t value_bytes = 0;
+  };
+
+  std::size_t width() const { return shape_.kv_heads * shape_.head_dim; }
+
+  static ElementKind kind_of(std::int32_t type, std::string_view what, std::size_t layer) {
+    for (const detail::GgmlType& row : detail::ggml_types) {
+      if (row.type == type) {
+        return row.kind;
+      }
+    }
+    detail::fail<ArgumentError>("state: ", what, " of layer ", layer, " have ggml's type ", type,
+                                ": make the context with type_k and type_v f32, f16, bf16, q8_0 or q4_0");
+  }
+  static std::int32_t ggml_type_of(ElementKind kind) {
+    return std::ranges::find(detail::ggml_types, kind, &detail::GgmlType::kind)->type;
+  }
+
+  void read_cells(detail::StateReader& reader, std::uint32_t cells) {
+    constexpr std::size_t cell_bytes = 12;
+    detail::require(cells <= reader.left() / cell_bytes, "state: cells are ", cells, ", the ", reader.left(),
+                    " bytes left hold at most ", reader.left() / cell_bytes, ": the state is cut off");
+    positions_.resize(cells);
+    for (std::size_t cell = 0; cell < cells; ++cell) {
+      positions_[cell] = reader.take<std::int32_t>("position");
+      const auto sequences = reader.take<std::uint32_t>("sequences of a cell");
+      const auto sequence = reader.take<std::int32_t>("sequence of a cell");
+      detail::require(positions_[cell] >= 0, "state: position of cell ", cell, " is ", positions_[cell],
+                      ", must be 0 or more");
+      detail::require(sequences == 1 && sequence == sequence_, "state: cell ", cell, " is of ", sequences,
+                      " sequences, first ", sequence, ", must be of sequence ", sequence_,
+                      " alone: models with M-RoPE or other marks on their cells are not compressed here");
+    }
+  }
+
+  void read_rows(detail::StateReader& reader) {
+    const auto transposed = reader.take<std::uint32_t>("whether values are transposed");
+    detail::require(transposed <= 1, "state: whether values are transposed is ", transposed,
+                    ", must be 0 or 1");
+    transposed_ = transposed == 1;
+    const auto layers = reader.take<std::uint32_t>("layers");
+    detail::require(layers == shape_.layers, "state: layers are ", layers, ", the model has ", shape_.layers,
+                    ": models whose layers share caches, or have none, are not compressed here");
+    layers_.resize(layers);
+    for (std::size_t l = 0; l < layers; ++l) {
+      Layer& layer = layers_[l];
+      layer.key_kind = kind_of(reader.take<std::int32_t>("type of keys"), "keys", l);
+      layer.key_bytes = row_of("keys", l, layer.key_kind, reader.take<std::uint64_t>("bytes of a key row"));
+      layer.keys = reader.skip("keys", product("keys", l, layer.key_bytes, cells()));
+    }
+    for (std::size_t l = 0; l < layers; ++l) {
+      Layer& layer = layers_[l];
+      layer.value_kind = kind_of(reader.take<std::int32_t>("type of values"), "values", l);
+      if (!transposed_) {
+        layer.value_bytes =
+            row_of("values", l, layer.value_kind, reader.take<std::uint64_t>("bytes of a value row"));
+        layer.values = reader.skip("values", product("values", l, layer.value_bytes, cells()));
+        continue;
+      }
+      layer.value_bytes = reader.take<std::uint32_t>("bytes of a value element");
+      const auto wide = reader.take<std::uint32_t>("width of values");
+      detail::require(layer.value_kind != ElementKind::q8_0 && layer.value_kind != ElementKind::q4_0,
+                      "state: transposed values of layer ", l, " are quantised: turn flash attention on");
+      detail::require(layer.value_bytes == detail::bytes_of_elements(layer.value_kind, 1),
+                      "state: an element of values of layer ", l, " has ", layer.value_bytes,
+                      " bytes, must have ", detail::bytes_of_elements(layer.value_kind, 1));
+      detail::require(wide == width(), "state: values of layer ", l, " are ", wide, " wide, the model's are ",
+                      width(), ": layers of unequal width are not compressed here");
+      layer.values = reader.skip("values", product("values", l, layer.value_bytes * width(), cells()));
+    }
+  }
+
+  std::size_t row_of(std::string_view what, std::size_t layer, ElementKind kind, std::uint64_t bytes) const {
+    detail::require(with_units(kind), "state: ", what, " of layer ", layer, " are ", name(kind),
+                    ", whose blocks do not divide head_dim ", shape_.head_dim,
+                    ": take another type_k or type_v");
+    const std::size_t known = detail::bytes_of_elements(kind, width());
+    detail::require(bytes == known, "state: a row of ", what, " of layer ", layer, " has ", bytes, " bytes, ",
+                    shape_.kv_heads, " KV heads of ", shape_.head_dim, " have ", known,
+                    ": layers of unequal width are not compressed here");
+    return known;
+  }
+  bool with_units(ElementKind kind) const {
+    return detail::with_ggml_kind(kind,
+                                  [&]<class T>(T*) { return shape_.head_dim % elements_per_unit<T>() == 0; });
+  }
+
+  static std::size_t product(std::string_view what, std::size_t layer, std::size_t bytes, std::size_t count) {
+    std::size_t all = 0;
+    detail::require(!__builtin_mul_overflow(bytes, count, &all), "state: ", what, " of layer ", layer,
+                    " are ", count, " times ", bytes, " bytes, which no memory holds");
+    return all;
+  }
+
+  template <class T>
+  T* elements(std::string_view what, std::size_t layer, std::size_t at) const {
+    std::uint8_t* address = bytes_.data() + at;
+    detail::require(reinterpret_cast<std::uintptr_t>(address) % alignof(T) == 0, "state: ", what,
+                    " of layer ", layer, " lie at byte ", at, ", not at a multiple of ", alignof(T),
+                    ": do not mix q4_0 or q8_0 keys with f32 values, and give memory from new");
+    return static_cast<T*>(static_cast<void*>(address));
+  }
+
+  void reorder(std::size_t at, std::size_t bytes, std::span<const std::size_t> order,
+               std::vector<std::uint8_t>& scratch) const {
+    const std::span<std::uint8_t> rows = bytes_.subspan(at, order.size() * bytes);
+    scratch.assign(rows.begin(), rows.end());
+    for (std::size_t row = 0; row < order.size(); ++row) {
+      std::memcpy(rows.data() + row * bytes, scratch.data() + order[row] * bytes, bytes);
+    }
+  }
+
+  std::span<std::uint8_t> bytes_;
+  ModelShape shape_;
+  std::uint32_t streams_ = 1;
+  std::int32_t sequence_ = 0;
+  bool transposed_ = false;
+  std::vector<std::int32_t> positions_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace compresskv::llama_cpp
