@@ -65,18 +65,24 @@ TEST_F(LlamaCpp, WhereAllRowsAreKeptLogitsAreTheSameBits) {
 TEST_F(LlamaCpp, GoesOnFromFewRows) {
   for (const bool flash_attention : {true, false}) {
     Observer observer{llama_cpp::model_shape(model()), 8};
-    const Context context = make_context(model(), &observer, {.flash_attention = flash_attention});
+    const Context context =
+        make_context(model(), &observer, {.sequences = 2, .flash_attention = flash_attention});
+    const llama_memory_t memory = llama_get_memory(context.get());
+    const llama_cpp::Place read{.context = context.get()};
+    const llama_cpp::Place copied{.context = context.get(), .sequence = 1};
+    Sequence{plan("full", Budget::kept_ratio(1.0)), observer, read}.read(some_tokens(400));
     for (const char* method : {"compresskv", "compresskv-grouped", "snapkv", "tova", "streaming", "random",
                                "knorm", "keydiff", "carried", "model-wide"}) {
-      Sequence sequence{plan(method, Budget::tokens_per_layer(60)), observer, {.context = context.get()}};
-      sequence.read(some_tokens(1000));
+      llama_memory_seq_cp(memory, 0, 1, -1, -1);
+      observer.copy(read, copied);
+      Sequence sequence{plan(method, Budget::tokens_per_layer(20)), observer, copied};
       const auto result = sequence.compress();
-      EXPECT_EQ(result.rows_after, 60U) << method;
-      EXPECT_LT(result.bytes_after * 16, result.bytes_before) << method;
-      EXPECT_EQ(sequence.next_position(), 1000U) << method;
-      EXPECT_EQ(greedy(context.get(), 0, 500, 4).size(), 4U);
-      EXPECT_EQ(sequence.next_position(), 1004U);
-      llama_memory_seq_rm(llama_get_memory(context.get()), 0, -1, -1);
+      EXPECT_EQ(result.rows_after, 20U) << method;
+      EXPECT_LT(result.bytes_after * 19, result.bytes_before) << method;
+      EXPECT_EQ(sequence.next_position(), 400U) << method;
+      EXPECT_EQ(greedy(context.get(), 1, 500, 4).size(), 4U);
+      EXPECT_EQ(sequence.next_position(), 404U);
+      llama_memory_seq_rm(memory, 1, -1, -1);
     }
   }
 }

@@ -112,14 +112,14 @@ class MicroBatches {
       std::vector<std::vector<std::size_t>> parts;
       llama_seq_id last = -1;
       for (std::size_t i = 0; i < tokens.size() && parts.size() <= most; ++i) {
-        const llama_seq_id sequence = tokens[i].sequences.at(0);
-        if (!used[i] && (parts.empty() || sequence == last + 1)) {
-          parts.emplace_back();
-          last = sequence;
-          for (std::size_t j = i; j < tokens.size(); ++j) {
-            if (!used[j] && tokens[j].sequences.at(0) == sequence) {
-              parts.back().push_back(j);
-            }
+        if (used[i] || (!parts.empty() && tokens[i].sequences.at(0) != last + 1)) {
+          continue;
+        }
+        last = tokens[i].sequences.at(0);
+        parts.emplace_back();
+        for (std::size_t j = i; j < tokens.size(); ++j) {
+          if (!used[j] && tokens[j].sequences.at(0) == last) {
+            parts.back().push_back(j);
           }
         }
       }

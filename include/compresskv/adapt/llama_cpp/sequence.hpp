@@ -287,7 +287,19 @@ class Sequence {
 
   void compress_layers(AnyCompressor& next, const State& state, std::size_t total) const {
     const std::size_t layers = plan().shape().layers;
-    const auto views = [&](std::size_t layer) { return state.view(layer); };
+    // Methods that reach back are shown an earlier layer as they have left it.
+    const std::size_t heads = plan().shape().kv_heads;
+    std::vector<std::size_t> rows(layers * heads, state.cells());
+    const auto views = [&](std::size_t layer) {
+      return state.view(layer, std::span<const std::size_t>(rows).subspan(layer * heads, heads));
+    };
+    const auto shorten = [&](std::span<const std::size_t> changed) {
+      for (const std::size_t layer : changed) {
+        for (std::size_t head = 0; head < heads; ++head) {
+          rows[layer * heads + head] = next.retained(layer).rows(head);
+        }
+      }
+    };
     const std::size_t window = wants_queries() ? (std::min)(plan().window(), total) : 0;
     const std::size_t seen = window > 0 ? observer_->seen(place_, total) : 0;
     detail::require(
@@ -296,9 +308,9 @@ class Sequence {
         "observer was attached to");
     for (std::size_t layer = 0; layer < layers; ++layer) {
       if (window > 0) {
-        next.arrive(layer, views, observer_->queries(place_, layer));
+        shorten(next.arrive(layer, views, observer_->queries(place_, layer)));
       } else {
-        next.arrive(layer, views);
+        shorten(next.arrive(layer, views));
       }
     }
     next.finish(views);

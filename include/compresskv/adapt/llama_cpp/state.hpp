@@ -193,11 +193,16 @@ class State {
     positions_ = std::move(sorted);
   }
 
-  /// Keys and values of a layer where they lie in the state. Valid as long as its bytes. Throws ArgumentError
-  /// where they do not lie at an address that their type may have.
-  AnyKv view(std::size_t layer) const {
+  /// Keys and values of a layer where they lie in the state: all rows, or the first `head_rows` of each KV
+  /// head where it has shrunk. Valid as long as its bytes and `head_rows`. Throws ArgumentError where they do
+  /// not lie at an address that their type may have.
+  AnyKv view(std::size_t layer, std::span<const std::size_t> head_rows = {}) const {
     const Layer& at = layers_[layer];
-    const KvShape shape{.kv_heads = shape_.kv_heads, .rows = cells(), .head_dim = shape_.head_dim};
+    const KvShape shape{.kv_heads = shape_.kv_heads,
+                        .rows = cells(),
+                        .head_dim = shape_.head_dim,
+                        .allocated_rows = cells(),
+                        .head_rows = head_rows};
     return detail::with_ggml_kind(at.key_kind, [&]<class Key>(Key*) {
       return detail::with_ggml_kind(at.value_kind, [&]<class Value>(Value*) {
         Key* keys = elements<Key>("keys", layer, at.keys);
