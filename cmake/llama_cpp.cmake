@@ -1,10 +1,11 @@
 # The adapter of llama.cpp: compresskv::llama_cpp is the library with all methods compiled, and libllama. An installed one
-# is taken, or the one that scripts/llama_cpp.sh has built into the user's cache folder; nothing is built here.
+# is taken, or the one that scripts/llama_cpp.sh has built into the user's cache folder; nothing is built here. As a guest
+# in another project AUTO takes the target llama that is there already and looks for nothing.
 
 if(NOT COMPRESSKV_LLAMA_CPP)
   return()
 endif()
-if(NOT TARGET llama)
+if(NOT TARGET llama AND (PROJECT_IS_TOP_LEVEL OR NOT COMPRESSKV_LLAMA_CPP STREQUAL "AUTO"))
   find_package(llama QUIET CONFIG)
   if(NOT llama_FOUND)
     execute_process(COMMAND "${PROJECT_SOURCE_DIR}/scripts/llama_cpp.sh" --find
