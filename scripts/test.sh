@@ -2,6 +2,8 @@
 # Installs what is missing, builds everything in build/ and runs all tests. Arguments go to ctest, for example
 #   scripts/test.sh -R Budget
 # COMPRESSKV_TEST_MODEL names the model of the end-to-end tests; unset, scripts/model.sh fetches it.
+# COMPRESSKV_TEST_MODEL_2 may name another GGUF file, of any architecture: the tests in llama.cpp take it besides.
+# The tests in llama.cpp need libllama: scripts/llama_cpp.sh finds or builds it. Where it cannot be had they are left out.
 # The last line says how many tests passed and failed.
 set -euo pipefail
 
@@ -11,6 +13,10 @@ build="$root/build"
 "$root/scripts/deps.sh"
 if [[ -z "${COMPRESSKV_TEST_MODEL:-}" ]]; then COMPRESSKV_TEST_MODEL="$("$root/scripts/model.sh")"; fi
 export COMPRESSKV_TEST_MODEL
+
+if ! "$root/scripts/llama_cpp.sh" >/dev/null; then
+  echo "test: no libllama, for the reason above: the tests in llama.cpp are left out" >&2
+fi
 
 # A build folder that is there keeps its generator and its settings.
 generator=()
