@@ -20,7 +20,7 @@ endif()
 # instruction set, so mixing flags inside one program would break the one-definition rule.
 add_library(compresskv_engine_flags INTERFACE)
 target_link_libraries(compresskv_engine_flags INTERFACE compresskv_own_flags)
-target_compile_options(compresskv_engine_flags INTERFACE -march=native $<$<CONFIG:Release,RelWithDebInfo>:-O3>
+target_compile_options(compresskv_engine_flags INTERFACE -march=native
   # g++ 12 warns of its own AVX-512 intrinsics, inlined from Eigen (GCC bug 105593): on such processors alone.
   $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-maybe-uninitialized>)
 

@@ -1,13 +1,12 @@
 // How fast N sequences decode with their whole caches, and compressed, in one context and one run:
 //
-//     llama_cpp_throughput MODEL.gguf [--sequences 8] [--tokens 7900] [--rows 240] [--steps 32] [--method
-//     snapkv]
-//                          [--heads RANKING.json] [--flash-attention on|off] [--threads 2]
+//     llama_cpp_throughput MODEL.gguf --sequences 8 --tokens 7900 --rows 240
 //
 // One prompt is read, in a context of its own, with and without being observed; every sequence gets a copy of
 // its cache in cells of its own, as if it had read it. The small context has room for what is kept alone.
 #include <llama.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <compresskv/adapt/llama_cpp.hpp>
@@ -167,8 +166,8 @@ void run(const Options& options) {
     sequences.emplace_back(plan, observer, place);
   }
   std::vector<std::uint8_t>().swap(state);
-  const double with_full = resident_mib();
   const double full_speed = decode(full.get(), options.sequences, options.tokens, options.steps);
+  const double with_full = resident_mib();  // with what decoding needs, as the other is
 
   ckv::llama_cpp::Compressed done;
   const double compression = seconds([&] {
@@ -189,6 +188,22 @@ void run(const Options& options) {
   full.reset();
   const double small_speed = decode(small.get(), options.sequences, options.tokens, options.steps);
   const double with_small = resident_mib();
+
+  // The cells of one whole sequence, filled with compressed ones.
+  const std::size_t many =
+      (std::min)(cells / (options.rows + options.steps + 1), llama_max_parallel_sequences());
+  Context packed = make_context(model.get(), options, many, cells / many, nullptr);
+  state.resize(llama_state_seq_get_size(small.get(), 0));
+  llama_state_seq_get_data(small.get(), state.data(), state.size(), 0);
+  for (std::size_t i = 0; i < many; ++i) {
+    if (llama_state_seq_set_data(packed.get(), state.data(), state.size(), static_cast<llama_seq_id>(i)) ==
+        0) {
+      throw std::runtime_error("no room for the compressed sequences");
+    }
+  }
+  const double packed_speed = decode(packed.get(), many, options.tokens, options.steps);
+  packed.reset();
+
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     llama_memory_seq_rm(llama_get_memory(small.get()), static_cast<llama_seq_id>(i), -1, -1);
     Sequence fresh{plan, observer, {.context = small.get(), .sequence = static_cast<llama_seq_id>(i)}};
@@ -206,40 +221,11 @@ void run(const Options& options) {
               full_speed, speed, speed / full_speed, small_speed, small_speed / full_speed);
   std::printf("  a fresh context that read %zu tokens: %.1f; compressed is %.2f of it\n", options.rows,
               fresh_speed, small_speed / fresh_speed);
+  std::printf("  %zu compressed in the cells of one whole: %.1f (%.2f x)\n", many, packed_speed,
+              packed_speed / full_speed);
   std::printf(
       "process: %.0f MiB before the full context, %.0f with it, %.0f with the small one in its place\n",
       before_full, with_full, with_small);
-}
-
-Options parsed(int argc, char** argv) {
-  Options options;
-  options.model = argc > 1 ? argv[1] : "";
-  for (int i = 2; i + 1 < argc; i += 2) {
-    const std::string name = argv[i];
-    const std::string value = argv[i + 1];
-    const auto number = [&] { return std::stoul(value); };
-    if (name == "--sequences")
-      options.sequences = number();
-    else if (name == "--tokens")
-      options.tokens = number();
-    else if (name == "--rows")
-      options.rows = number();
-    else if (name == "--steps")
-      options.steps = number();
-    else if (name == "--method")
-      options.method = value;
-    else if (name == "--heads")
-      options.heads = value;
-    else if (name == "--flash-attention")
-      options.flash_attention = value == "on";
-    else if (name == "--threads")
-      options.threads = static_cast<std::int32_t>(number());
-    else
-      throw std::runtime_error("there is no option " + name);
-  }
-  if (options.model.empty())
-    throw std::runtime_error("name a model: llama_cpp_throughput MODEL.gguf [options]");
-  return options;
 }
 
 }  // namespace
@@ -250,7 +236,25 @@ int main(int argc, char** argv) try {
         if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
       },
       nullptr);
-  run(parsed(argc, argv));
+  Options options;
+  CLI::App app{"How fast N sequences decode with their whole caches, and compressed, in llama.cpp"};
+  app.add_option("model", options.model, "A GGUF file")->required()->check(CLI::ExistingFile);
+  app.add_option("--sequences", options.sequences, "How many")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--tokens", options.tokens, "Of each prompt")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--rows", options.rows, "That each layer keeps")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--steps", options.steps, "Of decoding")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--method", options.method, "By name")->capture_default_str();
+  app.add_option("--heads", options.heads, "Head ranking that the method reads")->check(CLI::ExistingFile);
+  app.add_option("--threads", options.threads)->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_flag("--flash-attention,!--no-flash-attention", options.flash_attention, "On unless turned off");
+  CLI11_PARSE(app, argc, argv);
+  run(options);
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 1;
