@@ -68,7 +68,7 @@ TEST_P(LlamaCppFamily, NothingIsLostWhereAllIsKept) {
 
 TEST_P(LlamaCppFamily, ObservedQueriesAreTheGraphs) {
   const Model model = make(GetParam().tiny);
-  expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_F32, 1e-5);
+  expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_F32, {});
 }
 
 TEST_P(LlamaCppFamily, DecodingSeesWhatIsKept) {
@@ -91,8 +91,8 @@ INSTANTIATE_TEST_SUITE_P(Tiny, LlamaCppFamily, testing::ValuesIn(families()),
 TEST(LlamaCppQuantisedKeys, MeetQueriesThatAreRotatedAlike) {
   for (const std::uint32_t head_dim : {64U, 32U}) {
     const Model model = make({.architecture = "qwen3", .head_dim = head_dim});
-    expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_Q8_0, 0.04);
-    expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_Q4_0, 0.04);
+    expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_Q8_0, {.plain = 0.04});
+    expect_observed_queries_are_the_graphs(model.get(), GGML_TYPE_Q4_0, {.plain = 0.04});
   }
 }
 
@@ -171,7 +171,8 @@ TEST_F(LlamaCppSecondModel, NothingIsLostWhereAllIsKept) {
 }
 
 TEST_F(LlamaCppSecondModel, ObservedQueriesAreTheGraphs) {
-  expect_observed_queries_are_the_graphs(second(), GGML_TYPE_F32, 0.02);
+  // Quantised weights, and many layers of them.
+  expect_observed_queries_are_the_graphs(second(), GGML_TYPE_F32, {.plain = 0.05, .flash_attention = 0.5});
 }
 
 TEST_F(LlamaCppSecondModel, DecodingSeesWhatIsKept) { expect_decoding_sees_what_is_kept(second(), {}); }
