@@ -141,6 +141,29 @@ std::vector<Refused> refused() {
       {"windows_gemma3",
        {.architecture = "gemma3", .counts = {{"attention.sliding_window", 32}}},
        {"sliding-window layers of 32 tokens"}},
+      {"windows_gpt_oss",
+       {.architecture = "gpt-oss",
+        .counts = {{"attention.sliding_window", 32},
+                   {"expert_count", 4},
+                   {"expert_used_count", 2},
+                   {"expert_feed_forward_length", 64}}},
+       {"sliding-window layers of 32 tokens"}},
+      {"mla",
+       {.architecture = "deepseek2",
+        .kv_heads = 1,
+        .head_dim = 576,
+        .counts = {{"attention.value_length", 512},
+                   {"attention.key_length_mla", 192},
+                   {"attention.value_length_mla", 128},
+                   {"attention.q_lora_rank", 64},
+                   {"attention.kv_lora_rank", 512},
+                   {"rope.dimension_count", 64},
+                   {"leading_dense_block_count", 3},
+                   {"expert_count", 2},
+                   {"expert_used_count", 1},
+                   {"expert_shared_count", 1},
+                   {"expert_feed_forward_length", 64}}},
+       {"keys have 576 elements a head", "values 512", "MLA"}},
       {"m_rope",
        {.architecture = "qwen2vl", .lists = {{"rope.dimension_sections", {4, 6, 6, 0}}}},
        {"M-RoPE"}},
@@ -149,6 +172,19 @@ std::vector<Refused> refused() {
 
 INSTANTIATE_TEST_SUITE_P(Tiny, LlamaCppRefuses, testing::ValuesIn(refused()),
                          [](const auto& test) { return test.param.name; });
+
+TEST(LlamaCppRefusesWhenObserved, Alibi) {
+  const Model model = make({.architecture = "bloom", .kv_heads = 4});
+  const ModelShape shape = llama_cpp::model_shape(model.get());
+  for (const bool flash_attention : {true, false}) {
+    llama_cpp::Observer observer{shape, window};
+    const Context context = make_context(model.get(), &observer, {.flash_attention = flash_attention});
+    llama_cpp::Sequence sequence{plan_of(shape, "snapkv", 40), observer, {.context = context.get()}};
+    EXPECT_TRUE(says(message_of<ArgumentError>([&] { sequence.read(prompt_of(model.get())); }),
+                     {"ALiBi, max_bias 8", "not compressed here"}));
+    EXPECT_TRUE(says(message_of<ArgumentError>([&] { sequence.compress(); }), {"0 were observed"}));
+  }
+}
 
 // ---- any further model ----
 
