@@ -148,6 +148,10 @@ std::vector<Refused> refused() {
                    {"expert_used_count", 2},
                    {"expert_feed_forward_length", 64}}},
        {"sliding-window layers of 32 tokens"}},
+      {"alibi_of_the_family", {.architecture = "bloom", .kv_heads = 4}, {"ALiBi"}},
+      {"alibi_of_the_metadata",
+       {.architecture = "mpt", .kv_heads = 4, .numbers = {{"attention.max_alibi_bias", 8.0F}}},
+       {"ALiBi"}},
       {"mla",
        {.architecture = "deepseek2",
         .kv_heads = 1,
@@ -173,16 +177,18 @@ std::vector<Refused> refused() {
 INSTANTIATE_TEST_SUITE_P(Tiny, LlamaCppRefuses, testing::ValuesIn(refused()),
                          [](const auto& test) { return test.param.name; });
 
-TEST(LlamaCppRefusesWhenObserved, Alibi) {
+TEST(LlamaCppObserver, RefusesAlibiThatOnlyTheGraphShows) {
   const Model model = make({.architecture = "bloom", .kv_heads = 4});
-  const ModelShape shape = llama_cpp::model_shape(model.get());
+  const ModelShape shape{.layers = 3, .query_heads = 4, .kv_heads = 4, .head_dim = 32};
   for (const bool flash_attention : {true, false}) {
     llama_cpp::Observer observer{shape, window};
     const Context context = make_context(model.get(), &observer, {.flash_attention = flash_attention});
-    llama_cpp::Sequence sequence{plan_of(shape, "snapkv", 40), observer, {.context = context.get()}};
-    EXPECT_TRUE(says(message_of<ArgumentError>([&] { sequence.read(prompt_of(model.get())); }),
+    std::vector<llama_token> tokens = prompt_of(model.get());
+    EXPECT_TRUE(says(message_of<ArgumentError>([&] {
+                       observer.decode(context.get(), llama_batch_get_one(tokens.data(), prompt_tokens));
+                     }),
                      {"ALiBi, max_bias 8", "not compressed here"}));
-    EXPECT_TRUE(says(message_of<ArgumentError>([&] { sequence.compress(); }), {"0 were observed"}));
+    EXPECT_EQ(observer.seen({.context = context.get()}, prompt_tokens), 0U);
   }
 }
 
