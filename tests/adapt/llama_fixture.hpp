@@ -32,12 +32,12 @@ struct Free {
 using Model = std::unique_ptr<llama_model, Free>;
 using Context = std::unique_ptr<llama_context, Free>;
 
-inline std::string model_path() {
-  const char* path = std::getenv("COMPRESSKV_TEST_MODEL");
+inline std::string model_path(const char* variable = "COMPRESSKV_TEST_MODEL") {
+  const char* path = std::getenv(variable);
   return path == nullptr ? std::string() : std::string(path);
 }
 
-inline Model load(const std::string& path) {
+inline void start_libllama() {
   static const bool once = [] {
     // Failures are provoked here on purpose: what libllama says of them is no news.
     llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
@@ -45,7 +45,11 @@ inline Model load(const std::string& path) {
     return true;
   }();
   static_cast<void>(once);
-  Model model(llama_model_load_from_file(path.c_str(), llama_model_default_params()));
+}
+
+inline Model load(const std::string& path, const llama_model_params& params = llama_model_default_params()) {
+  start_libllama();
+  Model model(llama_model_load_from_file(path.c_str(), params));
   if (!model) {
     throw std::runtime_error("libllama cannot load " + path);
   }
@@ -67,8 +71,7 @@ struct ContextOptions {
   std::uint32_t micro_batch = 512;
 };
 
-inline Context make_context(llama_model* of, llama_cpp::Observer* observer,
-                            const ContextOptions& options = {}) {
+inline llama_context_params context_params(const ContextOptions& options) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = options.cells;
   params.n_batch = (std::max)(options.micro_batch, 512U);
@@ -79,16 +82,27 @@ inline Context make_context(llama_model* of, llama_cpp::Observer* observer,
       options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   params.type_k = options.type_k;
   params.type_v = options.type_v;
-  params.n_threads = 2;
-  params.n_threads_batch = 2;
-  if (observer != nullptr) {
-    observer->attach(params);
-  }
+  return params;
+}
+
+inline Context make_context(llama_model* of, llama_context_params params) {
+  // Threads of a tiny model would only wait for one another.
+  params.n_threads = llama_model_n_params(of) < 10'000'000 ? 1 : 2;
+  params.n_threads_batch = params.n_threads;
   Context context(llama_init_from_model(of, params));
   if (!context) {
     throw std::runtime_error("libllama cannot make the context");
   }
   return context;
+}
+
+inline Context make_context(llama_model* of, llama_cpp::Observer* observer,
+                            const ContextOptions& options = {}) {
+  llama_context_params params = context_params(options);
+  if (observer != nullptr) {
+    observer->attach(params);
+  }
+  return make_context(of, params);
 }
 
 inline std::vector<llama_token> tokens_of(llama_model* of, const std::string& text) {
@@ -101,13 +115,14 @@ inline std::vector<llama_token> tokens_of(llama_model* of, const std::string& te
   return tokens;
 }
 
-/// Pseudo-random tokens that any model has: what they say does not matter here.
-inline std::vector<llama_token> some_tokens(std::size_t count, std::uint32_t seed = 1) {
+/// Pseudo-random tokens: what they say does not matter here. From 100 on there are no special ones.
+inline std::vector<llama_token> some_tokens(std::size_t count, std::uint32_t seed = 1,
+                                            std::uint32_t different = 20000) {
   std::vector<llama_token> tokens(count);
   std::uint32_t state = seed * 2654435761U + 1;
   for (llama_token& token : tokens) {
     state = state * 1664525U + 1013904223U;
-    token = static_cast<llama_token>(100 + (state >> 8U) % 20000);
+    token = static_cast<llama_token>(100 + (state >> 8U) % different);
   }
   return tokens;
 }
@@ -170,19 +185,20 @@ inline std::filesystem::path calibration(const char* ending) {
          (std::string("SmolLM2-135M-Instruct") + ending);
 }
 
+/// A plan for the real model, by name, with the calibration in the repository.
+inline AnyPlan plan(std::string_view method, const compresskv::Budget& budget, std::size_t window = 8) {
+  compresskv::MethodSettings settings{.budget = budget, .window = window};
+  settings.heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"));
+  settings.scores = compresskv::io::load_head_scores(calibration("_head_scores.json"));
+  return {llama_cpp::model_shape(model()), method, settings};
+}
+
 class RealModel : public testing::Test {
  protected:
   void SetUp() override {
     if (model_path().empty()) {
       GTEST_SKIP() << "COMPRESSKV_TEST_MODEL is not set: name the .gguf file that scripts/model.sh fetches";
     }
-  }
-  /// By name, with the calibration in the repository.
-  static AnyPlan plan(std::string_view method, const compresskv::Budget& budget, std::size_t window = 8) {
-    compresskv::MethodSettings settings{.budget = budget, .window = window};
-    settings.heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"));
-    settings.scores = compresskv::io::load_head_scores(calibration("_head_scores.json"));
-    return {llama_cpp::model_shape(model()), method, settings};
   }
 };
 

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <system_error>
@@ -38,6 +39,24 @@ inline std::size_t metadata_count(const llama_model& model, const char* key) {
   return error == std::errc{} && rest == end ? count : 0;
 }
 
+inline std::string architecture_of(const llama_model& model) {
+  std::array<char, 64> name{};
+  llama_model_meta_val_str(&model, "general.architecture", name.data(), name.size());
+  return name.data();
+}
+
+/// Whether positions are added to the logits (ALiBi): the metadata says so, or libllama knows it of the
+/// family. The graph shows it, too (`Observer`), but methods that look at no queries need not be observed.
+inline bool has_alibi(const llama_model& model) {
+  const std::string architecture = architecture_of(model);
+  std::array<char, 64> bias{};
+  const std::string key = architecture + ".attention.max_alibi_bias";
+  return (llama_model_meta_val_str(&model, key.c_str(), bias.data(), bias.size()) > 0 &&
+          std::strtof(bias.data(), nullptr) > 0.0F) ||
+         architecture == "bloom" || architecture == "refact" ||
+         (architecture == "baichuan" && llama_model_n_layer(&model) == 40);
+}
+
 inline void check_model(const llama_model& model) {
   require(!llama_model_is_recurrent(&model) && !llama_model_is_hybrid(&model),
           "the model has recurrent layers, whose state is no KV cache: it is not compressed here");
@@ -47,6 +66,8 @@ inline void check_model(const llama_model& model) {
   const llama_rope_type rope = llama_model_rope_type(&model);
   require(rope == LLAMA_ROPE_TYPE_NONE || rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NEOX,
           "the model has M-RoPE, several positions a token: it is not compressed here");
+  require(!has_alibi(model),
+          "the model has ALiBi, whose logits depend on where cells lie: it is not compressed here");
 }
 
 /// Throws ArgumentError where a place is none: libllama would end the program.
@@ -62,8 +83,8 @@ inline void check_place(const Place& place) {
 }  // namespace detail
 
 /// The shape of a model's KV cache: `kv_row_bytes` for contexts of these element types. Throws ArgumentError
-/// for models that are not compressed: recurrent and hybrid ones, sliding windows, M-RoPE. Models whose
-/// layers differ are refused when their first state is looked at.
+/// for models that are not compressed: recurrent and hybrid ones, sliding windows, M-RoPE, ALiBi, MLA. Models
+/// whose layers differ are refused when their first state is looked at.
 inline ModelShape model_shape(const llama_model* model, ggml_type type_k = GGML_TYPE_F16,
                               ggml_type type_v = GGML_TYPE_F16) {
   detail::require(model != nullptr, "model is null: give the llama_model that is to be compressed");
@@ -72,10 +93,8 @@ inline ModelShape model_shape(const llama_model* model, ggml_type type_k = GGML_
   ModelShape shape{.layers = count(llama_model_n_layer(model)) - count(llama_model_n_layer_nextn(model)),
                    .query_heads = count(llama_model_n_head(model)),
                    .kv_heads = count(llama_model_n_head_kv(model))};
-  std::array<char, 64> architecture{};
-  llama_model_meta_val_str(model, "general.architecture", architecture.data(), architecture.size());
-  const std::string key = std::string(architecture.data()) + ".attention.key_length";
-  const std::string value = std::string(architecture.data()) + ".attention.value_length";
+  const std::string key = detail::architecture_of(*model) + ".attention.key_length";
+  const std::string value = detail::architecture_of(*model) + ".attention.value_length";
   const std::size_t plain = shape.query_heads == 0 ? 0 : count(llama_model_n_embd(model)) / shape.query_heads;
   const std::size_t key_dim = detail::metadata_count(*model, key.c_str());
   const std::size_t value_dim = detail::metadata_count(*model, value.c_str());
