@@ -4,6 +4,7 @@
 #include <llama.h>
 
 #include <algorithm>
+#include <cmath>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -11,8 +12,10 @@
 #include <filesystem>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ckv/llama_cpp/load.hpp"
@@ -96,6 +99,35 @@ TEST_F(PlainWeights, KeepsTheSamePositionsAndAnswersAlike) {
     std::fflush(stdout);
     EXPECT_GE(alike, prompts - 1);
   }
+}
+
+TEST_F(PlainWeights, CompressesAgainWhileTheAnswerGrowsAsTheSmallEngineDoes) {
+  const ckv::NeedlePrompt prompt = ckv::needle_prompt(*small_, *haystack_, evaluation_needles[1],
+                                                      {.tokens = 150, .depth = 0.5, .start = 0.3});
+  const ckv::Compression how{.method = ckv::Method::snapkv,
+                             .budget = compresskv::Budget::tokens_per_layer(60)};
+  const auto trace = [&](const ckv::ModelEngine& model) {
+    std::vector<std::vector<float>> logits;
+    const ckv::RunResult result =
+        model.run(prompt.tokens, how,
+                  {.decode_every = 4, .max_new_tokens = 18, .on_logits = [&](std::span<const float> step) {
+                     logits.emplace_back(step.begin(), step.end());
+                   }});
+    EXPECT_EQ(result.rows_peak, 60U + std::min<std::size_t>(4, result.decode_steps)) << model.engine_name();
+    return std::pair{result.tokens, logits};
+  };
+  const auto [own, own_logits] = trace(*small_);
+  const auto [other, other_logits] = trace(*llama_);
+  ASSERT_GT(own.size(), 5U);
+  EXPECT_EQ(own, other);
+  double most = 0.0;
+  for (std::size_t step = 0; step < std::min(own_logits.size(), other_logits.size()); ++step) {
+    for (std::size_t i = 0; i < own_logits[step].size(); ++i) {
+      most = std::max(most, std::abs(static_cast<double>(own_logits[step][i] - other_logits[step][i])));
+    }
+  }
+  std::printf("  %zu tokens, logits differ by %.4f at most\n", own.size(), most);
+  EXPECT_LT(most, 0.1);
 }
 
 class LlamaCppNeedles : public Needles {};
@@ -304,7 +336,6 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
   const std::string with = " does not go with --engine llama.cpp";
   refused({"--method", "snapkv", "--prefill-chunk", "64"}, "--prefill-chunk" + with);
   refused({"--method", "snapkv", "--prefill-chunk", "64", "--working-rows", "64"}, "--prefill-chunk" + with);
-  refused({"--method", "snapkv", "--decode-every", "8"}, "--decode-every" + with);
   refused({"--method", "snapkv", "--errors", errors}, "--errors" + with);
   for (const std::string method : {"pyramidkv", "cake", "adakv", "compresskv-adaptive", "h2o"}) {
     refused({"--method", method}, "--method " + method + with);

@@ -282,8 +282,11 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
   // What observes outlives the contexts that it observes.
   std::optional<Observer> observer;
   LlamaContext context;
+  engine::PoolExecutor pool = executor();
+  std::optional<Sequence> sequence;  // none: the full cache
   std::vector<float> first_logits;
   std::size_t rows = prompt.size();
+  const std::size_t every = how.method == Method::full ? 0 : options.decode_every;
   if (how.method == Method::full) {
     context = make_context({.type = options.kv_type, .cells = prompt.size() + options.max_new_tokens});
     const auto start = Clock::now();
@@ -309,14 +312,17 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     const std::span<const float> logits = this->logits(reading.get());
     first_logits.assign(logits.begin(), logits.end());
     const auto began = Clock::now();
-    engine::PoolExecutor pool = executor();
-    Sequence sequence(plan, *observer, {.context = reading.get()}, pool);
-    rows = std::min(how.budget->resolve(prompt.size(), how.window, shape), prompt.size());
-    // Decoding needs room for what is kept alone.
-    context = make_context({.type = options.kv_type, .cells = rows + options.max_new_tokens, .batch = 32});
-    sequence.compress_into({.context = context.get()});
+    sequence.emplace(plan, *observer, compresskv::llama_cpp::Place{.context = reading.get()}, pool);
+    // Decoding needs room for what is kept alone; a share of a longer sequence is more rows.
+    const std::size_t most = prompt.size() + (every > 0 ? options.max_new_tokens : 0);
+    rows = std::min(how.budget->resolve(most, how.window, shape), most);
+    context = make_context({.type = options.kv_type,
+                            .cells = rows + (every > 0 ? every : options.max_new_tokens),
+                            .batch = 32,
+                            .observer = every > 0 ? &*observer : nullptr});
+    sequence->compress_into({.context = context.get()});
     const std::uint64_t token_bytes = shape.layers * shape.kv_heads * shape.kv_row_bytes;
-    result.kept = kept_by(sequence);
+    result.kept = kept_by(*sequence);
     rows = result.kept.front().front().size();
     result.kv_bytes_full = token_bytes * prompt.size();
     result.kv_bytes_kept = token_bytes * rows;
@@ -350,10 +356,15 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     if (result.tokens.size() == options.max_new_tokens || position == this->context()) {
       break;
     }
-    logits = decode(context.get(), token);
+    logits = decode(context.get(), token, every > 0 ? &*observer : nullptr);
     ++position;
     ++result.decode_steps;
-    result.rows_peak = rows + result.decode_steps;
+    result.rows_peak = std::max(result.rows_peak, ++rows);
+    if (every > 0 && result.decode_steps % every == 0) {
+      const auto began = Clock::now();
+      rows = sequence->compress().rows_after;
+      result.compress_ms += milliseconds_since(began);
+    }
   }
   result.decode_ms = milliseconds_since(start);
   say(text.finish());
