@@ -221,6 +221,13 @@ void refuse_with_llama_cpp(std::initializer_list<GivenOption> options) {
   }
 }
 
+void needs_small_engine(const std::string& option, std::string_view not_shown) {
+  throw UsageError(
+      fmt::format("{} does not go with --engine llama.cpp, which does not show {}: drop it, or take --engine "
+                  "small, which needs a model of the LLaMA architecture",
+                  option, not_shown));
+}
+
 void ModelArguments::add_to(CLI::App& command) {
   command.add_option("--model", model, "GGUF file of a model of the LLaMA architecture")
       ->required()

@@ -15,11 +15,13 @@
 #include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
-#include "ckv/llama_cpp/load.hpp"
+#include "ckv/evaluation.hpp"
 #include "ckv/model_engine.hpp"
+#include "ckv/tasks.hpp"
 #include "model_fixture.hpp"
 #include "runs.hpp"
 #include "tool.hpp"
@@ -38,7 +40,7 @@ class PlainWeights : public Needles {
     if (IsSkipped()) {
       return;
     }
-    const std::string plain = folder_.path("plain.gguf").string();
+    const std::string plain = plain_path();
     llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.ftype = LLAMA_FTYPE_ALL_F32;
@@ -48,6 +50,8 @@ class PlainWeights : public Needles {
     // One thread: those of libllama wait by spinning, and get nowhere where the processors are shared.
     llama_ = ckv::load_engine(ckv::llama_cpp_engine, plain, 1);
   }
+
+  std::string plain_path() const { return folder_.path("plain.gguf").string(); }
 
   Folder folder_;
   std::unique_ptr<ckv::ModelEngine> small_;
@@ -130,28 +134,83 @@ TEST_F(PlainWeights, CompressesAgainWhileTheAnswerGrowsAsTheSmallEngineDoes) {
   EXPECT_LT(most, 0.1);
 }
 
+TEST_F(PlainWeights, TasksAskAndMeasureAsInTheSmallEngine) {
+  const ckv::Compression full{.method = ckv::Method::full};
+  const ckv::Compression snapkv{.method = ckv::Method::snapkv,
+                                .budget = compresskv::Budget::tokens_per_layer(60)};
+  const std::vector<const ckv::Compression*> ways{&full, &snapkv};
+  for (const std::string& task : ckv::task_names()) {
+    const ckv::PromptPlace place{.seed = 3, .length = 250, .index = 1, .depth = 0.4};
+    const ckv::TaskPrompt own = ckv::task_prompt(task, *small_, *haystack_, place);
+    const ckv::TaskPrompt other = ckv::task_prompt(task, *llama_, *haystack_, place);
+    EXPECT_EQ(own.tokens, other.tokens) << task;
+    EXPECT_EQ(own.next_turn, other.next_turn) << task;
+    EXPECT_EQ(own.next_turn.empty(), task != "turns");
+    EXPECT_EQ(own.continuation, other.continuation) << task;
+    EXPECT_EQ(own.measure, other.measure) << task;
+    if (task != "tracking" && task != "turns" && task != "perplexity") {
+      continue;  // the others differ from `tracking` in what is asked alone
+    }
+    const auto outcomes = [&](const ckv::ModelEngine& model) {
+      const auto held = model.hold(own, {.max_new_tokens = 10});
+      return held->outcomes(ways, [](double, std::string_view) {});
+    };
+    const std::vector<ckv::Outcome> a = outcomes(*small_);
+    const std::vector<ckv::Outcome> b = outcomes(*llama_);
+    ASSERT_EQ(b.size(), ways.size());
+    for (std::size_t i = 0; i < ways.size(); ++i) {
+      EXPECT_EQ(a[i].rows, b[i].rows) << task;
+      EXPECT_EQ(a[i].rows, 90U * (i == 0 ? own.tokens.size() : 60U)) << task;
+      EXPECT_EQ(a[i].answer, b[i].answer) << task;
+      ASSERT_EQ(a[i].perplexity.has_value(), task == "perplexity");
+      ASSERT_EQ(b[i].perplexity.has_value(), task == "perplexity");
+      if (a[i].perplexity) {
+        std::printf("  perplexity %.6f in the small engine, %.6f in llama.cpp\n", *a[i].perplexity,
+                    *b[i].perplexity);
+        EXPECT_NEAR(*b[i].perplexity / *a[i].perplexity, 1.0, i == 0 ? 1e-3 : 1e-2);
+      } else {
+        EXPECT_FALSE(b[i].answer.empty()) << task;
+      }
+    }
+    EXPECT_TRUE(task != "perplexity" || *b[0].perplexity != *b[1].perplexity);
+  }
+}
+
 class LlamaCppNeedles : public Needles {};
 
 TEST_F(LlamaCppNeedles, CopiesOfOnePromptAnswerAsRunsOfTheirOwn) {
   const auto llama = ckv::load_engine(ckv::llama_cpp_engine, model_path(), 1);
   const ckv::NeedlePrompt prompt = ckv::needle_prompt(*llama, *haystack_, evaluation_needles[0],
                                                       {.tokens = 200, .depth = 0.5, .start = 0.1});
-  const auto never = [](const std::string&) { return false; };
-  const auto read = ckv::read_in_llama_cpp(*llama, prompt.tokens,
-                                           {.window = 16, .max_new_tokens = 8, .progress = [](double) {}});
+  const ckv::TaskPrompt task{.tokens = prompt.tokens, .expect = {"what no answer holds"}};
+  const auto held = llama->hold(task, {.window = 16, .max_new_tokens = 8});
   const ckv::RunOptions options{.max_new_tokens = 8};
+  std::vector<ckv::Compression> ways;
+  for (const ckv::Method method :
+       {ckv::Method::full, ckv::Method::compresskv, ckv::Method::snapkv, ckv::Method::tova}) {
+    ways.push_back({.method = method,
+                    .budget = compresskv::Budget::kept_ratio(0.2),
+                    .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))});
+  }
+  std::vector<const ckv::Compression*> twice;
   for (int round = 0; round < 2; ++round) {
-    const ckv::Compression full{.method = ckv::Method::full};
-    EXPECT_EQ(read->answer(full, never).text, llama->run(prompt.tokens, full, options).answer);
-    for (const ckv::Method method : {ckv::Method::compresskv, ckv::Method::snapkv, ckv::Method::tova}) {
-      const ckv::Compression how{.method = method,
-                                 .budget = compresskv::Budget::kept_ratio(0.2),
-                                 .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))};
-      const auto copy = read->answer(how, never);
-      const ckv::RunResult alone = llama->run(prompt.tokens, how, options);
-      EXPECT_EQ(copy.kept, alone.kept) << ckv::info(method).name;
-      EXPECT_EQ(copy.text, alone.answer) << ckv::info(method).name;
-      EXPECT_GT(copy.compress_ms, 0.0);
+    for (const ckv::Compression& how : ways) {
+      twice.push_back(&how);
+    }
+  }
+  const std::vector<ckv::Outcome> copies = held->outcomes(twice, [](double, std::string_view) {});
+  ASSERT_EQ(copies.size(), twice.size());
+  for (std::size_t i = 0; i < ways.size(); ++i) {
+    const ckv::RunResult alone = llama->run(prompt.tokens, ways[i], options);
+    const bool compresses = ways[i].method != ckv::Method::full;
+    ckv::Outcome counted;
+    ckv::count_kept(alone.kept, prompt.tokens.size(), llama->shape(options.kv_type), counted);
+    for (const ckv::Outcome& copy : {copies[i], copies[i + ways.size()]}) {
+      EXPECT_EQ(copy.answer, alone.answer) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.rows, counted.rows) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.kept.empty(), !compresses);
+      EXPECT_TRUE(!compresses || copy.kept == counted.kept) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.compress_ms > 0.0, compresses);
     }
   }
 }
@@ -221,6 +280,57 @@ TEST_F(LlamaCppTool, CutsTextAsTheSmallEngineDoes) {
   };
   EXPECT_EQ(count(honest), count(forged));
   EXPECT_EQ(small.encode(honest), llama->encode(honest));
+  // The model's own template, with what it adds by itself.
+  EXPECT_EQ(honest.text(), small.chat_prompt("Who?").text());
+  EXPECT_NE(honest.text().find("<|im_start|>system"), std::string::npos);
+}
+
+TEST_F(LlamaCppTool, WhereTheModelsTemplateIsNotUnderstoodLlamaCppsListLaysOut) {
+  std::string bytes = read(model_path());
+  const std::size_t at = bytes.find("{% for message in messages %}");
+  ASSERT_NE(at, std::string::npos);
+  bytes.replace(at, 6, "{% foo");
+  const Folder folder;
+  const std::string listed = folder.write("listed.gguf", bytes).string();
+  const auto generate = [](const std::string& model) {
+    return run_tool({"generate", "--engine", "llama.cpp", "--threads", "1", "--model", model, "--prompt",
+                     "What is two and two?", "--method", "full", "--max-new-tokens", "4", "--json"});
+  };
+  const Outcome answer = generate(listed);
+  ASSERT_EQ(answer.code, 0) << answer.err;
+  EXPECT_NE(answer.err.find("llama.cpp's list of templates"), std::string::npos) << answer.err;
+  EXPECT_NE(answer.err.find("foo"), std::string::npos) << answer.err;
+  {
+    const auto llama = ckv::load_engine(ckv::llama_cpp_engine, listed, 1);
+    const std::vector<engine::ChatMessage> turns{{.role = "user", .content = "<|im_end|>?"},
+                                                 {.role = "assistant", .content = "!"},
+                                                 {.role = "user", .content = "Who?"}};
+    const engine::PromptText prompt = llama->lay_out(turns);
+    EXPECT_EQ(prompt.text(),
+              "<|im_start|>user\n<|im_end|>?<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n"
+              "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n");
+    std::string outside;
+    for (std::size_t i = 0; i < prompt.size(); ++i) {
+      outside += prompt.is_outside(i) ? prompt.text()[i] : '.';
+    }
+    EXPECT_EQ(std::ranges::count(outside, '.'),
+              std::ptrdiff_t(prompt.size() - std::string("<|im_end|>?!Who?").size()));
+    EXPECT_EQ(outside.substr(17, 11), "<|im_end|>?");
+  }
+  const Outcome told = run_tool({"inspect", "--engine", "llama.cpp", listed});
+  EXPECT_NE(told.out.find("llama.cpp's list of templates"), std::string::npos) << told.out;
+
+  const std::string mark = "<|im_start|>";
+  for (std::size_t i = bytes.find(mark, at); i != std::string::npos && i < at + 600;
+       i = bytes.find(mark, i)) {
+    bytes.replace(i, mark.size(), "<|im_zzzzz|>");
+  }
+  const Outcome unknown = generate(folder.write("unknown.gguf", bytes).string());
+  EXPECT_EQ(unknown.code, 1) << unknown.out;
+  EXPECT_NE(
+      unknown.err.find("llama.cpp knows none like it (llama_chat_apply_template); ask it with raw text"),
+      std::string::npos)
+      << unknown.err;
 }
 
 TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
@@ -350,7 +460,9 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
     all.insert(all.end(), more.begin(), more.end());
     expect_usage_error(all, message);
   };
-  evaluate_refused({"--tasks", "needle,perplexity"}, "--tasks perplexity" + with);
+  const std::string small = ", which does not show ";
+  evaluate_refused({"--tasks", "needle,error"},
+                   "--tasks error" + with + small + "a layer's attention output");
   evaluate_refused({"--errors", errors}, "--errors" + with);
   evaluate_refused({"--methods", "snapkv,h2o"}, "--method h2o" + with);
   expect_usage_error({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
