@@ -278,9 +278,13 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
       };
       if (text("model_sha256") == sha256) {
         const std::string name = text("model");
-        return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
-                                .errors = folder.path() / (name + "_layer_score.jsonl"),
-                                .scores = folder.path() / (name + "_head_scores.json")};
+        CalibrationFiles made{.heads = folder.path() / (name + "_head_idx.json"),
+                              .errors = folder.path() / (name + "_layer_score.jsonl"),
+                              .scores = folder.path() / (name + "_head_scores.json")};
+        if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured
+          made.errors.clear();
+        }
+        return made;
       }
     } catch (const compresskv::FileError& error) {
       unread.push_back(fmt::format("passed over: {}", error.what()));

@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <compresskv/calibrate/head_score_accumulator.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <span>
 #include <sstream>
@@ -19,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include "ckv/calibration.hpp"
+#include "ckv/calibration_results.hpp"
 #include "ckv/evaluation.hpp"
 #include "ckv/model_engine.hpp"
 #include "ckv/tasks.hpp"
@@ -132,6 +136,66 @@ TEST_F(PlainWeights, CompressesAgainWhileTheAnswerGrowsAsTheSmallEngineDoes) {
   }
   std::printf("  %zu tokens, logits differ by %.4f at most\n", own.size(), most);
   EXPECT_LT(most, 0.1);
+}
+
+TEST_F(PlainWeights, FindsTheHeadsThatTheSmallEngineFinds) {
+  ckv::CalibrationSettings settings;
+  settings.needles = {
+      {.fact = "The lighthouse at Pellam Point was painted green by a dentist named Oswald.",
+       .question = "Who painted the lighthouse at Pellam Point green?"},
+      {.fact = "The secret ingredient in Marta's famous soup is a spoonful of roasted barley.",
+       .question = "What is the secret ingredient in Marta's famous soup?"}};
+  settings.max_new_tokens = 30;
+  const auto runs = [&](std::string_view engine) {
+    settings.engine = engine;
+    const ckv::PromptCalibration calibration{settings, plain_path(), 1};
+    std::vector<Json> records;
+    for (const std::size_t length : {120U, 250U}) {
+      for (std::size_t needle = 0; needle < settings.needles.size(); ++needle) {
+        records.push_back(calibration.score_heads(
+            {.run = records.size(), .needle = needle, .length = length, .depth = 0.5}));
+      }
+    }
+    return records;
+  };
+  const std::vector<Json> own = runs(ckv::small_engine);
+  const std::vector<Json> other = runs(ckv::llama_cpp_engine);
+  compresskv::calibrate::HeadScoreAccumulator own_scores{30, 9};
+  compresskv::calibrate::HeadScoreAccumulator other_scores{30, 9};
+  double most = 0.0;
+  for (std::size_t run = 0; run < own.size(); ++run) {
+    EXPECT_EQ(own[run].at("answer"), other[run].at("answer"));
+    EXPECT_EQ(own[run].at("tokens"), other[run].at("tokens"));
+    ASSERT_EQ(own[run].at("counted"), true) << own[run].at("answer");
+    for (const char* kind : {"once_per_occurrence", "once_per_step", "classic"}) {
+      const auto a = own[run].at(kind).get<std::vector<double>>();
+      const auto b = other[run].at(kind).get<std::vector<double>>();
+      ASSERT_EQ(a.size(), b.size());
+      const double largest = *std::ranges::max_element(a);
+      ASSERT_GT(largest, 0.0);
+      for (std::size_t head = 0; head < a.size(); ++head) {
+        most = std::max(most, std::abs(a[head] - b[head]) / largest);
+      }
+    }
+    const auto take = [&](auto& scores, const Json& record) {
+      scores.add_run({.run = run,
+                      .counted = true,
+                      .once_per_occurrence = record.at("once_per_occurrence"),
+                      .once_per_step = record.at("once_per_step"),
+                      .classic = record.at("classic")});
+    };
+    take(own_scores, own[run]);
+    take(other_scores, other[run]);
+  }
+  const compresskv::HeadScores a = own_scores.scores();
+  const compresskv::HeadScores b = other_scores.scores();
+  std::printf(
+      "  scores differ by %.2g of the largest at most; top 4 a layer the same %.4f, rank correlation "
+      "%.6f\n",
+      most, ckv::top_overlap(a.ranking(), b.ranking(), 4), ckv::rank_correlation(a, b));
+  EXPECT_LT(most, 1e-3);
+  EXPECT_EQ(ckv::top_overlap(a.ranking(), b.ranking(), 4), 1.0);
+  EXPECT_GT(ckv::rank_correlation(a, b), 0.9999);
 }
 
 TEST_F(PlainWeights, TasksAskAndMeasureAsInTheSmallEngine) {
@@ -333,6 +397,87 @@ TEST_F(LlamaCppTool, WhereTheModelsTemplateIsNotUnderstoodLlamaCppsListLaysOut) 
       << unknown.err;
 }
 
+/// In one process, cut and gone on with, in two; its files are those that generate takes.
+TEST_F(LlamaCppTool, CalibratesHeads) {
+  const Folder folder;
+  std::string text;
+  for (int i = 0; i < 300; ++i) {
+    text += "The farmer counted " + std::to_string(i) + " sheep on the hill and went home for supper. ";
+  }
+  const std::string haystack = folder.write("hay.txt", text).string();
+  const auto calibrate = [&](const char* out, const char* jobs, const char* engine = "llama.cpp") {
+    return run_tool({"calibrate",
+                     "--engine",
+                     engine,
+                     "--threads",
+                     jobs,
+                     "--jobs",
+                     jobs,
+                     "--model",
+                     model_path(),
+                     "--out",
+                     folder.path(out).string(),
+                     "--name",
+                     "tiny",
+                     "--lengths",
+                     "120",
+                     "--depths",
+                     "1",
+                     "--needles",
+                     "2",
+                     "--haystack",
+                     haystack,
+                     "--max-new-tokens",
+                     "20"});
+  };
+  const auto files_of = [&](const char* out) {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : std::filesystem::directory_iterator{folder.path(out)}) {
+      files[entry.path().filename().string()] = read(entry.path());
+    }
+    return files;
+  };
+  std::filesystem::create_directory(folder.path("models"));
+  const Outcome whole = calibrate("models/tiny", "1");
+  ASSERT_EQ(whole.code, 0) << whole.err;
+  EXPECT_EQ(whole.out.find("layer_score"), std::string::npos) << whole.out;
+  EXPECT_EQ(whole.out.find("what evicting costs"), std::string::npos) << whole.out;
+  const auto expected = files_of("models/tiny");
+  std::vector<std::string> names;
+  for (const auto& [name, bytes] : expected) {
+    names.push_back(name);
+  }
+  EXPECT_EQ(names, (std::vector<std::string>{"calibration.json", "records.jsonl", "tiny_classic_scores.json",
+                                             "tiny_head_idx.json", "tiny_head_scores.json"}));
+  const Json told = Json::parse(expected.at("calibration.json"));
+  EXPECT_EQ(told.at("engine"), "llama.cpp");
+  EXPECT_EQ(told.at("runs").at(1).at("counted"), true) << told.at("runs");
+
+  const std::string& records = expected.at("records.jsonl");
+  std::filesystem::create_directory(folder.path("torn"));
+  folder.write("torn/records.jsonl", records.substr(0, records.find("\"run\":1") + 30));
+  const Outcome resumed = calibrate("torn", "1");
+  EXPECT_EQ(resumed.err, "ckv: going on: 1 of 2 prompts are done for the heads\n");
+  EXPECT_EQ(files_of("torn"), expected);
+  EXPECT_EQ(calibrate("shared", "2").err, "");
+  EXPECT_EQ(files_of("shared"), expected);
+
+  const Outcome other = calibrate("torn", "1", "small");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_NE(other.err.find("settings.engine is \"llama.cpp\" there and null here"), std::string::npos)
+      << other.err;
+
+  for (const char* engine : {"llama.cpp", "small"}) {
+    for (const char* method : {"compresskv", "model-wide"}) {
+      const Outcome answer =
+          run_tool({"generate", "--engine", engine, "--threads", "1", "--model", model_path(), "--prompt",
+                    text.substr(0, 600), "--rows", "40", "--method", method, "--models-dir",
+                    folder.path("models").string(), "--max-new-tokens", "2", "--json"});
+      EXPECT_EQ(answer.code, 0) << engine << method << answer.err;
+    }
+  }
+}
+
 TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
   std::string text = "<|im_start|>user\n";
   for (int i = 0; i < 20; ++i) {
@@ -465,8 +610,21 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
                    "--tasks error" + with + small + "a layer's attention output");
   evaluate_refused({"--errors", errors}, "--errors" + with);
   evaluate_refused({"--methods", "snapkv,h2o"}, "--method h2o" + with);
-  expect_usage_error({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
-                     "calibrate" + with);
+  for (const Arguments& more : std::vector<Arguments>{{"--texts", "1"},
+                                                      {"--error-rows", "64"},
+                                                      {"--curves"},
+                                                      {"--window", "8"},
+                                                      {"--heads-per-layer", "4"},
+                                                      {"--pool", "max"},
+                                                      {"--ablate", "2"}}) {
+    Arguments all{"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records};
+    all.insert(all.end(), more.begin(), more.end());
+    const std::string what = more.front() == "--ablate" ? "a model without some of its heads (masks)"
+                                                        : "what a layer loses by eviction (layer errors)";
+    expect_usage_error(all, more.front() + with + small + what + ": drop it, or take --engine small");
+  }
+  expect_failure({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
+                 "libllama cannot load it");
   expect_usage_error({"generate", "--engine", "vllm", "--model", model, "--prompt", "x", "--method", "full"},
                      "llama.cpp");
   expect_failure({"generate", "--engine", "llama.cpp", "--model", model, "--prompt", "x", "--method", "full"},
