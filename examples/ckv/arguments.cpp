@@ -229,7 +229,9 @@ void needs_small_engine(const std::string& option, std::string_view not_shown) {
 }
 
 void ModelArguments::add_to(CLI::App& command) {
-  command.add_option("--model", model, "GGUF file of a model of the LLaMA architecture")
+  command
+      .add_option("--model", model,
+                  "GGUF file: of the LLaMA architecture, or in llama.cpp of any that it runs")
       ->required()
       ->type_name("M.gguf");
   add_engine_option(command, engine);
