@@ -221,8 +221,17 @@ void refuse_with_llama_cpp(std::initializer_list<GivenOption> options) {
   }
 }
 
+void needs_small_engine(const std::string& option, std::string_view not_shown) {
+  throw UsageError(
+      fmt::format("{} does not go with --engine llama.cpp, which does not show {}: drop it, or take --engine "
+                  "small, which needs a model of the LLaMA architecture",
+                  option, not_shown));
+}
+
 void ModelArguments::add_to(CLI::App& command) {
-  command.add_option("--model", model, "GGUF file of a model of the LLaMA architecture")
+  command
+      .add_option("--model", model,
+                  "GGUF file: of the LLaMA architecture, or in llama.cpp of any that it runs")
       ->required()
       ->type_name("M.gguf");
   add_engine_option(command, engine);
@@ -271,9 +280,13 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
       };
       if (text("model_sha256") == sha256) {
         const std::string name = text("model");
-        return CalibrationFiles{.heads = folder.path() / (name + "_head_idx.json"),
-                                .errors = folder.path() / (name + "_layer_score.jsonl"),
-                                .scores = folder.path() / (name + "_head_scores.json")};
+        CalibrationFiles made{.heads = folder.path() / (name + "_head_idx.json"),
+                              .errors = folder.path() / (name + "_layer_score.jsonl"),
+                              .scores = folder.path() / (name + "_head_scores.json")};
+        if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured
+          made.errors.clear();
+        }
+        return made;
       }
     } catch (const compresskv::FileError& error) {
       unread.push_back(fmt::format("passed over: {}", error.what()));

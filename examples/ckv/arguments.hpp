@@ -58,6 +58,9 @@ using GivenOption = std::pair<std::string, bool>;
 /// Throws UsageError, naming the option and what to do, where one was given.
 void refuse_with_llama_cpp(std::initializer_list<GivenOption> options);
 
+/// Throws UsageError: the option asks for what llama.cpp does not show.
+[[noreturn]] void needs_small_engine(const std::string& option, std::string_view not_shown);
+
 /// How a cache is observed, and what it is made of.
 struct CacheArguments {
   std::size_t window = 8;

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -16,6 +17,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -55,6 +57,8 @@ struct CalibrateArguments {
   std::size_t ablate_prompts = 40;
 
   bool ablates() const { return !ablate_heads.empty(); }
+  /// llama.cpp does not show what a layer's attention gives.
+  bool measures_errors() const { return !model.is_llama_cpp(); }
   HeadScoreKind kind() const {
     return counting == "step" ? HeadScoreKind::once_per_step : HeadScoreKind::once_per_occurrence;
   }
@@ -138,17 +142,20 @@ std::vector<std::size_t> wanted_curve_rows(const CalibrateArguments& arguments) 
 /// What records of one folder must have in common. What is measured beside the heads may grow.
 Json header_json(const CalibrateArguments& arguments, const std::string& sha256) {
   const CalibrationSettings& settings = arguments.settings;
-  return record_header("ckv calibrate", arguments.model.model, sha256,
-                       {{"lengths", arguments.lengths},
-                        {"depths", settings.depths},
-                        {"needles", settings.needles.size()},
-                        {"needle_file_sha256", file_digest(arguments.needle_file)},
-                        {"max_new_tokens", settings.max_new_tokens},
-                        {"counting", arguments.counting},
-                        {"window", settings.cache.window},
-                        {"heads_per_layer", settings.cache.heads_per_layer},
-                        {"pool", settings.cache.pool},
-                        {"haystack", haystack_json(settings.haystack, file_digest(settings.haystack))}});
+  Json told = {{"lengths", arguments.lengths},
+               {"depths", settings.depths},
+               {"needles", settings.needles.size()},
+               {"needle_file_sha256", file_digest(arguments.needle_file)},
+               {"max_new_tokens", settings.max_new_tokens},
+               {"counting", arguments.counting},
+               {"window", settings.cache.window},
+               {"heads_per_layer", settings.cache.heads_per_layer},
+               {"pool", settings.cache.pool},
+               {"haystack", haystack_json(settings.haystack, file_digest(settings.haystack))}};
+  if (arguments.model.is_llama_cpp()) {
+    told["engine"] = arguments.model.engine;
+  }
+  return record_header("ckv calibrate", arguments.model.model, sha256, std::move(told));
 }
 
 // ---- the work ----
@@ -169,9 +176,12 @@ double tokens_of(std::span<const PromptTask> tasks) {
 class CalibrationWork {
  public:
   /// Those given must outlive it.
-  CalibrationWork(const CalibrateArguments& arguments, const engine::ModelConfig& config,
+  CalibrationWork(const CalibrateArguments& arguments, const compresskv::ModelShape& shape,
                   CalibrationRecords& records)
-      : arguments_(&arguments), config_(&config), records_(&records), runs_(plan_runs(arguments)) {
+      : arguments_(&arguments), shape_(shape), records_(&records), runs_(plan_runs(arguments)) {
+    if (!arguments.measures_errors()) {
+      return;
+    }
     for (const std::vector<ErrorPrompt>& set : plan_data_sets(arguments, runs_)) {
       for (std::size_t i = 0; i < set.size(); ++i) {
         prompts_.push_back(set[i]);
@@ -194,8 +204,10 @@ class CalibrationWork {
     const std::size_t ablations = arguments_->ablates() ? arguments_->ablate_prompts : 0;
     if (!records_->empty() && (!heads.empty() || !errors.empty() || ablated < ablations)) {
       complain(fmt::format(
-          "going on: {} of {} prompts are done for the heads, {} of {} for the layer errors{}",
-          runs_.size() - heads.size(), runs_.size(), prompts_.size() - errors.size(), prompts_.size(),
+          "going on: {} of {} prompts are done for the heads{}{}", runs_.size() - heads.size(), runs_.size(),
+          prompts_.empty() ? ""
+                           : fmt::format(", {} of {} for the layer errors", prompts_.size() - errors.size(),
+                                         prompts_.size()),
           ablations == 0 ? "" : fmt::format(", {} of {} for the masks", ablated, ablations)));
     }
     const std::size_t passes = 1 + arguments_->ablate_heads.size() * (2 + ablation_draws);
@@ -203,7 +215,7 @@ class CalibrationWork {
                                        static_cast<double>((ablations - std::min(ablated, ablations)) *
                                                            arguments_->ablate_length * passes)};
     do_all(heads, progress);
-    scores_.emplace(records_->heads(runs_.size(), *config_));
+    scores_.emplace(records_->heads(runs_.size(), shape_));
     ranking_.emplace(scores_->scores(arguments_->kind()).ranking());
     do_all(errors, progress);
     if (arguments_->ablates()) {
@@ -215,13 +227,17 @@ class CalibrationWork {
 
   std::span<const NeedleRun> runs() const { return runs_; }
   const compresskv::calibrate::HeadScoreAccumulator& scores() const { return *scores_; }
-  compresskv::LayerErrors errors() const {
-    return records_->errors(prompts_, arguments_->error_rows, *config_).errors();
+  /// None where they are not measured.
+  std::optional<compresskv::LayerErrors> errors() const {
+    if (!arguments_->measures_errors()) {
+      return std::nullopt;
+    }
+    return records_->errors(prompts_, arguments_->error_rows, shape_).errors();
   }
   Json curves_json() const {
     Json errors = Json::array();
     for (const std::size_t rows : curve_rows_) {
-      errors.push_back(records_->errors(curve_prompts_, rows, *config_).step_errors());
+      errors.push_back(records_->errors(curve_prompts_, rows, shape_).step_errors());
     }
     return {{"rows", curve_rows_}, {"errors", std::move(errors)}};
   }
@@ -360,7 +376,7 @@ class CalibrationWork {
   }
 
   const CalibrateArguments* arguments_;
-  const engine::ModelConfig* config_;
+  compresskv::ModelShape shape_;
   CalibrationRecords* records_;
   std::vector<NeedleRun> runs_;
   std::vector<ErrorPrompt> prompts_;
@@ -390,11 +406,16 @@ std::string model_name(const std::filesystem::path& path) {
 std::string command_text(const CalibrateArguments& arguments) {
   const CalibrationSettings& settings = arguments.settings;
   std::string text = fmt::format(
-      "ckv calibrate --model {} --out DIR --lengths {} --depths {} --needles {} --max-new-tokens {} "
-      "--counting {} --texts {} --error-rows {} --window {} --heads-per-layer {} --pool {}",
-      arguments.model.model.filename().string(), fmt::join(arguments.lengths, ","), settings.depths,
-      settings.needles.size(), settings.max_new_tokens, arguments.counting, arguments.texts,
-      arguments.error_rows, settings.cache.window, settings.cache.heads_per_layer, settings.cache.pool);
+      "ckv calibrate{} --model {} --out DIR --lengths {} --depths {} --needles {} --max-new-tokens {} "
+      "--counting {}",
+      arguments.model.is_llama_cpp() ? " --engine llama.cpp" : "", arguments.model.model.filename().string(),
+      fmt::join(arguments.lengths, ","), settings.depths, settings.needles.size(), settings.max_new_tokens,
+      arguments.counting);
+  if (arguments.measures_errors()) {
+    text += fmt::format(" --texts {} --error-rows {} --window {} --heads-per-layer {} --pool {}",
+                        arguments.texts, arguments.error_rows, settings.cache.window,
+                        settings.cache.heads_per_layer, settings.cache.pool);
+  }
   if (!arguments.needle_file.empty()) {
     text += fmt::format(" --needle-file {}", arguments.needle_file.filename().string());
   }
@@ -422,7 +443,11 @@ Json calibration_json(const CalibrateArguments& arguments, const std::string& na
   out["command"] = command_text(arguments);
   out["haystack"] =
       haystack_json(arguments.settings.haystack, arguments.settings.haystack.filename().string());
-  out["code_path"] = compresskv::kernel::name(compresskv::kernel::code_path());
+  if (arguments.model.is_llama_cpp()) {
+    out["engine"] = arguments.model.engine;
+  } else {
+    out["code_path"] = compresskv::kernel::name(compresskv::kernel::code_path());
+  }
   for (const NeedleText& needle : arguments.settings.needles) {
     out["needles"].push_back({{"fact", needle.fact}, {"question", needle.question}});
   }
@@ -485,8 +510,19 @@ void print_masks(const Json& rows) {
   }
 }
 
+void print_layers(const compresskv::LayerErrors& errors) {
+  fmt::print("\nlayers by what evicting costs\n");
+  std::vector<std::size_t> order(errors.layers());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](auto a, auto b) { return errors.average()[a] > errors.average()[b]; });
+  for (const std::size_t layer : std::span(order).first(std::min<std::size_t>(5, order.size()))) {
+    fmt::print("  layer {:>2}  {:.4f}\n", layer, errors.average()[layer]);
+  }
+}
+
 void print_summary(const CalibrateArguments& arguments, const CalibrationWork& work,
-                   const compresskv::HeadScores& scores, const compresskv::LayerErrors& errors,
+                   const compresskv::HeadScores& scores, const std::optional<compresskv::LayerErrors>& errors,
                    const Json& told) {
   const Table table{{{.title = "tokens", .width = 8, .left = true},
                      {.title = "prompts", .width = 10},
@@ -508,13 +544,8 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
                scores.mean(static_cast<std::size_t>(layer), static_cast<std::size_t>(head)));
   }
 
-  fmt::print("\nlayers by what evicting costs\n");
-  std::vector<std::size_t> order(errors.layers());
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](auto a, auto b) { return errors.average()[a] > errors.average()[b]; });
-  for (const std::size_t layer : std::span(order).first(std::min<std::size_t>(5, order.size()))) {
-    fmt::print("  layer {:>2}  {:.4f}\n", layer, errors.average()[layer]);
+  if (errors) {
+    print_layers(*errors);
   }
   print_stability(told.at("stability"));
   if (arguments.ablates()) {
@@ -522,7 +553,7 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
   }
 }
 
-void check(const CalibrateArguments& arguments, const engine::ModelConfig& config) {
+void check(const CalibrateArguments& arguments, const compresskv::ModelShape& shape) {
   if (std::filesystem::path(arguments.name).has_parent_path() || arguments.name == "." ||
       arguments.name == "..") {
     throw UsageError(fmt::format("--name is '{}': how the names of files in --out begin, without a folder",
@@ -532,13 +563,15 @@ void check(const CalibrateArguments& arguments, const engine::ModelConfig& confi
     throw UsageError(
         fmt::format("--lengths {}: one stands there twice, drop it", fmt::join(arguments.lengths, ",")));
   }
-  try {
-    compresskv::Budget::tokens_per_layer(arguments.error_rows)
-        .validate(arguments.settings.cache.window, shape_of(config, engine::KvType::f32));
-  } catch (const compresskv::ArgumentError& error) {
-    throw UsageError(fmt::format("--error-rows: {}", error.what()));
+  if (arguments.measures_errors()) {
+    try {
+      compresskv::Budget::tokens_per_layer(arguments.error_rows)
+          .validate(arguments.settings.cache.window, shape);
+    } catch (const compresskv::ArgumentError& error) {
+      throw UsageError(fmt::format("--error-rows: {}", error.what()));
+    }
   }
-  const auto heads = static_cast<std::size_t>(config.layers * config.heads);
+  const std::size_t heads = shape.layers * shape.query_heads;
   for (const std::size_t masked : arguments.ablate_heads) {
     if (masked > heads) {
       throw UsageError(fmt::format("--ablate {}: the model has {} heads in all", masked, heads));
@@ -547,15 +580,10 @@ void check(const CalibrateArguments& arguments, const engine::ModelConfig& confi
 }
 
 void calibrate(CalibrateArguments& arguments) {
-  check_engine(arguments.model.engine);
-  if (arguments.model.is_llama_cpp()) {
-    throw UsageError(
-        "calibrate does not go with --engine llama.cpp, which shows neither the attention of every step nor "
-        "what a layer loses by eviction: calibrate with the small engine, and name the files with --heads");
-  }
+  arguments.settings.engine = arguments.model.engine;
   arguments.settings.needles = wanted_needles(arguments);
-  const engine::ModelConfig config = engine::read_config(engine::GgufFile::open(arguments.model.model));
-  check(arguments, config);
+  const compresskv::ModelShape shape = shape_of_file(arguments.model.engine, arguments.model.model);
+  check(arguments, shape);
   std::error_code failure;
   std::filesystem::create_directories(arguments.out, failure);
   if (failure) {
@@ -564,28 +592,44 @@ void calibrate(CalibrateArguments& arguments) {
   }
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
   CalibrationRecords records{arguments.out / "records.jsonl", header_json(arguments, sha256)};
-  CalibrationWork work{arguments, config, records};
+  CalibrationWork work{arguments, shape, records};
   work.run();
 
   // Each file appears whole, and only once all is measured.
   const std::string name = arguments.name.empty() ? model_name(arguments.model.model) : arguments.name;
   const auto file = [&](const char* ending) { return arguments.out / (name + ending); };
   const compresskv::HeadScores scores = work.scores().scores(arguments.kind());
-  const compresskv::LayerErrors errors = work.errors();
+  const std::optional<compresskv::LayerErrors> errors = work.errors();
   const Json told = calibration_json(arguments, name, sha256, records, work);
   compresskv::io::save_head_scores(file("_head_scores.json"), scores);
   compresskv::io::save_head_scores(file("_classic_scores.json"),
                                    work.scores().scores(HeadScoreKind::classic));
   compresskv::io::save_head_ranking(file("_head_idx.json"), scores.ranking());
-  compresskv::io::save_layer_errors(file("_layer_score.jsonl"), errors);
+  if (errors) {
+    compresskv::io::save_layer_errors(file("_layer_score.jsonl"), *errors);
+  }
   write_text_file(arguments.out / "calibration.json", told.dump(1) + "\n");
 
   print_summary(arguments, work, scores, errors, told);
   fmt::print("\n");
   print_text(fmt::format(
-      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, _layer_score.jsonl, "
-      "calibration.json, records.jsonl",
-      arguments.out.string(), name));
+      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}calibration.json, "
+      "records.jsonl",
+      arguments.out.string(), name, errors ? "_layer_score.jsonl, " : ""));
+}
+
+/// Throws UsageError where an option was given that needs the small engine.
+void refuse_what_needs_small_engine(const CLI::App& command) {
+  const auto refuse = [&](std::initializer_list<const char*> options, std::string_view not_shown) {
+    for (const char* option : options) {
+      if (command.count(option) > 0) {
+        needs_small_engine(option, not_shown);
+      }
+    }
+  };
+  refuse({"--texts", "--error-rows", "--curves", "--window", "--heads-per-layer", "--pool"},
+         "what a layer loses by eviction (layer errors)");
+  refuse({"--ablate"}, "a model without some of its heads (masks)");
 }
 
 }  // namespace
@@ -683,8 +727,14 @@ void add_calibrate(CLI::App& app) {
       "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
       "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
       "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, --texts "
-      "and --error-rows may be added to a folder later.");
-  command->callback([arguments] {
+      "and --error-rows may be added to a folder later.\n--engine llama.cpp finds the heads of any model "
+      "that it "
+      "runs; layer errors and masks need the small engine.");
+  command->callback([arguments, command] {
+    check_engine(arguments->model.engine);
+    if (arguments->model.is_llama_cpp()) {
+      refuse_what_needs_small_engine(*command);
+    }
     std::vector<std::size_t>& heads = arguments->ablate_heads;
     if (heads == std::vector<std::size_t>{0}) {  // what CLI11 makes of an option without its values
       heads = ablation_heads;

@@ -20,21 +20,6 @@ namespace calibrate = compresskv::calibrate;
 
 constexpr std::size_t text_steps = 32;  // that a stretch of text goes on
 
-/// Greedy decoding up to the end token; `picked` hears of each token before it is fed.
-template <class Picked>
-void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
-                     const Picked& picked) {
-  for (std::size_t step = 0;
-       step < max_new_tokens && sequence.next_position() < loaded.model.config().context; ++step) {
-    const TokenId token = engine::greedy(sequence.logits());
-    if (loaded.tokenizer.is_end_of_generation(token)) {
-      return;
-    }
-    picked(token);
-    sequence.decode(token, sequence.next_position());
-  }
-}
-
 Json merged(Json key, Json more) {
   key.update(more);
   return key;
@@ -69,36 +54,66 @@ Json key_of(const Json& record) {
   return key;
 }
 
+compresskv::ModelShape shape_of_file(std::string_view engine, const std::filesystem::path& path) {
+  if (engine == small_engine) {
+    return shape_of(engine::read_config(engine::GgufFile::open(path)), engine::KvType::f32);
+  }
+  compresskv::ModelShape shape;
+  const auto start = [&] {
+    return [&](std::size_t, const Take& hand_on) {
+      const compresskv::ModelShape found = load_engine(engine, path, 1)->shape(engine::KvType::f32);
+      hand_on({{"layers", found.layers},
+               {"query_heads", found.query_heads},
+               {"kv_heads", found.kv_heads},
+               {"head_dim", found.head_dim},
+               {"kv_row_bytes", found.kv_row_bytes}});
+    };
+  };
+  share_out(
+      1, 1, start,
+      [&](const Json& found) {
+        shape = {.layers = found.at("layers"),
+                 .query_heads = found.at("query_heads"),
+                 .kv_heads = found.at("kv_heads"),
+                 .head_dim = found.at("head_dim"),
+                 .kv_row_bytes = found.at("kv_row_bytes")};
+      },
+      [](std::size_t) {});
+  return shape;
+}
+
 PromptCalibration::PromptCalibration(const CalibrationSettings& settings, const std::filesystem::path& model,
                                      int threads)
     : settings_(&settings),
-      loaded_(load_model(model, threads)),
+      loaded_(load_engine(settings.engine, model, threads)),
       haystack_(Haystack::from(settings.haystack)) {}
+
+const LoadedModel& PromptCalibration::small() const {
+  const auto* loaded = dynamic_cast<const LoadedModel*>(loaded_.get());
+  if (loaded == nullptr) {
+    throw engine::Error(fmt::format("layer errors and masks need the small engine, the model is loaded in {}",
+                                    loaded_->engine_name()));
+  }
+  return *loaded;
+}
 
 NeedlePrompt PromptCalibration::prompt_of(const NeedleRun& run) const {
   // Each needle lies in another part of the text, so that the heads are not those of one passage.
   const double start = static_cast<double>(run.needle) / static_cast<double>(settings_->needles.size());
-  return needle_prompt(loaded_, haystack_, settings_->needles[run.needle].view(),
+  return needle_prompt(*loaded_, haystack_, settings_->needles[run.needle].view(),
                        {.tokens = run.length, .depth = run.depth, .start = start});
 }
 
 Json PromptCalibration::score_heads(const NeedleRun& run) const {
-  const engine::ModelConfig& config = loaded_.model.config();
+  const compresskv::ModelShape shape = loaded_->shape(engine::KvType::f32);
   const NeedlePrompt prompt = prompt_of(run);
-  calibrate::HeadScoreAccumulator scores{static_cast<std::size_t>(config.layers),
-                                         static_cast<std::size_t>(config.heads)};
-  engine::Sequence sequence{loaded_.model};
-  sequence.hooks().attention = [&](int layer, int head, std::span<const float> row) {
-    scores.add_attention(static_cast<std::size_t>(layer), static_cast<std::size_t>(head), row);
-  };
+  calibrate::HeadScoreAccumulator scores{shape.layers, shape.query_heads};
   scores.begin_run(run.run, prompt.tokens, prompt.needle);
-  sequence.prefill(prompt.tokens);
-  std::vector<TokenId> tokens;
-  decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId token) {
-    scores.add_token(token);
-    tokens.push_back(token);
-  });
-  const std::string answer = loaded_.tokenizer.decode(tokens, {.skip_special = true});
+  const std::string answer = loaded_->answer(
+      prompt.tokens, settings_->max_new_tokens,
+      {.on_attention = [&](std::size_t layer, std::size_t head,
+                           std::span<const float> row) { scores.add_attention(layer, head, row); },
+       .on_token = [&](TokenId token) { scores.add_token(token); }});
   const std::string& fact = settings_->needles[run.needle].fact;
   scores.end_run(calibrate::answered(answer, fact));
   const calibrate::HeadRun& ended = scores.runs().at(run.run);
@@ -116,21 +131,22 @@ Json PromptCalibration::score_heads(const NeedleRun& run) const {
 
 void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compresskv::HeadRanking& ranking,
                                        std::span<const std::size_t> budgets, const Take& hand_on) const {
-  const auto layers = static_cast<std::size_t>(loaded_.model.config().layers);
+  const LoadedModel& loaded = small();
+  const auto layers = static_cast<std::size_t>(loaded.model.config().layers);
   std::vector<TokenId> tokens;
   std::vector<TokenId> continuation;
   if (prompt.needle) {
     tokens = prompt_of(*prompt.needle).tokens;
   } else {
     TaskPrompt text =
-        task_prompt("perplexity", loaded_, haystack_, {.length = prompt.length, .index = prompt.run});
+        task_prompt("perplexity", loaded, haystack_, {.length = prompt.length, .index = prompt.run});
     tokens = std::move(text.tokens);
     continuation = std::move(text.continuation);
     continuation.resize(std::min(continuation.size(), text_steps));
   }
   Compression how{.method = Method::compresskv, .heads = ranking};
   settings_->cache.apply_to(how);
-  const Evaluation evaluation{loaded_, engine::KvType::f32, settings_->max_new_tokens};
+  const Evaluation evaluation{loaded, engine::KvType::f32, settings_->max_new_tokens};
   ReadPrompt read = evaluation.read(tokens, how.window, [](double) {});
   for (const std::size_t rows : budgets) {
     how.budget = compresskv::Budget::tokens_per_layer(rows);
@@ -142,7 +158,7 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
     };
     std::size_t steps = 0;
     if (prompt.needle) {
-      decode_greedily(loaded_, sequence, settings_->max_new_tokens, [&](TokenId) { ++steps; });
+      decode_greedily(loaded, sequence, settings_->max_new_tokens, [&](TokenId) { ++steps; });
     }
     for (const TokenId token : continuation) {
       sequence.decode(token, sequence.next_position());
@@ -159,12 +175,13 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
 
 void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,
                                const Take& hand_on) const {
+  const LoadedModel& loaded = small();
   const TaskPrompt prompt =
-      task_prompt("needle", loaded_, haystack_,
+      task_prompt("needle", loaded, haystack_,
                   {.length = length, .index = run, .depth = settings_->depth(run % settings_->depths)});
-  const Evaluation evaluation{loaded_, engine::KvType::f32, settings_->max_new_tokens};
+  const Evaluation evaluation{loaded, engine::KvType::f32, settings_->max_new_tokens};
   for (const HeadMask& mask : masks) {
-    engine::Sequence sequence{loaded_.model, {.masked_heads = mask.masked}};
+    engine::Sequence sequence{loaded.model, {.masked_heads = mask.masked}};
     sequence.prefill(prompt.tokens);
     engine::Sequence* const only = &sequence;
     const std::string answer = evaluation.answer(prompt, {&only, 1})[0];

@@ -4,9 +4,11 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <cstddef>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "arguments.hpp"
@@ -20,6 +22,7 @@ namespace ckv {
 
 /// What decides what a prompt says.
 struct CalibrationSettings {
+  std::string engine{small_engine};
   CacheArguments cache;
   std::vector<NeedleText> needles;
   std::filesystem::path haystack;  ///< empty: the King James text
@@ -63,14 +66,21 @@ Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run);
 /// A record's own. Throws Json's exceptions where a part of it is absent, engine::Error for another kind.
 Json key_of(const Json& record);
 
+/// The shape of a model file. In llama.cpp another process loads it: this one may have to fork, which what
+/// libllama starts, threads and devices, does not outlive. Throws as load_engine, and where the model's cache
+/// cannot be compressed, which a calibration would be for.
+compresskv::ModelShape shape_of_file(std::string_view engine, const std::filesystem::path& path);
+
 /// Works on one prompt after another.
 class PromptCalibration {
  public:
-  /// `settings` must outlive it. Throws as load_model and Haystack::from.
+  /// `settings` must outlive it. Throws as load_engine and Haystack::from.
   PromptCalibration(const CalibrationSettings& settings, const std::filesystem::path& model, int threads);
 
   /// Answers a needle prompt and scores every head. Throws as needle_prompt.
   Json score_heads(const NeedleRun& run) const;
+
+  // In the small engine alone:
 
   /// What each layer loses when it is cut to `rows`, for each of several budgets: a record each. The answer
   /// is that of the whole cache; of a stretch of text what it goes on with. A prompt without a step says
@@ -85,9 +95,10 @@ class PromptCalibration {
 
  private:
   NeedlePrompt prompt_of(const NeedleRun& run) const;
+  const LoadedModel& small() const;
 
   const CalibrationSettings* settings_;
-  LoadedModel loaded_;
+  std::unique_ptr<ModelEngine> loaded_;
   Haystack haystack_;
 };
 

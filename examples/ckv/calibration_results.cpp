@@ -83,10 +83,9 @@ void CalibrationRecords::add(const Json& record) {
 }
 
 calibrate::HeadScoreAccumulator CalibrationRecords::heads(std::size_t runs,
-                                                          const engine::ModelConfig& config) const {
+                                                          const compresskv::ModelShape& shape) const {
   return checked([&] {
-    calibrate::HeadScoreAccumulator scores{static_cast<std::size_t>(config.layers),
-                                           static_cast<std::size_t>(config.heads)};
+    calibrate::HeadScoreAccumulator scores{shape.layers, shape.query_heads};
     for (std::size_t run = 0; run < runs; ++run) {
       const Json& record = at(heads_key(run));
       scores.add_run({.run = run,
@@ -101,9 +100,9 @@ calibrate::HeadScoreAccumulator CalibrationRecords::heads(std::size_t runs,
 
 calibrate::EvictionErrorAccumulator CalibrationRecords::errors(std::span<const ErrorPrompt> prompts,
                                                                std::size_t rows,
-                                                               const engine::ModelConfig& config) const {
+                                                               const compresskv::ModelShape& shape) const {
   return checked([&] {
-    calibrate::EvictionErrorAccumulator errors{static_cast<std::size_t>(config.layers)};
+    calibrate::EvictionErrorAccumulator errors{shape.layers};
     for (const ErrorPrompt& prompt : prompts) {
       const Json& record = at(errors_key(rows, prompt.data_set, prompt.run));
       if (record.at("steps") > 0) {

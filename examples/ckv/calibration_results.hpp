@@ -5,6 +5,7 @@
 #include <compresskv/calibrate/head_score_accumulator.hpp>
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
+#include <compresskv/core/shape.hpp>
 #include <cstddef>
 #include <filesystem>
 #include <map>
@@ -34,10 +35,10 @@ class CalibrationRecords {
   /// The scores of the head runs numbered 0 to `runs` - 1. Throws engine::Error naming the file where they do
   /// not fit the model; so do the others.
   compresskv::calibrate::HeadScoreAccumulator heads(std::size_t runs,
-                                                    const engine::ModelConfig& config) const;
+                                                    const compresskv::ModelShape& shape) const;
   compresskv::calibrate::EvictionErrorAccumulator errors(std::span<const ErrorPrompt> prompts,
                                                          std::size_t rows,
-                                                         const engine::ModelConfig& config) const;
+                                                         const compresskv::ModelShape& shape) const;
   /// Whether the prompt's answer is right under this mask.
   bool right(std::size_t length, const HeadMask& mask, std::size_t run) const;
 

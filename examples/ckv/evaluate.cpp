@@ -33,7 +33,6 @@
 #include "engine/error.hpp"
 #include "engine/sha256.hpp"
 #include "evaluation.hpp"
-#include "llama_cpp/load.hpp"
 #include "records.hpp"
 #include "run.hpp"
 #include "tasks.hpp"
@@ -302,19 +301,14 @@ bool is_dropped(const Json& full_record) { return full_record.value("right", Jso
 
 class Grid {
  public:
-  /// `small`: the model in the small engine; none where `model` is in llama.cpp.
-  Grid(const EvaluateArguments& arguments, const ModelEngine& model, const LoadedModel* small,
-       const Haystack& haystack, std::span<const Variant> variants, RecordFile& file)
+  Grid(const EvaluateArguments& arguments, const ModelEngine& model, const Haystack& haystack,
+       std::span<const Variant> variants, RecordFile& file)
       : arguments_(&arguments),
         model_(&model),
-        small_(small),
         haystack_(&haystack),
         variants_(variants),
         file_(&file),
         shape_(model.shape(arguments.cache.type())) {
-    if (small != nullptr) {
-      evaluation_.emplace(*small, arguments.cache.type(), arguments.max_new_tokens);
-    }
     for (const Json& record : file.records()) {
       keep(record);
     }
@@ -405,136 +399,45 @@ class Grid {
       return true;
     }
 
-    const TaskPrompt prompt = small_ != nullptr ? task_prompt(task, *small_, *haystack_, place)
-                                                : needle_task(*model_, *haystack_, place);
+    const TaskPrompt prompt = task_prompt(task, *model_, *haystack_, place);
     common["expect"] = prompt.expect;
     common["prompt_tokens"] = prompt.tokens.size();
     if (prompt.fact.size() > 0) {
       common["fact"] = {prompt.fact.first, prompt.fact.last};
     }
-    if (small_ == nullptr) {
-      return run_in_llama_cpp(common, prompt, place, todo, full_record != records_.end(), show);
-    }
     const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
       return wants_all_queries(variant->how.method);
     });
-    ReadPrompt read = evaluation_->read(prompt.tokens, all_queries ? 0 : widest_,
-                                        [&](double share) { show(0.4 * share, "reading"); });
-    const Measure measure = measure_of(task);
+    const auto held = model_->hold(prompt, {.kv_type = arguments_->cache.type(),
+                                            .window = all_queries ? 0 : widest_,
+                                            .max_new_tokens = arguments_->max_new_tokens,
+                                            .progress = [&](double share) { show(0.4 * share, "reading"); }});
     if (full_record == records_.end()) {
-      std::vector<engine::Sequence> full;
-      full.push_back(read.sequence.clone());
-      std::vector<Outcome> outcome(1);
-      outcome[0].rows = evaluation_->rows_of(read.sequence);
-      if (measure == Measure::attention_error) {
-        outcome[0].errors.assign(shape_.layers, 0.0);
-      } else {
-        finish(prompt, measure, full, outcome);
-      }
+      const Compression full{.method = Method::full};
+      const Compression* const only = &full;
+      const std::vector<Outcome> outcome = held->outcomes({&only, 1}, [](double, std::string_view) {});
       Json record = record_of(common, "full", nullptr, prompt, outcome[0]);
-      record["prefill_ms"] = rounded(read.prefill_ms);
+      record["prefill_ms"] = rounded(held->prefill_ms());
       add(record);
       if (is_dropped(record)) {
         return false;
       }
     }
 
-    std::vector<engine::Sequence> sequences;
-    std::vector<Outcome> outcomes;
+    std::vector<const Compression*> ways;
+    for (const Variant* variant : todo) {
+      ways.push_back(&variant->how);
+    }
+    std::vector<Outcome> outcomes =
+        held->outcomes(ways, [&](double share, std::string_view what) { show(0.4 + 0.6 * share, what); });
     for (std::size_t i = 0; i < todo.size(); ++i) {
-      const double share = static_cast<double>(i) / static_cast<double>(todo.size());
-      show(0.4 + 0.2 * share, "compressing");
-      // Beside the whole cache there is no room for all variants at once.
-      const bool beside = measure == Measure::attention_error;
-      auto [sequence, outcome] = evaluation_->compress(read, todo[i]->how, beside);
-      check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
+      check_rows(*todo[i], prompt.tokens.size(), outcomes[i].rows);
       if (place.index >= arguments_->depths) {
-        outcome.kept.clear();  // one map a depth is enough
+        outcomes[i].kept.clear();  // one map a depth is enough
       }
-      if (beside) {
-        outcome.errors = evaluation_->attention_errors(prompt, sequence);
-      } else {
-        sequences.push_back(std::move(sequence));
-      }
-      outcomes.push_back(std::move(outcome));
-      check_interrupt();
-    }
-    show(0.6, "answering");
-    if (!sequences.empty()) {
-      finish(prompt, measure, sequences, outcomes);
-    }
-    for (std::size_t i = 0; i < todo.size(); ++i) {
       add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i]));
     }
     return true;
-  }
-
-  /// `run_prompt` in llama.cpp, which answers from one copy after the other.
-  bool run_in_llama_cpp(const Json& common, const TaskPrompt& prompt, const PromptPlace& place,
-                        std::span<const Variant* const> todo, bool knows_full, const Show& show) {
-    const auto enough = [&](const std::string& text) { return is_right(prompt, text); };
-    const auto read = read_in_llama_cpp(*model_, prompt.tokens,
-                                        {.kv_type = arguments_->cache.type(),
-                                         .window = widest_,
-                                         .max_new_tokens = arguments_->max_new_tokens,
-                                         .progress = [&](double share) { show(0.4 * share, "reading"); }});
-    if (!knows_full) {
-      const Outcome outcome{.answer = read->answer({.method = Method::full}, enough).text,
-                            .rows = prompt.tokens.size() * shape_.layers * shape_.kv_heads};
-      Json record = record_of(common, "full", nullptr, prompt, outcome);
-      record["prefill_ms"] = rounded(read->prefill_ms());
-      add(record);
-      if (is_dropped(record)) {
-        return false;
-      }
-    }
-    for (std::size_t i = 0; i < todo.size(); ++i) {
-      show(0.4 + 0.6 * static_cast<double>(i) / static_cast<double>(todo.size()), "answering");
-      const LlamaPrompt::Answer answer = read->answer(todo[i]->how, enough);
-      Outcome outcome{.answer = answer.text, .compress_ms = answer.compress_ms};
-      count_kept(answer.kept, prompt.tokens.size(), outcome);
-      check_rows(*todo[i], prompt.tokens.size(), outcome.rows);
-      if (place.index >= arguments_->depths) {
-        outcome.kept.clear();  // one map a depth is enough
-      }
-      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcome));
-      check_interrupt();
-    }
-    return true;
-  }
-
-  /// As the small engine's outcomes have it: rows of each KV head, also where all share one list.
-  void count_kept(const std::vector<std::vector<std::vector<std::uint32_t>>>& kept, std::size_t tokens,
-                  Outcome& outcome) const {
-    outcome.kept.assign(shape_.layers, std::vector<std::size_t>(Evaluation::stretches));
-    for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
-      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-        for (const std::uint32_t position : kept[layer][kept[layer].size() == 1 ? 0 : head]) {
-          ++outcome.kept[layer][position * Evaluation::stretches / tokens];
-          ++outcome.rows;
-        }
-      }
-    }
-  }
-
-  /// Answers, or what is measured instead.
-  void finish(const TaskPrompt& prompt, Measure measure, std::span<engine::Sequence> sequences,
-              std::span<Outcome> outcomes) const {
-    std::vector<engine::Sequence*> batch;
-    for (engine::Sequence& sequence : sequences) {
-      batch.push_back(&sequence);
-    }
-    if (measure == Measure::perplexity) {
-      const std::vector<double> values = evaluation_->perplexities(prompt, batch);
-      for (std::size_t i = 0; i < batch.size(); ++i) {
-        outcomes[i].perplexity = values[i];
-      }
-      return;
-    }
-    const std::vector<std::string> answers = evaluation_->answer(prompt, batch);
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-      outcomes[i].answer = answers[i];
-    }
   }
 
   /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
@@ -587,12 +490,10 @@ class Grid {
 
   const EvaluateArguments* arguments_;
   const ModelEngine* model_;
-  const LoadedModel* small_;
   const Haystack* haystack_;
   std::span<const Variant> variants_;
   RecordFile* file_;
   compresskv::ModelShape shape_;
-  std::optional<Evaluation> evaluation_;  // in the small engine
   std::map<Cell, Json> records_;
   std::size_t widest_ = 1;
 };
@@ -689,8 +590,9 @@ void evaluate(const EvaluateArguments& arguments) {
   if (arguments.model.is_llama_cpp()) {
     refuse_with_llama_cpp({{"--errors", !arguments.errors.empty()}});
     for (const std::string& task : arguments.tasks) {
-      if (task != "needle") {
-        refuse_with_llama_cpp({{fmt::format("--tasks {}", task), true}});
+      if (measure_of(task) == Measure::attention_error) {
+        needs_small_engine(fmt::format("--tasks {}", task),
+                           "a layer's attention output from the whole cache beside that from what is kept");
       }
     }
   }
@@ -718,7 +620,6 @@ void evaluate(const EvaluateArguments& arguments) {
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
   const std::unique_ptr<ModelEngine> model =
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
-  const auto* small = dynamic_cast<const LoadedModel*>(model.get());
   const compresskv::ModelShape shape = model->shape(arguments.cache.type());
   check_calibration(files.heads, files.errors, shape);
   for (const Variant& variant : variants) {
@@ -730,7 +631,7 @@ void evaluate(const EvaluateArguments& arguments) {
     }
   }
   const Haystack haystack = Haystack::from(arguments.haystack);
-  Grid grid{arguments, *model, small, haystack, variants, file};
+  Grid grid{arguments, *model, haystack, variants, file};
   grid.run();
   print_summary(arguments, variants, grid.records());
 }

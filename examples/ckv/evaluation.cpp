@@ -13,6 +13,104 @@
 #include "terminal.hpp"
 
 namespace ckv {
+namespace {
+
+class HeldInSmallEngine final : public HeldPrompt {
+ public:
+  HeldInSmallEngine(const LoadedModel& loaded, const TaskPrompt& prompt, const HoldOptions& options)
+      : prompt_(&prompt),
+        evaluation_(loaded, options.kv_type, options.max_new_tokens),
+        read_(evaluation_.read(prompt.tokens, options.window, options.progress)) {}
+
+  double prefill_ms() const override { return read_.prefill_ms; }
+
+  std::vector<Outcome> outcomes(std::span<const Compression* const> ways,
+                                const std::function<void(double, std::string_view)>& progress) override {
+    // Beside the whole cache there is no room for all copies at once.
+    const bool beside = prompt_->measure == Measure::attention_error;
+    std::vector<engine::Sequence> sequences;
+    std::vector<Outcome> outcomes;
+    for (std::size_t i = 0; i < ways.size(); ++i) {
+      progress(static_cast<double>(i) / static_cast<double>(ways.size()) / 3.0, "compressing");
+      if (ways[i]->method == Method::full) {
+        outcomes.push_back({.answer = {}, .rows = evaluation_.rows_of(read_.sequence)});
+        if (beside) {
+          outcomes.back().errors.assign(evaluation_.shape().layers, 0.0);
+        } else {
+          sequences.push_back(read_.sequence.clone());
+        }
+      } else {
+        auto [sequence, outcome] = evaluation_.compress(read_, *ways[i], beside);
+        if (beside) {
+          outcome.errors = evaluation_.attention_errors(*prompt_, sequence);
+        } else {
+          sequences.push_back(std::move(sequence));
+        }
+        outcomes.push_back(std::move(outcome));
+      }
+      check_interrupt();
+    }
+    if (!sequences.empty()) {
+      progress(1.0 / 3.0, "answering");
+      finish(sequences, outcomes);
+    }
+    return outcomes;
+  }
+
+ private:
+  /// Answers, or what is measured instead.
+  void finish(std::span<engine::Sequence> sequences, std::span<Outcome> outcomes) const {
+    std::vector<engine::Sequence*> batch;
+    for (engine::Sequence& sequence : sequences) {
+      batch.push_back(&sequence);
+    }
+    if (prompt_->measure == Measure::perplexity) {
+      const std::vector<double> values = evaluation_.perplexities(*prompt_, batch);
+      for (std::size_t i = 0; i < batch.size(); ++i) {
+        outcomes[i].perplexity = values[i];
+      }
+      return;
+    }
+    const std::vector<std::string> answers = evaluation_.answer(*prompt_, batch);
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      outcomes[i].answer = answers[i];
+    }
+  }
+
+  const TaskPrompt* prompt_;
+  Evaluation evaluation_;
+  ReadPrompt read_;
+};
+
+}  // namespace
+
+std::unique_ptr<HeldPrompt> LoadedModel::hold(const TaskPrompt& prompt, const HoldOptions& options) const {
+  return std::make_unique<HeldInSmallEngine>(*this, prompt, options);
+}
+
+void count_kept(const std::vector<std::vector<std::vector<std::uint32_t>>>& kept, std::size_t tokens,
+                const compresskv::ModelShape& shape, Outcome& outcome) {
+  outcome.rows = 0;
+  outcome.kept.assign(shape.layers, std::vector<std::size_t>(stretches));
+  for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      for (const std::uint32_t position : kept[layer][kept[layer].size() == 1 ? 0 : head]) {
+        ++outcome.kept[layer][position * stretches / tokens];
+        ++outcome.rows;
+      }
+    }
+  }
+}
+
+double surprise(std::span<const float> logits, TokenId token) {
+  const double highest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0.0;
+  for (const float logit : logits) {
+    sum += std::exp(static_cast<double>(logit) - highest);
+  }
+  return highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
+}
+
 bool is_right(const TaskPrompt& prompt, std::string_view answer) {
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
                      [&](const std::string& expect) { return holds(answer, expect); });
@@ -159,13 +257,7 @@ std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,
   std::vector<double> sums(sequences.size(), 0.0);
   feed(prompt, sequences, [&](TokenId token) {
     for (std::size_t i = 0; i < sequences.size(); ++i) {
-      const std::span<const float> logits = sequences[i]->logits();
-      const double highest = *std::max_element(logits.begin(), logits.end());
-      double sum = 0.0;
-      for (const float logit : logits) {
-        sum += std::exp(static_cast<double>(logit) - highest);
-      }
-      sums[i] += highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
+      sums[i] += surprise(sequences[i]->logits(), token);
     }
   });
   for (double& sum : sums) {

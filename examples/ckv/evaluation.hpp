@@ -1,11 +1,13 @@
-// What ckv evaluate does to one prompt: one prefill, a compressed copy of the cache for each method and
-// budget, and what each copy then answers, or loses.
+// What ckv evaluate does to one prompt, in either engine: one prefill, a compressed copy of the cache for
+// each method and budget, and what each copy then answers, or loses.
 #pragma once
 
 #include <compresskv/core/shape.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -23,17 +25,7 @@ namespace ckv {
 /// Whether an answer holds all that is expected.
 bool is_right(const TaskPrompt& prompt, std::string_view answer);
 
-/// A prompt that was read from the full cache, with the queries that methods want to see.
-struct ReadPrompt {
-  engine::Sequence sequence;
-  std::size_t window = 0;                        ///< queries kept
-  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
-  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
-  double prefill_ms = 0.0;
-  double sums_ms = 0.0;
-};
-
-/// What became of it under one method at one budget.
+/// What became of a prompt under one method at one budget.
 struct Outcome {
   std::string answer;
   std::optional<double> perplexity = std::nullopt;
@@ -43,10 +35,55 @@ struct Outcome {
   double compress_ms = 0.0;
 };
 
+inline constexpr std::size_t stretches = 64;  ///< of a prompt, in which kept rows are counted
+
+/// Fills what the outcome says of rows. `kept`: as RunResult::kept; rows of each KV head count, also where
+/// all share one list.
+void count_kept(const std::vector<std::vector<std::vector<std::uint32_t>>>& kept, std::size_t tokens,
+                const compresskv::ModelShape& shape, Outcome& outcome);
+
+/// By how much a token surprises: minus the natural logarithm of the probability that these logits give it.
+double surprise(std::span<const float> logits, TokenId token);
+
+/// How a prompt is read that is then compressed in many ways.
+struct HoldOptions {
+  engine::KvType kv_type = engine::KvType::f32;
+  std::size_t window = 8;  ///< queries of each layer that methods may look at; 0: all
+  std::size_t max_new_tokens = 32;
+  std::function<void(double share)> progress = [](double) {};
+};
+
+/// A task's prompt that was read once.
+class HeldPrompt {
+ public:
+  HeldPrompt() = default;
+  HeldPrompt(const HeldPrompt&) = delete;
+  HeldPrompt& operator=(const HeldPrompt&) = delete;
+  virtual ~HeldPrompt() = default;
+
+  virtual double prefill_ms() const = 0;
+
+  /// What comes of a copy of its cache that is compressed in each of these ways, `full` for one that is not:
+  /// answers up to where they are right, or what the task measures. `progress` hears what is under way.
+  virtual std::vector<Outcome> outcomes(
+      std::span<const Compression* const> ways,
+      const std::function<void(double share, std::string_view what)>& progress) = 0;
+};
+
+// ---- in the small engine ----
+
+/// A prompt that was read, with the queries that methods want to see.
+struct ReadPrompt {
+  engine::Sequence sequence;
+  std::size_t window = 0;                        ///< queries kept
+  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
+  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
+  double prefill_ms = 0.0;
+  double sums_ms = 0.0;
+};
+
 class Evaluation {
  public:
-  static constexpr std::size_t stretches = 64;  ///< in which kept rows are counted
-
   Evaluation(const LoadedModel& loaded, engine::KvType type, std::size_t max_new_tokens);
 
   const compresskv::ModelShape& shape() const { return shape_; }

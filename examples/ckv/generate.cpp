@@ -80,7 +80,6 @@ Compression compression_of(const GenerateArguments& arguments) {
   if (arguments.model.is_llama_cpp()) {
     refuse_with_llama_cpp({{"--prefill-chunk", arguments.prefill_chunk > 0},
                            {"--working-rows", arguments.working_rows > 0},
-                           {"--decode-every", arguments.decode_every > 0},
                            {"--errors", !arguments.errors.empty()}});
     check_method_of_llama_cpp(method.method);
   }

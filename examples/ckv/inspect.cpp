@@ -192,7 +192,7 @@ void inspect_in_llama_cpp(const InspectArguments& arguments) {
        fmt::format("{} layers of {} query heads and {} KV heads, embedding {}, vocabulary {}", model.layers(),
                    facts.query_heads, facts.kv_heads, facts.embedding, facts.vocabulary));
   line("context", fmt::format("{} tokens", model.context()));
-  line("chat", facts.why_no_chat.empty() ? "llama.cpp's" : fmt::format("none ({})", facts.why_no_chat));
+  line("chat", facts.why_no_chat.empty() ? facts.chat : fmt::format("none ({})", facts.why_no_chat));
   line("compression",
        facts.why_not.empty() ? "yes, with equal rows in all layers" : fmt::format("no: {}", facts.why_not));
   if (facts.why_not.empty()) {

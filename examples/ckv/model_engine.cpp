@@ -27,6 +27,11 @@ std::string_view why_not_in_llama_cpp(Method method) {
 
 }  // namespace
 
+engine::PromptText ModelEngine::chat_prompt(const std::string& message) const {
+  const engine::ChatMessage user{.role = "user", .content = message};
+  return lay_out({&user, 1});
+}
+
 void check_engine(std::string_view engine) {
   if (engine == llama_cpp_engine && !has_llama_cpp()) {
     throw UsageError(

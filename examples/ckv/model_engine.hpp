@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,6 +62,19 @@ struct RunResult {
   }
 };
 
+/// What hears how an answer comes about, step by step.
+struct AnswerSteps {
+  /// Attention of the query whose logits give the step's token: probabilities over all tokens so far, of
+  /// every head of every layer.
+  std::function<void(std::size_t layer, std::size_t head, std::span<const float> row)> on_attention;
+  /// Then the token.
+  std::function<void(TokenId)> on_token;
+};
+
+struct TaskPrompt;   // tasks.hpp
+struct HoldOptions;  // evaluation.hpp
+class HeldPrompt;
+
 /// A loaded model in the engine that `--engine` names: the small one of `examples/engine/`, or llama.cpp.
 class ModelEngine {
  public:
@@ -77,12 +91,17 @@ class ModelEngine {
   /// compresskv::ArgumentError where the model's cache cannot be compressed, and says why.
   virtual compresskv::ModelShape shape(engine::KvType type) const = 0;
 
-  /// A user's message as the model's chat template lays it out, ready for the answer.
-  virtual engine::PromptText chat_prompt(const std::string& message) const = 0;
+  /// A conversation as the model's chat template lays it out, BOS included where it has one, ready for the
+  /// answer. Throws engine::Error where the model has no template, or none that is understood.
+  virtual engine::PromptText lay_out(std::span<const engine::ChatMessage> messages) const = 0;
+  /// The same for a user's one message.
+  engine::PromptText chat_prompt(const std::string& message) const;
   /// Tokens of a laid out prompt: the template's markers become control tokens, a message's never.
   virtual std::vector<TokenId> encode(const engine::PromptText& prompt) const = 0;
   /// Tokens of a text without BOS; special tokens in it are recognised where `parse_special`.
   virtual std::vector<TokenId> encode(std::string_view text, bool parse_special) const = 0;
+  /// With which a text begins; none where the vocabulary asks for none.
+  virtual std::optional<TokenId> bos() const = 0;
   /// The bytes that a token stands for, as `engine::Tokenizer::token_bytes` has them.
   virtual std::string token_bytes(TokenId id) const = 0;
 
@@ -90,6 +109,14 @@ class ModelEngine {
   /// Throws Interrupted after Ctrl-C, engine::Error and compresskv::Error as they do.
   virtual RunResult run(std::span<const TokenId> prompt, const Compression& how,
                         const RunOptions& options) const = 0;
+
+  /// Reads the prompt and answers it greedily from its whole cache; the answer's text. Throws as `run`, and
+  /// what `steps` throws as engine::Error.
+  virtual std::string answer(std::span<const TokenId> prompt, std::size_t max_new_tokens,
+                             const AnswerSteps& steps) const = 0;
+
+  /// Reads a task's prompt, which is to outlive the result. Throws as `run`.
+  virtual std::unique_ptr<HeldPrompt> hold(const TaskPrompt& prompt, const HoldOptions& options) const = 0;
 
  protected:
   ModelEngine(const ModelEngine&) = default;

@@ -48,6 +48,9 @@ void check_same(const std::filesystem::path& path, const std::string& name, cons
     for (const auto& [key, value] : here.items()) {
       check_same(path, name.empty() ? key : name + "." + key, there.value(key, Json()), value);
     }
+    for (const auto& [key, value] : there.items()) {
+      check_same(path, name.empty() ? key : name + "." + key, value, here.value(key, Json()));
+    }
   }
   throw engine::Error(fmt::format(
       "'{}' holds records of other runs: {} is {} there and {} here; give another file, or the same settings",

@@ -130,9 +130,8 @@ compresskv::ModelShape LoadedModel::shape(engine::KvType type) const {
   return shape_of(model.config(), type);
 }
 
-engine::PromptText LoadedModel::chat_prompt(const std::string& message) const {
-  const engine::ChatMessage user{.role = "user", .content = message};
-  return engine::ChatTemplate{tokenizer}.lay_out({&user, 1});
+engine::PromptText LoadedModel::lay_out(std::span<const engine::ChatMessage> messages) const {
+  return engine::ChatTemplate{tokenizer}.lay_out(messages);
 }
 
 std::vector<TokenId> LoadedModel::encode(const engine::PromptText& prompt) const {
@@ -143,9 +142,41 @@ std::vector<TokenId> LoadedModel::encode(std::string_view text, bool parse_speci
   return tokenizer.encode(text, {.add_bos = false, .parse_special = parse_special});
 }
 
+std::optional<TokenId> LoadedModel::bos() const {
+  return tokenizer.adds_bos() ? tokenizer.bos() : std::nullopt;
+}
+
 RunResult LoadedModel::run(std::span<const TokenId> prompt, const Compression& how,
                            const RunOptions& options) const {
   return ckv::run(*this, prompt, how, options);
+}
+
+std::string LoadedModel::answer(std::span<const TokenId> prompt, std::size_t max_new_tokens,
+                                const AnswerSteps& steps) const {
+  engine::Sequence sequence{model};
+  sequence.hooks().attention = [&](int layer, int head, std::span<const float> row) {
+    steps.on_attention(static_cast<std::size_t>(layer), static_cast<std::size_t>(head), row);
+  };
+  sequence.prefill(prompt);
+  std::vector<TokenId> tokens;
+  decode_greedily(*this, sequence, max_new_tokens, [&](TokenId token) {
+    steps.on_token(token);
+    tokens.push_back(token);
+  });
+  return tokenizer.decode(tokens, {.skip_special = true});
+}
+
+void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
+                     const std::function<void(TokenId)>& picked) {
+  for (std::size_t step = 0;
+       step < max_new_tokens && sequence.next_position() < loaded.model.config().context; ++step) {
+    const TokenId token = engine::greedy(sequence.logits());
+    if (loaded.tokenizer.is_end_of_generation(token)) {
+      return;
+    }
+    picked(token);
+    sequence.decode(token, sequence.next_position());
+  }
 }
 
 compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvType type) {

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -38,12 +40,16 @@ class LoadedModel final : public ModelEngine {
   std::size_t context() const override { return model.config().context; }
   int threads() const override { return model.threads(); }
   compresskv::ModelShape shape(engine::KvType type) const override;
-  engine::PromptText chat_prompt(const std::string& message) const override;
+  engine::PromptText lay_out(std::span<const engine::ChatMessage> messages) const override;
   std::vector<TokenId> encode(const engine::PromptText& prompt) const override;
   std::vector<TokenId> encode(std::string_view text, bool parse_special) const override;
+  std::optional<TokenId> bos() const override;
   std::string token_bytes(TokenId id) const override { return tokenizer.token_bytes(id); }
   RunResult run(std::span<const TokenId> prompt, const Compression& how,
                 const RunOptions& options) const override;
+  std::string answer(std::span<const TokenId> prompt, std::size_t max_new_tokens,
+                     const AnswerSteps& steps) const override;
+  std::unique_ptr<HeldPrompt> hold(const TaskPrompt& prompt, const HoldOptions& options) const override;
 
   std::filesystem::path path;
   engine::GgufFile file;
@@ -139,6 +145,10 @@ inline std::vector<TokenId> encode_prompt(const ModelEngine& loaded, const engin
 inline std::vector<TokenId> encode_prompt(const ModelEngine& loaded, std::string_view text) {
   return loaded.encode(text, true);
 }
+
+/// Greedy decoding up to the end token; `picked` hears of each token before it is fed.
+void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
+                     const std::function<void(TokenId)>& picked);
 
 /// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
 /// answer. In chunks, that is with the last one; with `working_rows` also with each before. With

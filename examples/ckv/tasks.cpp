@@ -152,8 +152,14 @@ OwnNeedle draw_needle(Draw& draw) {
   }
 }
 
-TaskPrompt single_needle(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
-  return needle_task(loaded, haystack, place);
+TaskPrompt single_needle(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 0};
+  const OwnNeedle needle = draw_needle(draw);
+  // A tenth of the text is left behind the last place to start, so that it never ends too soon.
+  NeedlePrompt prompt =
+      needle_prompt(loaded, haystack, needle.view(),
+                    {.tokens = place.length, .depth = place.depth, .start = 0.9 * draw.share()});
+  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}, .fact = prompt.needle};
 }
 
 // The tasks below ask for numbers, as RULER does: small models can tell them from the text.
@@ -172,7 +178,7 @@ std::vector<std::string> draw_towns(Draw& draw, std::size_t count) {
   return drawn;
 }
 
-TaskPrompt hidden_prompt(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place,
+TaskPrompt hidden_prompt(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place,
                          Draw& draw, std::span<const std::string> facts, std::string_view question,
                          std::vector<std::string> expect) {
   // The first lies where asked for, the others anywhere.
@@ -184,7 +190,7 @@ TaskPrompt hidden_prompt(const LoadedModel& loaded, const Haystack& haystack, co
   return {.tokens = encode_prompt(loaded, text), .expect = std::move(expect)};
 }
 
-TaskPrompt several_keys(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt several_keys(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 1};
   std::vector<std::string> facts;
   std::vector<std::string> numbers;
@@ -197,7 +203,7 @@ TaskPrompt several_keys(const LoadedModel& loaded, const Haystack& haystack, con
                        fmt::format("What is the special magic number of {}?", keys[0]), {numbers[0]});
 }
 
-TaskPrompt several_values(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt several_values(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 2};
   const std::string key = draw.word(towns);
   std::vector<std::string> facts;
@@ -210,7 +216,7 @@ TaskPrompt several_values(const LoadedModel& loaded, const Haystack& haystack, c
                        fmt::format("What are the two special magic numbers of {}?", key), numbers);
 }
 
-TaskPrompt several_queries(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt several_queries(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 3};
   std::vector<std::string> facts;
   std::vector<std::string> numbers;
@@ -225,7 +231,7 @@ TaskPrompt several_queries(const LoadedModel& loaded, const Haystack& haystack, 
       numbers);
 }
 
-TaskPrompt tracking(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt tracking(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 4};
   const std::string number = draw_number(draw);
   const std::vector<std::string> keys = draw_towns(draw, 3);
@@ -246,13 +252,12 @@ TaskPrompt tracking(const LoadedModel& loaded, const Haystack& haystack, const P
 }
 
 /// What the template writes between an answer and the next one.
-std::vector<TokenId> next_turn(const LoadedModel& loaded, const std::string& message) {
-  const engine::ChatTemplate chat{loaded.tokenizer};
+std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& message) {
   const std::array<engine::ChatMessage, 3> messages = {{{.role = "user", .content = "?"},
                                                         {.role = "assistant", .content = "!"},
                                                         {.role = "user", .content = message}}};
-  const std::string asked = chat.render(std::span(messages).first(1));
-  const engine::PromptText all = chat.lay_out(messages);
+  const std::string asked = loaded.lay_out(std::span(messages).first(1)).text();
+  const engine::PromptText all = loaded.lay_out(messages);
   // Some templates write an answer with a blank before it.
   const std::size_t answer = all.text().find('!', asked.size());
   const bool goes_on = all.text().starts_with(asked) && answer != std::string::npos &&
@@ -266,7 +271,7 @@ std::vector<TokenId> next_turn(const LoadedModel& loaded, const std::string& mes
   return encode_prompt(loaded, all.substr(answer + 1));
 }
 
-TaskPrompt two_turns(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 5};
   const std::vector<std::string> keys = draw_towns(draw, 2);
   const std::array<std::string, 2> numbers = {draw_number(draw), draw_number(draw)};
@@ -286,7 +291,7 @@ TaskPrompt two_turns(const LoadedModel& loaded, const Haystack& haystack, const 
 }
 
 /// A stretch of the text itself, and what follows it.
-TaskPrompt plain_text(const LoadedModel& loaded, const Haystack& haystack, const PromptPlace& place) {
+TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   constexpr std::size_t continuation = 64;
   Draw draw{place, 6};
   const auto sentences = haystack.sentences();
@@ -297,7 +302,10 @@ TaskPrompt plain_text(const LoadedModel& loaded, const Haystack& haystack, const
     text += text.empty() ? "" : " ";
     text += sentences[i];
   }
-  std::vector<TokenId> tokens = loaded.tokenizer.encode(text, {.add_bos = true, .parse_special = false});
+  std::vector<TokenId> tokens = loaded.encode(text, false);
+  if (const auto bos = loaded.bos()) {
+    tokens.insert(tokens.begin(), *bos);
+  }
   if (tokens.size() < place.length + continuation) {
     throw engine::Error(fmt::format(
         "the haystack ends after {} tokens, {} are needed: give a longer text or a shorter length",
@@ -314,7 +322,7 @@ TaskPrompt plain_text(const LoadedModel& loaded, const Haystack& haystack, const
 struct TaskInfo {
   std::string_view name;
   std::string_view summary;
-  TaskPrompt (*prompt)(const LoadedModel&, const Haystack&, const PromptPlace&);
+  TaskPrompt (*prompt)(const ModelEngine&, const Haystack&, const PromptPlace&);
   Measure measure = Measure::none;
 };
 
@@ -332,16 +340,6 @@ constexpr std::array<TaskInfo, 8> tasks = {{
 }};
 
 }  // namespace
-
-TaskPrompt needle_task(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
-  Draw draw{place, 0};
-  const OwnNeedle needle = draw_needle(draw);
-  // A tenth of the text is left behind the last place to start, so that it never ends too soon.
-  NeedlePrompt prompt =
-      needle_prompt(loaded, haystack, needle.view(),
-                    {.tokens = place.length, .depth = place.depth, .start = 0.9 * draw.share()});
-  return {.tokens = std::move(prompt.tokens), .expect = {needle.expect}, .fact = prompt.needle};
-}
 
 std::vector<std::string> task_names() {
   std::vector<std::string> names;
@@ -365,11 +363,13 @@ Measure measure_of(std::string_view name) {
   return found == tasks.end() ? Measure::none : found->measure;
 }
 
-TaskPrompt task_prompt(std::string_view name, const LoadedModel& loaded, const Haystack& haystack,
+TaskPrompt task_prompt(std::string_view name, const ModelEngine& loaded, const Haystack& haystack,
                        const PromptPlace& place) {
   for (const TaskInfo& task : tasks) {
     if (task.name == name) {
-      return task.prompt(loaded, haystack, place);
+      TaskPrompt prompt = task.prompt(loaded, haystack, place);
+      prompt.measure = task.measure;
+      return prompt;
     }
   }
   throw engine::Error(fmt::format("there is no task '{}': {}", name, task_help()));

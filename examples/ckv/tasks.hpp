@@ -20,6 +20,9 @@ struct PromptPlace {
   double depth = 0.5;
 };
 
+/// Where a task measures: what.
+enum class Measure { none, perplexity, attention_error };
+
 struct TaskPrompt {
   std::vector<TokenId> tokens;
   std::vector<std::string> expect;             ///< a right answer holds all of these
@@ -28,6 +31,7 @@ struct TaskPrompt {
   std::vector<TokenId> next_turn = {};
   /// What the text goes on with, where a task measures instead of asking. Empty: it asks.
   std::vector<TokenId> continuation = {};
+  Measure measure = Measure::none;
 };
 
 /// Names of the tasks.
@@ -36,15 +40,11 @@ std::vector<std::string> task_names();
 /// What each task asks, a line each.
 std::string task_help();
 
-/// Where a task measures: what.
-enum class Measure { none, perplexity, attention_error };
+/// `none` where it asks, or is no task.
 Measure measure_of(std::string_view task);
 
-/// The task `needle`, of a model in any engine. Throws as `task_prompt`.
-TaskPrompt needle_task(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place);
-
 /// Throws engine::Error for a task of another name, and where the haystack or the length is too short.
-TaskPrompt task_prompt(std::string_view task, const LoadedModel& loaded, const Haystack& haystack,
+TaskPrompt task_prompt(std::string_view task, const ModelEngine& loaded, const Haystack& haystack,
                        const PromptPlace& place);
 
 }  // namespace ckv

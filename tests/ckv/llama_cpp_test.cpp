@@ -4,19 +4,28 @@
 #include <llama.h>
 
 #include <algorithm>
+#include <cmath>
+#include <compresskv/calibrate/head_score_accumulator.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <iterator>
+#include <map>
 #include <memory>
+#include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
-#include "ckv/llama_cpp/load.hpp"
+#include "ckv/calibration.hpp"
+#include "ckv/calibration_results.hpp"
+#include "ckv/evaluation.hpp"
 #include "ckv/model_engine.hpp"
+#include "ckv/tasks.hpp"
 #include "model_fixture.hpp"
 #include "runs.hpp"
 #include "tool.hpp"
@@ -35,7 +44,7 @@ class PlainWeights : public Needles {
     if (IsSkipped()) {
       return;
     }
-    const std::string plain = folder_.path("plain.gguf").string();
+    const std::string plain = plain_path();
     llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.ftype = LLAMA_FTYPE_ALL_F32;
@@ -45,6 +54,8 @@ class PlainWeights : public Needles {
     // One thread: those of libllama wait by spinning, and get nowhere where the processors are shared.
     llama_ = ckv::load_engine(ckv::llama_cpp_engine, plain, 1);
   }
+
+  std::string plain_path() const { return folder_.path("plain.gguf").string(); }
 
   Folder folder_;
   std::unique_ptr<ckv::ModelEngine> small_;
@@ -98,28 +109,172 @@ TEST_F(PlainWeights, KeepsTheSamePositionsAndAnswersAlike) {
   }
 }
 
+TEST_F(PlainWeights, CompressesAgainWhileTheAnswerGrowsAsTheSmallEngineDoes) {
+  const ckv::NeedlePrompt prompt = ckv::needle_prompt(*small_, *haystack_, evaluation_needles[1],
+                                                      {.tokens = 150, .depth = 0.5, .start = 0.3});
+  const ckv::Compression how{.method = ckv::Method::snapkv,
+                             .budget = compresskv::Budget::tokens_per_layer(60)};
+  const auto trace = [&](const ckv::ModelEngine& model) {
+    std::vector<std::vector<float>> logits;
+    const ckv::RunResult result =
+        model.run(prompt.tokens, how,
+                  {.decode_every = 4, .max_new_tokens = 18, .on_logits = [&](std::span<const float> step) {
+                     logits.emplace_back(step.begin(), step.end());
+                   }});
+    EXPECT_EQ(result.rows_peak, 60U + std::min<std::size_t>(4, result.decode_steps)) << model.engine_name();
+    return std::pair{result.tokens, logits};
+  };
+  const auto [own, own_logits] = trace(*small_);
+  const auto [other, other_logits] = trace(*llama_);
+  ASSERT_GT(own.size(), 5U);
+  EXPECT_EQ(own, other);
+  double most = 0.0;
+  for (std::size_t step = 0; step < std::min(own_logits.size(), other_logits.size()); ++step) {
+    for (std::size_t i = 0; i < own_logits[step].size(); ++i) {
+      most = std::max(most, std::abs(static_cast<double>(own_logits[step][i] - other_logits[step][i])));
+    }
+  }
+  std::printf("  %zu tokens, logits differ by %.4f at most\n", own.size(), most);
+  EXPECT_LT(most, 0.1);
+}
+
+TEST_F(PlainWeights, FindsTheHeadsThatTheSmallEngineFinds) {
+  ckv::CalibrationSettings settings;
+  settings.needles = {
+      {.fact = "The lighthouse at Pellam Point was painted green by a dentist named Oswald.",
+       .question = "Who painted the lighthouse at Pellam Point green?"},
+      {.fact = "The secret ingredient in Marta's famous soup is a spoonful of roasted barley.",
+       .question = "What is the secret ingredient in Marta's famous soup?"}};
+  settings.max_new_tokens = 30;
+  const auto runs = [&](std::string_view engine) {
+    settings.engine = engine;
+    const ckv::PromptCalibration calibration{settings, plain_path(), 1};
+    std::vector<Json> records;
+    for (const std::size_t length : {120U, 250U}) {
+      for (std::size_t needle = 0; needle < settings.needles.size(); ++needle) {
+        records.push_back(calibration.score_heads(
+            {.run = records.size(), .needle = needle, .length = length, .depth = 0.5}));
+      }
+    }
+    return records;
+  };
+  const std::vector<Json> own = runs(ckv::small_engine);
+  const std::vector<Json> other = runs(ckv::llama_cpp_engine);
+  compresskv::calibrate::HeadScoreAccumulator own_scores{30, 9};
+  compresskv::calibrate::HeadScoreAccumulator other_scores{30, 9};
+  double most = 0.0;
+  for (std::size_t run = 0; run < own.size(); ++run) {
+    EXPECT_EQ(own[run].at("answer"), other[run].at("answer"));
+    EXPECT_EQ(own[run].at("tokens"), other[run].at("tokens"));
+    ASSERT_EQ(own[run].at("counted"), true) << own[run].at("answer");
+    for (const char* kind : {"once_per_occurrence", "once_per_step", "classic"}) {
+      const auto a = own[run].at(kind).get<std::vector<double>>();
+      const auto b = other[run].at(kind).get<std::vector<double>>();
+      ASSERT_EQ(a.size(), b.size());
+      const double largest = *std::ranges::max_element(a);
+      ASSERT_GT(largest, 0.0);
+      for (std::size_t head = 0; head < a.size(); ++head) {
+        most = std::max(most, std::abs(a[head] - b[head]) / largest);
+      }
+    }
+    const auto take = [&](auto& scores, const Json& record) {
+      scores.add_run({.run = run,
+                      .counted = true,
+                      .once_per_occurrence = record.at("once_per_occurrence"),
+                      .once_per_step = record.at("once_per_step"),
+                      .classic = record.at("classic")});
+    };
+    take(own_scores, own[run]);
+    take(other_scores, other[run]);
+  }
+  const compresskv::HeadScores a = own_scores.scores();
+  const compresskv::HeadScores b = other_scores.scores();
+  std::printf(
+      "  scores differ by %.2g of the largest at most; top 4 a layer the same %.4f, rank correlation "
+      "%.6f\n",
+      most, ckv::top_overlap(a.ranking(), b.ranking(), 4), ckv::rank_correlation(a, b));
+  EXPECT_LT(most, 1e-3);
+  EXPECT_EQ(ckv::top_overlap(a.ranking(), b.ranking(), 4), 1.0);
+  EXPECT_GT(ckv::rank_correlation(a, b), 0.9999);
+}
+
+TEST_F(PlainWeights, TasksAskAndMeasureAsInTheSmallEngine) {
+  const ckv::Compression full{.method = ckv::Method::full};
+  const ckv::Compression snapkv{.method = ckv::Method::snapkv,
+                                .budget = compresskv::Budget::tokens_per_layer(60)};
+  const std::vector<const ckv::Compression*> ways{&full, &snapkv};
+  for (const std::string& task : ckv::task_names()) {
+    const ckv::PromptPlace place{.seed = 3, .length = 250, .index = 1, .depth = 0.4};
+    const ckv::TaskPrompt own = ckv::task_prompt(task, *small_, *haystack_, place);
+    const ckv::TaskPrompt other = ckv::task_prompt(task, *llama_, *haystack_, place);
+    EXPECT_EQ(own.tokens, other.tokens) << task;
+    EXPECT_EQ(own.next_turn, other.next_turn) << task;
+    EXPECT_EQ(own.next_turn.empty(), task != "turns");
+    EXPECT_EQ(own.continuation, other.continuation) << task;
+    EXPECT_EQ(own.measure, other.measure) << task;
+    if (task != "tracking" && task != "turns" && task != "perplexity") {
+      continue;  // the others differ from `tracking` in what is asked alone
+    }
+    const auto outcomes = [&](const ckv::ModelEngine& model) {
+      const auto held = model.hold(own, {.max_new_tokens = 10});
+      return held->outcomes(ways, [](double, std::string_view) {});
+    };
+    const std::vector<ckv::Outcome> a = outcomes(*small_);
+    const std::vector<ckv::Outcome> b = outcomes(*llama_);
+    ASSERT_EQ(b.size(), ways.size());
+    for (std::size_t i = 0; i < ways.size(); ++i) {
+      EXPECT_EQ(a[i].rows, b[i].rows) << task;
+      EXPECT_EQ(a[i].rows, 90U * (i == 0 ? own.tokens.size() : 60U)) << task;
+      EXPECT_EQ(a[i].answer, b[i].answer) << task;
+      ASSERT_EQ(a[i].perplexity.has_value(), task == "perplexity");
+      ASSERT_EQ(b[i].perplexity.has_value(), task == "perplexity");
+      if (a[i].perplexity) {
+        std::printf("  perplexity %.6f in the small engine, %.6f in llama.cpp\n", *a[i].perplexity,
+                    *b[i].perplexity);
+        EXPECT_NEAR(*b[i].perplexity / *a[i].perplexity, 1.0, i == 0 ? 1e-3 : 1e-2);
+      } else {
+        EXPECT_FALSE(b[i].answer.empty()) << task;
+      }
+    }
+    EXPECT_TRUE(task != "perplexity" || *b[0].perplexity != *b[1].perplexity);
+  }
+}
+
 class LlamaCppNeedles : public Needles {};
 
 TEST_F(LlamaCppNeedles, CopiesOfOnePromptAnswerAsRunsOfTheirOwn) {
   const auto llama = ckv::load_engine(ckv::llama_cpp_engine, model_path(), 1);
   const ckv::NeedlePrompt prompt = ckv::needle_prompt(*llama, *haystack_, evaluation_needles[0],
                                                       {.tokens = 200, .depth = 0.5, .start = 0.1});
-  const auto never = [](const std::string&) { return false; };
-  const auto read = ckv::read_in_llama_cpp(*llama, prompt.tokens,
-                                           {.window = 16, .max_new_tokens = 8, .progress = [](double) {}});
+  const ckv::TaskPrompt task{.tokens = prompt.tokens, .expect = {"what no answer holds"}};
+  const auto held = llama->hold(task, {.window = 16, .max_new_tokens = 8});
   const ckv::RunOptions options{.max_new_tokens = 8};
+  std::vector<ckv::Compression> ways;
+  for (const ckv::Method method :
+       {ckv::Method::full, ckv::Method::compresskv, ckv::Method::snapkv, ckv::Method::tova}) {
+    ways.push_back({.method = method,
+                    .budget = compresskv::Budget::kept_ratio(0.2),
+                    .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))});
+  }
+  std::vector<const ckv::Compression*> twice;
   for (int round = 0; round < 2; ++round) {
-    const ckv::Compression full{.method = ckv::Method::full};
-    EXPECT_EQ(read->answer(full, never).text, llama->run(prompt.tokens, full, options).answer);
-    for (const ckv::Method method : {ckv::Method::compresskv, ckv::Method::snapkv, ckv::Method::tova}) {
-      const ckv::Compression how{.method = method,
-                                 .budget = compresskv::Budget::kept_ratio(0.2),
-                                 .heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"))};
-      const auto copy = read->answer(how, never);
-      const ckv::RunResult alone = llama->run(prompt.tokens, how, options);
-      EXPECT_EQ(copy.kept, alone.kept) << ckv::info(method).name;
-      EXPECT_EQ(copy.text, alone.answer) << ckv::info(method).name;
-      EXPECT_GT(copy.compress_ms, 0.0);
+    for (const ckv::Compression& how : ways) {
+      twice.push_back(&how);
+    }
+  }
+  const std::vector<ckv::Outcome> copies = held->outcomes(twice, [](double, std::string_view) {});
+  ASSERT_EQ(copies.size(), twice.size());
+  for (std::size_t i = 0; i < ways.size(); ++i) {
+    const ckv::RunResult alone = llama->run(prompt.tokens, ways[i], options);
+    const bool compresses = ways[i].method != ckv::Method::full;
+    ckv::Outcome counted;
+    ckv::count_kept(alone.kept, prompt.tokens.size(), llama->shape(options.kv_type), counted);
+    for (const ckv::Outcome& copy : {copies[i], copies[i + ways.size()]}) {
+      EXPECT_EQ(copy.answer, alone.answer) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.rows, counted.rows) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.kept.empty(), !compresses);
+      EXPECT_TRUE(!compresses || copy.kept == counted.kept) << ckv::info(ways[i].method).name;
+      EXPECT_EQ(copy.compress_ms > 0.0, compresses);
     }
   }
 }
@@ -189,6 +344,138 @@ TEST_F(LlamaCppTool, CutsTextAsTheSmallEngineDoes) {
   };
   EXPECT_EQ(count(honest), count(forged));
   EXPECT_EQ(small.encode(honest), llama->encode(honest));
+  // The model's own template, with what it adds by itself.
+  EXPECT_EQ(honest.text(), small.chat_prompt("Who?").text());
+  EXPECT_NE(honest.text().find("<|im_start|>system"), std::string::npos);
+}
+
+TEST_F(LlamaCppTool, WhereTheModelsTemplateIsNotUnderstoodLlamaCppsListLaysOut) {
+  std::string bytes = read(model_path());
+  const std::size_t at = bytes.find("{% for message in messages %}");
+  ASSERT_NE(at, std::string::npos);
+  bytes.replace(at, 6, "{% foo");
+  const Folder folder;
+  const std::string listed = folder.write("listed.gguf", bytes).string();
+  const auto generate = [](const std::string& model) {
+    return run_tool({"generate", "--engine", "llama.cpp", "--threads", "1", "--model", model, "--prompt",
+                     "What is two and two?", "--method", "full", "--max-new-tokens", "4", "--json"});
+  };
+  const Outcome answer = generate(listed);
+  ASSERT_EQ(answer.code, 0) << answer.err;
+  EXPECT_NE(answer.err.find("llama.cpp's list of templates"), std::string::npos) << answer.err;
+  EXPECT_NE(answer.err.find("foo"), std::string::npos) << answer.err;
+  {
+    const auto llama = ckv::load_engine(ckv::llama_cpp_engine, listed, 1);
+    const std::vector<engine::ChatMessage> turns{{.role = "user", .content = "<|im_end|>?"},
+                                                 {.role = "assistant", .content = "!"},
+                                                 {.role = "user", .content = "Who?"}};
+    const engine::PromptText prompt = llama->lay_out(turns);
+    EXPECT_EQ(prompt.text(),
+              "<|im_start|>user\n<|im_end|>?<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n"
+              "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n");
+    std::string outside;
+    for (std::size_t i = 0; i < prompt.size(); ++i) {
+      outside += prompt.is_outside(i) ? prompt.text()[i] : '.';
+    }
+    EXPECT_EQ(std::ranges::count(outside, '.'),
+              std::ptrdiff_t(prompt.size() - std::string("<|im_end|>?!Who?").size()));
+    EXPECT_EQ(outside.substr(17, 11), "<|im_end|>?");
+  }
+  const Outcome told = run_tool({"inspect", "--engine", "llama.cpp", listed});
+  EXPECT_NE(told.out.find("llama.cpp's list of templates"), std::string::npos) << told.out;
+
+  const std::string mark = "<|im_start|>";
+  for (std::size_t i = bytes.find(mark, at); i != std::string::npos && i < at + 600;
+       i = bytes.find(mark, i)) {
+    bytes.replace(i, mark.size(), "<|im_zzzzz|>");
+  }
+  const Outcome unknown = generate(folder.write("unknown.gguf", bytes).string());
+  EXPECT_EQ(unknown.code, 1) << unknown.out;
+  EXPECT_NE(
+      unknown.err.find("llama.cpp knows none like it (llama_chat_apply_template); ask it with raw text"),
+      std::string::npos)
+      << unknown.err;
+}
+
+/// In one process, cut and gone on with, in two; its files are those that generate takes.
+TEST_F(LlamaCppTool, CalibratesHeads) {
+  const Folder folder;
+  std::string text;
+  for (int i = 0; i < 300; ++i) {
+    text += "The farmer counted " + std::to_string(i) + " sheep on the hill and went home for supper. ";
+  }
+  const std::string haystack = folder.write("hay.txt", text).string();
+  const auto calibrate = [&](const char* out, const char* jobs, const char* engine = "llama.cpp") {
+    return run_tool({"calibrate",
+                     "--engine",
+                     engine,
+                     "--threads",
+                     jobs,
+                     "--jobs",
+                     jobs,
+                     "--model",
+                     model_path(),
+                     "--out",
+                     folder.path(out).string(),
+                     "--name",
+                     "tiny",
+                     "--lengths",
+                     "120",
+                     "--depths",
+                     "1",
+                     "--needles",
+                     "2",
+                     "--haystack",
+                     haystack,
+                     "--max-new-tokens",
+                     "20"});
+  };
+  const auto files_of = [&](const char* out) {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : std::filesystem::directory_iterator{folder.path(out)}) {
+      files[entry.path().filename().string()] = read(entry.path());
+    }
+    return files;
+  };
+  std::filesystem::create_directory(folder.path("models"));
+  const Outcome whole = calibrate("models/tiny", "1");
+  ASSERT_EQ(whole.code, 0) << whole.err;
+  EXPECT_EQ(whole.out.find("layer_score"), std::string::npos) << whole.out;
+  EXPECT_EQ(whole.out.find("what evicting costs"), std::string::npos) << whole.out;
+  const auto expected = files_of("models/tiny");
+  std::vector<std::string> names;
+  for (const auto& [name, bytes] : expected) {
+    names.push_back(name);
+  }
+  EXPECT_EQ(names, (std::vector<std::string>{"calibration.json", "records.jsonl", "tiny_classic_scores.json",
+                                             "tiny_head_idx.json", "tiny_head_scores.json"}));
+  const Json told = Json::parse(expected.at("calibration.json"));
+  EXPECT_EQ(told.at("engine"), "llama.cpp");
+  EXPECT_EQ(told.at("runs").at(1).at("counted"), true) << told.at("runs");
+
+  const std::string& records = expected.at("records.jsonl");
+  std::filesystem::create_directory(folder.path("torn"));
+  folder.write("torn/records.jsonl", records.substr(0, records.find("\"run\":1") + 30));
+  const Outcome resumed = calibrate("torn", "1");
+  EXPECT_EQ(resumed.err, "ckv: going on: 1 of 2 prompts are done for the heads\n");
+  EXPECT_EQ(files_of("torn"), expected);
+  EXPECT_EQ(calibrate("shared", "2").err, "");
+  EXPECT_EQ(files_of("shared"), expected);
+
+  const Outcome other = calibrate("torn", "1", "small");
+  EXPECT_EQ(other.code, 1);
+  EXPECT_NE(other.err.find("settings.engine is \"llama.cpp\" there and null here"), std::string::npos)
+      << other.err;
+
+  for (const char* engine : {"llama.cpp", "small"}) {
+    for (const char* method : {"compresskv", "model-wide"}) {
+      const Outcome answer =
+          run_tool({"generate", "--engine", engine, "--threads", "1", "--model", model_path(), "--prompt",
+                    text.substr(0, 600), "--rows", "40", "--method", method, "--models-dir",
+                    folder.path("models").string(), "--max-new-tokens", "2", "--json"});
+      EXPECT_EQ(answer.code, 0) << engine << method << answer.err;
+    }
+  }
 }
 
 TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
@@ -304,7 +591,6 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
   const std::string with = " does not go with --engine llama.cpp";
   refused({"--method", "snapkv", "--prefill-chunk", "64"}, "--prefill-chunk" + with);
   refused({"--method", "snapkv", "--prefill-chunk", "64", "--working-rows", "64"}, "--prefill-chunk" + with);
-  refused({"--method", "snapkv", "--decode-every", "8"}, "--decode-every" + with);
   refused({"--method", "snapkv", "--errors", errors}, "--errors" + with);
   for (const std::string method : {"pyramidkv", "cake", "adakv", "compresskv-adaptive", "h2o"}) {
     refused({"--method", method}, "--method " + method + with);
@@ -319,11 +605,26 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
     all.insert(all.end(), more.begin(), more.end());
     expect_usage_error(all, message);
   };
-  evaluate_refused({"--tasks", "needle,perplexity"}, "--tasks perplexity" + with);
+  const std::string small = ", which does not show ";
+  evaluate_refused({"--tasks", "needle,error"},
+                   "--tasks error" + with + small + "a layer's attention output");
   evaluate_refused({"--errors", errors}, "--errors" + with);
   evaluate_refused({"--methods", "snapkv,h2o"}, "--method h2o" + with);
-  expect_usage_error({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
-                     "calibrate" + with);
+  for (const Arguments& more : std::vector<Arguments>{{"--texts", "1"},
+                                                      {"--error-rows", "64"},
+                                                      {"--curves"},
+                                                      {"--window", "8"},
+                                                      {"--heads-per-layer", "4"},
+                                                      {"--pool", "max"},
+                                                      {"--ablate", "2"}}) {
+    Arguments all{"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records};
+    all.insert(all.end(), more.begin(), more.end());
+    const std::string what = more.front() == "--ablate" ? "a model without some of its heads (masks)"
+                                                        : "what a layer loses by eviction (layer errors)";
+    expect_usage_error(all, more.front() + with + small + what + ": drop it, or take --engine small");
+  }
+  expect_failure({"calibrate", "--engine", "llama.cpp", "--model", model, "--out", records},
+                 "libllama cannot load it");
   expect_usage_error({"generate", "--engine", "vllm", "--model", model, "--prompt", "x", "--method", "full"},
                      "llama.cpp");
   expect_failure({"generate", "--engine", "llama.cpp", "--model", model, "--prompt", "x", "--method", "full"},

@@ -11,10 +11,4 @@ std::unique_ptr<ModelEngine> load_llama_cpp(const std::filesystem::path& /*path*
 
 LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) { return {.model = load_llama_cpp(path, 0)}; }
 
-std::unique_ptr<LlamaPrompt> read_in_llama_cpp(const ModelEngine& /*model*/,
-                                               std::span<const TokenId> /*prompt*/,
-                                               const ReadOptions& /*options*/) {
-  throw engine::Error("this ckv was built without libllama");
-}
-
 }  // namespace ckv

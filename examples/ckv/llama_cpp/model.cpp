@@ -12,6 +12,7 @@
 #include "../compress.hpp"
 #include "../run.hpp"
 #include "../terminal.hpp"
+#include "attention.hpp"
 #include "engine/error.hpp"
 #include "engine/utf8.hpp"
 #include "load.hpp"
@@ -75,16 +76,6 @@ void check_decoded(std::int32_t status, std::string_view what) {
   }
 }
 
-void check_length(std::size_t tokens, std::size_t context) {
-  if (tokens == 0) {
-    throw engine::Error("the prompt has no tokens: give a text");
-  }
-  if (tokens > context) {
-    throw engine::Error(fmt::format("the prompt has {} tokens, but the model's context holds {}; shorten it",
-                                    tokens, context));
-  }
-}
-
 std::string trimmed(const std::string& text) {
   constexpr std::string_view white = " \t\r\n";
   const std::size_t first = text.find_first_not_of(white);
@@ -102,6 +93,30 @@ LlamaModel::LlamaModel(const std::filesystem::path& path, int threads)
     throw engine::Error(
         fmt::format("{}: libllama cannot load it; give a GGUF file of a model that llama.cpp runs", path_));
   }
+  if (const char* jinja = llama_model_chat_template(get(), nullptr)) {
+    const auto text = [&](llama_token id) {
+      return std::string(id == LLAMA_TOKEN_NULL ? "" : llama_vocab_get_text(vocabulary(), id));
+    };
+    try {
+      template_.emplace(jinja, text(llama_vocab_bos(vocabulary())), text(llama_vocab_eos(vocabulary())));
+      // What it does not have is found where it gets there.
+      const engine::ChatMessage user{.role = "user", .content = "?"};
+      template_->lay_out({&user, 1});
+    } catch (const engine::Error& error) {
+      template_.reset();
+      why_not_own_template_ = error.what();
+    }
+  }
+}
+
+void LlamaModel::check_length(std::size_t tokens) const {
+  if (tokens == 0) {
+    throw engine::Error("the prompt has no tokens: give a text");
+  }
+  if (tokens > context()) {
+    throw engine::Error(fmt::format("the prompt has {} tokens, but the model's context holds {}; shorten it",
+                                    tokens, context()));
+  }
 }
 
 std::size_t LlamaModel::layers() const {
@@ -114,31 +129,66 @@ compresskv::ModelShape LlamaModel::shape(engine::KvType type) const {
   return compresskv::llama_cpp::model_shape(get(), ggml_type_of(type), ggml_type_of(type));
 }
 
-engine::PromptText LlamaModel::chat_prompt(const std::string& message) const {
+engine::PromptText LlamaModel::lay_out(std::span<const engine::ChatMessage> messages) const {
+  if (template_) {
+    return template_->lay_out(messages);
+  }
+  engine::PromptText prompt = lay_out_by_list(messages);
+  if (!std::exchange(said_, true)) {
+    complain(fmt::format(
+        "the chat is laid out by llama.cpp's list of templates, as the model's own is not understood: {}",
+        why_not_own_template_));
+  }
+  return prompt;
+}
+
+engine::PromptText LlamaModel::lay_out_by_list(std::span<const engine::ChatMessage> messages) const {
   const char* chat = llama_model_chat_template(get(), nullptr);
   if (chat == nullptr) {
     throw engine::Error("the model has no chat template (tokenizer.chat_template); ask it with raw text");
   }
-  // Laid out with a word in the message's place, so that it is known which bytes are the template's.
-  const std::string word = "message-of-ckv";
-  const std::string padded = " " + word + " ";
-  const llama_chat_message user{.role = "user", .content = padded.c_str()};
-  std::string text(1 << 16, '\0');
-  const std::int32_t size =
-      llama_chat_apply_template(chat, &user, 1, true, text.data(), static_cast<std::int32_t>(text.size()));
-  text.resize(static_cast<std::size_t>(std::clamp(size, 0, 1 << 16)));
-  const bool trims = text.find(padded) == std::string::npos;
-  const std::string& place = trims ? word : padded;
-  const std::size_t at = text.find(place);
-  if (at == std::string::npos) {
-    throw engine::Error(
-        "llama.cpp knows no chat template like the model's (llama_chat_apply_template); ask it with raw "
-        "text");
+  // Laid out with words in the messages' places, so that it is known which bytes are the template's.
+  std::vector<std::string> words;
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    words.push_back(fmt::format(" message-{}-of-ckv ", i));
   }
-  engine::PromptText prompt{std::string_view(text).substr(0, at), false};
-  prompt.append({trims ? trimmed(message) : message, true});
-  prompt.append({std::string_view(text).substr(at + place.size()), false});
+  std::vector<llama_chat_message> placed;
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    placed.push_back({.role = messages[i].role.c_str(), .content = words[i].c_str()});
+  }
+  constexpr std::int32_t most = 1 << 16;
+  std::string text(most, '\0');
+  const std::int32_t size =
+      llama_chat_apply_template(chat, placed.data(), placed.size(), true, text.data(), most);
+  text.resize(static_cast<std::size_t>(std::clamp(size, 0, most)));
+  engine::PromptText prompt;
+  // The templates of the list leave BOS to who cuts the text into tokens.
+  if (const auto begin = bos(); begin && !text.starts_with(piece(*begin, true))) {
+    prompt.append({piece(*begin, true), false});
+  }
+  std::size_t done = 0;
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const bool trims = text.find(words[i], done) == std::string::npos;
+    const std::string place = trims ? trimmed(words[i]) : words[i];
+    const std::size_t at = text.find(place, done);
+    if (at == std::string::npos) {
+      throw engine::Error(
+          fmt::format("the model's chat template is not understood ({}), and llama.cpp knows none like it "
+                      "(llama_chat_apply_template); ask it with raw text",
+                      why_not_own_template_));
+    }
+    prompt.append({std::string_view(text).substr(done, at - done), false});
+    prompt.append({trims ? trimmed(messages[i].content) : messages[i].content, true});
+    done = at + place.size();
+  }
+  prompt.append({std::string_view(text).substr(done), false});
   return prompt;
+}
+
+std::optional<TokenId> LlamaModel::bos() const {
+  const llama_token id = llama_vocab_bos(vocabulary());
+  return llama_vocab_get_add_bos(vocabulary()) && id != LLAMA_TOKEN_NULL ? std::optional<TokenId>(id)
+                                                                         : std::nullopt;
 }
 
 std::vector<TokenId> LlamaModel::encode(std::string_view text, bool parse_special) const {
@@ -173,11 +223,6 @@ std::vector<TokenId> LlamaModel::encode(const engine::PromptText& prompt) const 
       tokens.insert(tokens.end(), some.begin(), some.end());
     }
   }
-  const llama_token bos = llama_vocab_bos(vocabulary());
-  if (llama_vocab_get_add_bos(vocabulary()) && bos != LLAMA_TOKEN_NULL &&
-      (tokens.empty() || tokens.front() != bos)) {
-    tokens.insert(tokens.begin(), bos);
-  }
   return tokens;
 }
 
@@ -210,6 +255,9 @@ LlamaContext LlamaModel::make_context(const ContextOptions& options) const {
   params.abort_callback = &wants_end;
   if (options.observer != nullptr) {
     options.observer->attach(params);
+  }
+  if (options.attention != nullptr) {
+    options.attention->attach(params);
   }
   LlamaContext context{llama_init_from_model(get(), params)};
   if (!context) {
@@ -272,7 +320,7 @@ std::string LlamaText::finish() { return std::exchange(waiting_, {}); }
 
 RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& how,
                           const RunOptions& options) const {
-  check_length(prompt.size(), context());
+  check_length(prompt.size());
   RunResult result;
   const auto progress = [&](std::size_t tokens) {
     if (options.on_layer) {
@@ -282,8 +330,11 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
   // What observes outlives the contexts that it observes.
   std::optional<Observer> observer;
   LlamaContext context;
+  engine::PoolExecutor pool = executor();
+  std::optional<Sequence> sequence;  // none: the full cache
   std::vector<float> first_logits;
   std::size_t rows = prompt.size();
+  const std::size_t every = how.method == Method::full ? 0 : options.decode_every;
   if (how.method == Method::full) {
     context = make_context({.type = options.kv_type, .cells = prompt.size() + options.max_new_tokens});
     const auto start = Clock::now();
@@ -309,14 +360,17 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     const std::span<const float> logits = this->logits(reading.get());
     first_logits.assign(logits.begin(), logits.end());
     const auto began = Clock::now();
-    engine::PoolExecutor pool = executor();
-    Sequence sequence(plan, *observer, {.context = reading.get()}, pool);
-    rows = std::min(how.budget->resolve(prompt.size(), how.window, shape), prompt.size());
-    // Decoding needs room for what is kept alone.
-    context = make_context({.type = options.kv_type, .cells = rows + options.max_new_tokens, .batch = 32});
-    sequence.compress_into({.context = context.get()});
+    sequence.emplace(plan, *observer, compresskv::llama_cpp::Place{.context = reading.get()}, pool);
+    // Decoding needs room for what is kept alone; a share of a longer sequence is more rows.
+    const std::size_t most = prompt.size() + (every > 0 ? options.max_new_tokens : 0);
+    rows = std::min(how.budget->resolve(most, how.window, shape), most);
+    context = make_context({.type = options.kv_type,
+                            .cells = rows + (every > 0 ? every : options.max_new_tokens),
+                            .batch = 32,
+                            .observer = every > 0 ? &*observer : nullptr});
+    sequence->compress_into({.context = context.get()});
     const std::uint64_t token_bytes = shape.layers * shape.kv_heads * shape.kv_row_bytes;
-    result.kept = kept_by(sequence);
+    result.kept = kept_by(*sequence);
     rows = result.kept.front().front().size();
     result.kv_bytes_full = token_bytes * prompt.size();
     result.kv_bytes_kept = token_bytes * rows;
@@ -350,10 +404,15 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     if (result.tokens.size() == options.max_new_tokens || position == this->context()) {
       break;
     }
-    logits = decode(context.get(), token);
+    logits = decode(context.get(), token, every > 0 ? &*observer : nullptr);
     ++position;
     ++result.decode_steps;
-    result.rows_peak = rows + result.decode_steps;
+    result.rows_peak = std::max(result.rows_peak, ++rows);
+    if (every > 0 && result.decode_steps % every == 0) {
+      const auto began = Clock::now();
+      rows = sequence->compress().rows_after;
+      result.compress_ms += milliseconds_since(began);
+    }
   }
   result.decode_ms = milliseconds_since(start);
   say(text.finish());
@@ -387,6 +446,8 @@ LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) {
                    .vocabulary = count(llama_vocab_n_tokens(loaded->vocabulary()))};
   try {
     loaded->chat_prompt("x");
+    facts.chat =
+        loaded->why_not_own_template().empty() ? "the model's own template" : "llama.cpp's list of templates";
   } catch (const engine::Error& error) {
     facts.why_no_chat = error.what();
   }

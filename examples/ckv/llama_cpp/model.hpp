@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../model_engine.hpp"
+#include "engine/chat_template.hpp"
 #include "engine/thread_pool.hpp"
 
 namespace ckv {
@@ -25,6 +26,8 @@ struct FreeLlama {
   void operator()(llama_context* context) const { llama_free(context); }
 };
 using LlamaContext = std::unique_ptr<llama_context, FreeLlama>;
+
+class ShownAttention;  // attention.cpp
 
 class LlamaModel final : public ModelEngine {
  public:
@@ -36,18 +39,27 @@ class LlamaModel final : public ModelEngine {
   std::size_t context() const override;
   int threads() const override { return pool_->threads(); }
   compresskv::ModelShape shape(engine::KvType type) const override;
-  engine::PromptText chat_prompt(const std::string& message) const override;
+  engine::PromptText lay_out(std::span<const engine::ChatMessage> messages) const override;
   std::vector<TokenId> encode(const engine::PromptText& prompt) const override;
   std::vector<TokenId> encode(std::string_view text, bool parse_special) const override;
+  std::optional<TokenId> bos() const override;
   std::string token_bytes(TokenId id) const override { return piece(id, true); }
   RunResult run(std::span<const TokenId> prompt, const Compression& how,
                 const RunOptions& options) const override;
+  std::string answer(std::span<const TokenId> prompt, std::size_t max_new_tokens,
+                     const AnswerSteps& steps) const override;
+  std::unique_ptr<HeldPrompt> hold(const TaskPrompt& prompt, const HoldOptions& options) const override;
 
   llama_model* get() const { return model_.get(); }
   const llama_vocab* vocabulary() const { return llama_model_get_vocab(model_.get()); }
   /// The bytes of a token; none of a control token where `special` is false.
   std::string piece(TokenId id, bool special) const;
   engine::PoolExecutor executor() const { return {pool_.get()}; }
+  /// Why the model's own template does not lay conversations out, and llama.cpp's list of templates does;
+  /// empty where the own does.
+  const std::string& why_not_own_template() const { return why_not_own_template_; }
+  /// Throws engine::Error where a prompt of so many tokens is none, or too long.
+  void check_length(std::size_t tokens) const;
 
   struct ContextOptions {
     engine::KvType type = engine::KvType::f32;
@@ -55,11 +67,12 @@ class LlamaModel final : public ModelEngine {
     std::uint32_t sequences = 1;
     std::uint32_t batch = 512;  ///< most tokens at a time
     compresskv::llama_cpp::Observer* observer = nullptr;
+    ShownAttention* attention = nullptr;  ///< in place of an observer
   };
   /// Throws engine::Error.
   LlamaContext make_context(const ContextOptions& options) const;
 
-  /// Reads a prompt into the empty sequence 0; `progress` hears of the tokens read. The last token has
+  /// Reads a prompt behind what sequence 0 holds; `progress` hears of the tokens read. The last token has
   /// logits.
   void read(llama_context* context, compresskv::llama_cpp::Observer* observer,
             std::span<const TokenId> prompt, const std::function<void(std::size_t)>& progress) const;
@@ -71,9 +84,14 @@ class LlamaModel final : public ModelEngine {
   std::span<const float> logits(llama_context* context) const;
 
  private:
+  engine::PromptText lay_out_by_list(std::span<const engine::ChatMessage> messages) const;
+
   std::unique_ptr<llama_model, FreeLlama> model_;
   std::unique_ptr<engine::ThreadPool> pool_;
   std::string path_;
+  std::optional<engine::ChatTemplate> template_;  // the model's own
+  std::string why_not_own_template_;
+  mutable bool said_ = false;  // that it is not the one
 };
 
 /// Positions that each layer keeps, as RunResult::kept has them.

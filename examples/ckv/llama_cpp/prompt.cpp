@@ -1,18 +1,22 @@
 // One prompt read in llama.cpp, and its cache compressed in many ways.
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "../compress.hpp"
+#include "../evaluation.hpp"
 #include "../run.hpp"
-#include "engine/error.hpp"
+#include "../tasks.hpp"
+#include "../terminal.hpp"
 #include "engine/sampler.hpp"
-#include "load.hpp"
 #include "model.hpp"
 
 namespace ckv {
@@ -21,21 +25,23 @@ namespace {
 using compresskv::llama_cpp::Observer;
 using compresskv::llama_cpp::Sequence;
 
-class ReadLlamaPrompt final : public LlamaPrompt {
+class HeldInLlamaCpp final : public HeldPrompt {
  public:
-  ReadLlamaPrompt(const LlamaModel& model, std::span<const TokenId> prompt, const ReadOptions& options)
+  HeldInLlamaCpp(const LlamaModel& model, const TaskPrompt& prompt, const HoldOptions& options)
       : model_(&model),
+        prompt_(&prompt),
         options_(options),
-        tokens_(prompt.size()),
         shape_(model.shape(options.kv_type)),
         observer_(shape_, options.window),
         whole_(model.make_context({.type = options.kv_type,
-                                   .cells = prompt.size() + options.max_new_tokens,
+                                   .cells = prompt.tokens.size() + tokens_to_come(),
                                    .sequences = 2,
                                    .observer = &observer_})) {
+    const std::size_t tokens = prompt.tokens.size();
+    model.check_length(tokens);
     const auto start = Clock::now();
-    model.read(whole_.get(), &observer_, prompt, [&](std::size_t tokens) {
-      options_.progress(static_cast<double>(tokens) / static_cast<double>(tokens_));
+    model.read(whole_.get(), &observer_, prompt.tokens, [&](std::size_t done) {
+      options_.progress(static_cast<double>(done) / static_cast<double>(tokens));
     });
     prefill_ms_ = milliseconds_since(start);
     const std::span<const float> logits = model.logits(whole_.get());
@@ -44,39 +50,92 @@ class ReadLlamaPrompt final : public LlamaPrompt {
 
   double prefill_ms() const override { return prefill_ms_; }
 
-  Answer answer(const Compression& how, const std::function<bool(const std::string&)>& enough) override {
-    if (how.method == Method::full) {
-      Answer out{.text = greedy(whole_.get(), enough)};
-      // As it was when the prompt was read.
-      llama_memory_seq_rm(llama_get_memory(whole_.get()), 0, static_cast<llama_pos>(tokens_), -1);
-      return out;
+  std::vector<Outcome> outcomes(std::span<const Compression* const> ways,
+                                const std::function<void(double, std::string_view)>& progress) override {
+    std::vector<Outcome> outcomes;
+    for (const Compression* how : ways) {
+      progress(static_cast<double>(outcomes.size()) / static_cast<double>(ways.size()), "answering");
+      outcomes.push_back(how->method == Method::full ? whole() : compressed(*how));
+      check_interrupt();
     }
-    const std::size_t rows = std::min(how.budget.value().resolve(tokens_, how.window, shape_), tokens_);
-    const LlamaContext small = model_->make_context(
-        {.type = options_.kv_type, .cells = rows + options_.max_new_tokens, .batch = 32});
+    return outcomes;
+  }
+
+ private:
+  /// At most, behind the prompt.
+  std::size_t tokens_to_come() const {
+    const std::size_t turns = prompt_->next_turn.empty() ? 1 : 2;
+    return std::max(turns * options_.max_new_tokens + prompt_->next_turn.size(),
+                    prompt_->continuation.size());
+  }
+
+  Outcome whole() {
+    Outcome out{.answer = {}, .rows = prompt_->tokens.size() * shape_.layers * shape_.kv_heads};
+    finish(whole_.get(), out);
+    // As it was when the prompt was read.
+    llama_memory_seq_rm(llama_get_memory(whole_.get()), 0, static_cast<llama_pos>(prompt_->tokens.size()),
+                        -1);
+    return out;
+  }
+
+  Outcome compressed(const Compression& how) {
+    const std::size_t tokens = prompt_->tokens.size();
+    const std::size_t rows = std::min(how.budget.value().resolve(tokens, how.window, shape_), tokens);
+    const LlamaContext small =
+        model_->make_context({.type = options_.kv_type, .cells = rows + tokens_to_come(), .batch = 32});
     const auto start = Clock::now();
     engine::PoolExecutor pool = model_->executor();
     const compresskv::AnyPlan plan(shape_, how.method, settings_of(how));
     Sequence sequence = Sequence(plan, observer_, {.context = whole_.get()}, pool).copy_to(1);
     sequence.compress_into({.context = small.get()});
-    Answer out{.text = {}, .kept = kept_by(sequence), .compress_ms = milliseconds_since(start)};
-    out.text = greedy(small.get(), enough);
+    Outcome out{.answer = {}, .compress_ms = milliseconds_since(start)};
+    count_kept(kept_by(sequence), tokens, shape_, out);
+    finish(small.get(), out);
     observer_.forget(sequence.place());
     return out;
   }
 
- private:
-  std::string greedy(llama_context* context, const std::function<bool(const std::string&)>& enough) const {
+  /// Answers from sequence 0 of a context, or measures.
+  void finish(llama_context* context, Outcome& out) const {
+    if (prompt_->measure == Measure::perplexity) {
+      out.perplexity = perplexity(context);
+      return;
+    }
+    std::span<const float> logits = first_logits_;
+    if (!prompt_->next_turn.empty()) {
+      greedy(context, logits, [](const std::string&) { return false; });
+      model_->read(context, nullptr, prompt_->next_turn, [](std::size_t) {});
+      logits = model_->logits(context);
+    }
+    out.answer = greedy(context, logits, [&](const std::string& text) { return is_right(*prompt_, text); });
+  }
+
+  double perplexity(llama_context* context) const {
+    const std::vector<TokenId>& text = prompt_->continuation;
+    std::span<const float> logits = first_logits_;
+    double sum = 0.0;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+      sum += surprise(logits, text[i]);
+      if (i + 1 < text.size()) {
+        logits = model_->decode(context, text[i]);
+      }
+    }
+    return std::exp(sum / static_cast<double>(text.size()));
+  }
+
+  /// Decodes until the text is `enough`, or the answer ends.
+  std::string greedy(llama_context* context, std::span<const float> logits,
+                     const std::function<bool(const std::string&)>& enough) const {
     std::string answer;
     LlamaText text{*model_};
-    std::span<const float> logits = first_logits_;
+    auto position = static_cast<std::size_t>(llama_memory_seq_pos_max(llama_get_memory(context), 0) + 1);
     for (std::size_t step = 0; step < options_.max_new_tokens; ++step) {
       const TokenId token = engine::greedy(logits);
       if (llama_vocab_is_eog(model_->vocabulary(), token)) {
         break;
       }
       answer += text.push(token);
-      if (step + 1 == options_.max_new_tokens || tokens_ + step >= model_->context() || enough(answer)) {
+      if (step + 1 == options_.max_new_tokens || position++ >= model_->context() || enough(answer)) {
         break;
       }
       logits = model_->decode(context, token);
@@ -85,8 +144,8 @@ class ReadLlamaPrompt final : public LlamaPrompt {
   }
 
   const LlamaModel* model_;
-  ReadOptions options_;
-  std::size_t tokens_;
+  const TaskPrompt* prompt_;
+  HoldOptions options_;
   compresskv::ModelShape shape_;
   Observer observer_;  // before the context that it observes
   LlamaContext whole_;
@@ -96,13 +155,8 @@ class ReadLlamaPrompt final : public LlamaPrompt {
 
 }  // namespace
 
-std::unique_ptr<LlamaPrompt> read_in_llama_cpp(const ModelEngine& model, std::span<const TokenId> prompt,
-                                               const ReadOptions& options) {
-  const auto* loaded = dynamic_cast<const LlamaModel*>(&model);
-  if (loaded == nullptr) {
-    throw engine::Error("read_in_llama_cpp: the model is loaded in another engine");
-  }
-  return std::make_unique<ReadLlamaPrompt>(*loaded, prompt, options);
+std::unique_ptr<HeldPrompt> LlamaModel::hold(const TaskPrompt& prompt, const HoldOptions& options) const {
+  return std::make_unique<HeldInLlamaCpp>(*this, prompt, options);
 }
 
 }  // namespace ckv
