@@ -86,8 +86,7 @@ inline float float_parameter(const ggml_tensor& node, std::size_t index) {
 ///
 ///     Observer observer{llama_cpp::model_shape(model), plan.window()};
 ///     observer.attach(context_params);                    // before llama_init_from_model
-///     observer.decode(context, batch);                    // in place of llama_decode, where it is to be
-///     observed
+///     observer.decode(context, batch);                    // in place of llama_decode
 ///
 /// Queries are taken where they meet the keys, so rotated as the cache is, with the graph's own scale, soft
 /// cap and sinks. They are read through ggml's backends: they may lie on a GPU or another machine. One object

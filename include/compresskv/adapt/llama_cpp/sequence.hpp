@@ -77,8 +77,7 @@ struct Compressed {
 ///
 ///     Sequence sequence{plan, observer, {.context = context, .sequence = 0}};
 ///     sequence.read(prompt);                 // or Observer::decode, by batches of your own
-///     sequence.compress();                   // the same context now holds few cells: decode on, with
-///     llama_decode
+///     sequence.compress();                   // the context now holds few cells: go on with llama_decode
 ///
 /// Where it goes on: at `next_position()`, which llama.cpp's own counting gives too (`llama_batch_get_one`).
 /// Later turns: read them and compress again. Belongs to one thread at a time; the plan's copies, the
