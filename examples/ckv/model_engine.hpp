@@ -111,7 +111,7 @@ class ModelEngine {
                         const RunOptions& options) const = 0;
 
   /// Reads the prompt and answers it greedily from its whole cache; the answer's text. Throws as `run`, and
-  /// what `steps` throws as engine::Error.
+  /// where `steps` throws: that, or engine::Error with its message.
   virtual std::string answer(std::span<const TokenId> prompt, std::size_t max_new_tokens,
                              const AnswerSteps& steps) const = 0;
 

@@ -16,6 +16,7 @@
 #include <memory>
 #include <span>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,6 +27,7 @@
 #include "ckv/evaluation.hpp"
 #include "ckv/model_engine.hpp"
 #include "ckv/tasks.hpp"
+#include "message_of.hpp"
 #include "model_fixture.hpp"
 #include "runs.hpp"
 #include "tool.hpp"
@@ -395,6 +397,35 @@ TEST_F(LlamaCppTool, WhereTheModelsTemplateIsNotUnderstoodLlamaCppsListLaysOut) 
       unknown.err.find("llama.cpp knows none like it (llama_chat_apply_template); ask it with raw text"),
       std::string::npos)
       << unknown.err;
+}
+
+TEST_F(LlamaCppTool, ShowsTheAttentionOfEveryStep) {
+  const auto llama = ckv::load_engine(ckv::llama_cpp_engine, model_path(), 1);
+  const std::vector<ckv::TokenId> prompt = llama->encode(llama->chat_prompt("Count to twenty."));
+  std::size_t steps = 0;
+  std::size_t rows = 0;
+  llama->answer(prompt, 3,
+                {.on_attention =
+                     [&](std::size_t layer, std::size_t head, std::span<const float> row) {
+                       EXPECT_EQ(layer * 9 + head, rows % 270);
+                       EXPECT_EQ(row.size(), prompt.size() + steps);
+                       double sum = 0.0;
+                       for (const float weight : row) {
+                         sum += static_cast<double>(weight);
+                       }
+                       EXPECT_NEAR(sum, 1.0, 1e-4);
+                       ++rows;
+                     },
+                 .on_token = [&](ckv::TokenId) { ++steps; }});
+  EXPECT_EQ(steps, 3U);
+  EXPECT_EQ(rows, 3U * 270U);
+  const auto fails = [&] {
+    llama->answer(prompt, 3,
+                  {.on_attention = [](std::size_t, std::size_t,
+                                      std::span<const float>) { throw std::runtime_error("enough of it"); },
+                   .on_token = [](ckv::TokenId) {}});
+  };
+  EXPECT_EQ(compresskv::test::message_of<engine::Error>(fails), "enough of it");
 }
 
 /// In one process, cut and gone on with, in two; its files are those that generate takes.
