@@ -204,7 +204,9 @@ inline void expect_observed_queries_are_the_graphs(llama_model* of, ggml_type ke
 }
 
 /// Decoding from the rows that are left is decoding with the others removed by libllama itself.
-inline void expect_decoding_sees_what_is_kept(llama_model* of, const ContextOptions& options) {
+/// `tolerance` is relative to the largest logit: cells lie elsewhere, so sums round otherwise.
+inline void expect_decoding_sees_what_is_kept(llama_model* of, const ContextOptions& options,
+                                              double tolerance = 1e-2) {
   const ModelShape shape = llama_cpp::model_shape(of, options.type_k, options.type_v);
   llama_cpp::Observer observer{shape, window};
   const Context context = make_context(of, &observer, options);
@@ -233,8 +235,8 @@ inline void expect_decoding_sees_what_is_kept(llama_model* of, const ContextOpti
     error = (std::max)(error, static_cast<double>(std::abs(expected[i] - logits[i])));
     eviction = (std::max)(eviction, static_cast<double>(std::abs(expected[i] - whole[i])));
   }
-  EXPECT_LT(error, 1e-2 * largest);
-  EXPECT_GT(eviction, 10 * error) << "the evicted rows made no difference";
+  EXPECT_LT(error, tolerance * largest);
+  EXPECT_GT(eviction, 3 * error) << "the evicted rows made no difference";
 }
 
 /// Every method that leaves all layers and heads equal rows and wants no calibration, over two turns.

@@ -217,7 +217,7 @@ TEST_F(LlamaCppSecondModel, ObservedQueriesAreTheGraphs) {
   expect_observed_queries_are_the_graphs(second(), GGML_TYPE_F32, {.plain = 0.05, .flash_attention = 0.5});
 }
 
-TEST_F(LlamaCppSecondModel, DecodingSeesWhatIsKept) { expect_decoding_sees_what_is_kept(second(), {}); }
+TEST_F(LlamaCppSecondModel, DecodingSeesWhatIsKept) { expect_decoding_sees_what_is_kept(second(), {}, 0.05); }
 
 TEST_F(LlamaCppSecondModel, MethodsGoOn) { expect_methods_go_on(second(), {}); }
 
