@@ -64,7 +64,7 @@ int run(CLI::App& app, int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Answers from a compressed KV cache: models of the LLaMA architecture in GGUF files.", "ckv"};
+  CLI::App app{"Answers from a compressed KV cache of a model in a GGUF file.", "ckv"};
   app.set_version_flag("--version", CKV_VERSION);
   app.require_subcommand(1);
   app.footer(
