@@ -405,8 +405,9 @@ TEST_F(ArgumentsWithModel, SignalsEndAnAnswerWithTheirExitCode) {
                                         model(),
                                     " demo --haystack " + quoted(COMPRESSKV_SOURCE_DIR "/docs/engines.md") +
                                         " --length 2000 --model " + model()}) {
-      const Outcome outcome = run_shell(std::string("timeout --preserve-status -k 60 -s ") + name + " 2 " +
-                                        tool() + what + " >/dev/null");
+      // Else timeout sends two signals, to its child and to its group: a second one ends the tool at once.
+      const Outcome outcome = run_shell(std::string("timeout --foreground --preserve-status -k 60 -s ") +
+                                        name + " 2 " + tool() + what + " >/dev/null");
       EXPECT_EQ(outcome.code, code) << what << outcome.err;
       EXPECT_TRUE(says(outcome.err, {"interrupted"}));
     }
