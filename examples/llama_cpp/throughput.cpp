@@ -147,10 +147,10 @@ void run(const Options& options) {
   double unobserved = std::numeric_limits<double>::infinity();
   double observed = unobserved;
   for (std::size_t round = 0; round < options.rounds; ++round) {
+    clear();
     unobserved = (std::min)(unobserved, seconds(plain));
     clear();
     observed = (std::min)(observed, seconds([&] { one.read(prompt), llama_synchronize(reading.get()); }));
-    if (round + 1 < options.rounds) clear();
   }
   std::printf("prefill of %zu tokens: %.2f s, observed %.2f s: %+.2f %% (the shortest of %zu each)\n",
               options.tokens, unobserved, observed, 100.0 * (observed / unobserved - 1.0), options.rounds);

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <system_error>
 
@@ -27,32 +26,32 @@ namespace detail {
 using compresskv::detail::fail;
 using compresskv::detail::require;
 
-/// A count from the model's metadata; 0 where it is not there, or is a list with an entry a layer.
-inline std::size_t metadata_count(const llama_model& model, const char* key) {
+/// A value of the model's metadata as text; empty where it is not there.
+inline std::string metadata(const llama_model& model, const std::string& key) {
   std::array<char, 64> text{};
-  if (llama_model_meta_val_str(&model, key, text.data(), text.size()) <= 0) {
-    return 0;
-  }
-  std::size_t count = 0;
-  const char* end = text.data() + std::strlen(text.data());
-  const auto [rest, error] = std::from_chars(text.data(), end, count);
-  return error == std::errc{} && rest == end ? count : 0;
+  llama_model_meta_val_str(&model, key.c_str(), text.data(), text.size());
+  return text.data();
 }
 
-inline std::string architecture_of(const llama_model& model) {
-  std::array<char, 64> name{};
-  llama_model_meta_val_str(&model, "general.architecture", name.data(), name.size());
-  return name.data();
+/// A value of the model's family: its key follows the name of the architecture.
+inline std::string family_metadata(const llama_model& model, const std::string& key) {
+  return metadata(model, metadata(model, "general.architecture") + "." + key);
+}
+
+/// The same as a count; 0 where it is not there, or is a list with an entry a layer.
+inline std::size_t family_count(const llama_model& model, const std::string& key) {
+  const std::string text = family_metadata(model, key);
+  std::size_t count = 0;
+  const char* end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, count);
+  return error == std::errc{} && rest == end ? count : 0;
 }
 
 /// Whether positions are added to the logits (ALiBi): the metadata says so, or libllama knows it of the
 /// family. The graph shows it, too (`Observer`), but methods that look at no queries need not be observed.
 inline bool has_alibi(const llama_model& model) {
-  const std::string architecture = architecture_of(model);
-  std::array<char, 64> bias{};
-  const std::string key = architecture + ".attention.max_alibi_bias";
-  return (llama_model_meta_val_str(&model, key.c_str(), bias.data(), bias.size()) > 0 &&
-          std::strtof(bias.data(), nullptr) > 0.0F) ||
+  const std::string architecture = metadata(model, "general.architecture");
+  return std::strtof(family_metadata(model, "attention.max_alibi_bias").c_str(), nullptr) > 0.0F ||
          architecture == "bloom" || architecture == "refact" ||
          (architecture == "baichuan" && llama_model_n_layer(&model) == 40);
 }
@@ -93,11 +92,9 @@ inline ModelShape model_shape(const llama_model* model, ggml_type type_k = GGML_
   ModelShape shape{.layers = count(llama_model_n_layer(model)) - count(llama_model_n_layer_nextn(model)),
                    .query_heads = count(llama_model_n_head(model)),
                    .kv_heads = count(llama_model_n_head_kv(model))};
-  const std::string key = detail::architecture_of(*model) + ".attention.key_length";
-  const std::string value = detail::architecture_of(*model) + ".attention.value_length";
   const std::size_t plain = shape.query_heads == 0 ? 0 : count(llama_model_n_embd(model)) / shape.query_heads;
-  const std::size_t key_dim = detail::metadata_count(*model, key.c_str());
-  const std::size_t value_dim = detail::metadata_count(*model, value.c_str());
+  const std::size_t key_dim = detail::family_count(*model, "attention.key_length");
+  const std::size_t value_dim = detail::family_count(*model, "attention.value_length");
   shape.head_dim = key_dim == 0 ? plain : key_dim;
   detail::require(shape.head_dim == (value_dim == 0 ? plain : value_dim), "the model's keys have ",
                   shape.head_dim, " elements a head, its values ", value_dim,
