@@ -66,6 +66,11 @@ constexpr std::array<std::string_view, 10> vehicles = {
     "tram",     "ferry",       "cable car", "school bus", "fire engine",
     "milk van", "night train", "taxi",      "airship",    "steam boat"};
 
+constexpr std::array<std::string_view, 8> tens = {"twenty", "thirty",  "forty",  "fifty",
+                                                  "sixty",  "seventy", "eighty", "ninety"};
+constexpr std::array<std::string_view, 9> ones = {"one", "two",   "three", "four", "five",
+                                                  "six", "seven", "eight", "nine"};
+
 /// Random numbers that are the same everywhere: bits of std::mt19937_64, no library's distribution.
 class Draw {
  public:
@@ -292,7 +297,7 @@ TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const 
   return prompt;
 }
 
-/// A rule for the system message, and a request that an answer without it would not fulfil.
+/// A rule for the system message, and the request that it is about.
 struct Ruled {
   std::string system;
   std::string question;
@@ -305,17 +310,18 @@ std::string in_capitals(std::string text) {
   return text;
 }
 
-/// The rules say one thing several times: a small model follows none that it was told once.
+/// The rules say one thing several times: a small model does not follow what it was told once. A rule about
+/// a form names the other form, too, so that copying is not enough.
 Ruled draw_rule(Draw& draw) {
   const std::string name = draw.word(first_names);
   switch (draw.below(4)) {
     case 0:
-      return {.system =
-                  fmt::format("You are a robot. Your name is {0}. You always say \"I am {0}\". When the user "
-                              "asks who you are, you say \"I am {0}\".",
-                              name),
-              .question = "Who are you, robot?",
-              .rule = {.kind = "name", .says = name}};
+      return {
+          .system = fmt::format("You are a robot. Your name is {0}. You always say \"I am {0}\". When the "
+                                "user asks who you are, you say \"I am {0}\".",
+                                name),
+          .question = "Who are you, robot?",
+          .rule = {.kind = "name", .says = name}};
     case 1: {
       std::string other = draw.word(first_names);
       while (other == name) {
@@ -328,22 +334,27 @@ Ruled draw_rule(Draw& draw) {
               .question = "Who are you, robot?",
               .rule = {.kind = "never", .says = name, .never = other}};
     }
-    case 2:
+    case 2: {
+      const std::string capitals = in_capitals(name);
       return {.system = fmt::format(
-                  "You are a robot. Your name is {0}. You are called {0}. Everybody calls you {0}. "
-                  "You write {0} in capital letters. When the user asks who you are, you say "
-                  "\"{0}\".",
-                  in_capitals(name)),
-              .question = "What is your name, robot?",
-              .rule = {.kind = "capitals", .says = in_capitals(name)}};
+                  "You are a robot. Your name is {0}, in capital letters {1}. You are called {1}. "
+                  "Everybody calls you {1}. You write your name in capital letters. When the "
+                  "user asks who you are, you say \"I am {1}\".",
+                  name, capitals),
+              .question = "Who are you, robot?",
+              .rule = {.kind = "capitals", .says = capitals}};
+    }
     default: {
-      const std::string number = draw_number(draw);
-      return {.system = fmt::format(
-                  "You are a robot. Your number is {0}. You always say \"{0}\". When the user asks "
-                  "what your number is, you say \"{0}\".",
-                  number),
-              .question = "What is your number, robot? Only say the number.",
-              .rule = {.kind = "digits", .says = number}};
+      const std::size_t ten = draw.below(tens.size());
+      const std::size_t one = draw.below(ones.size());
+      const std::string digits = std::to_string(10 * (ten + 2) + one + 1);
+      return {.system =
+                  fmt::format("You are a robot. Your number is {0}-{1}. You write all numbers in digits. You "
+                              "never write \"{0}-{1}\", you always write \"{2}\". When the user asks what "
+                              "your number is, you say \"{2}\".",
+                              tens[ten], ones[one], digits),
+              .question = "What is your number, robot?",
+              .rule = {.kind = "digits", .says = digits, .never = std::string(tens[ten])}};
     }
   }
 }
