@@ -66,11 +66,6 @@ constexpr std::array<std::string_view, 10> vehicles = {
     "tram",     "ferry",       "cable car", "school bus", "fire engine",
     "milk van", "night train", "taxi",      "airship",    "steam boat"};
 
-constexpr std::array<std::string_view, 8> tens = {"twenty", "thirty",  "forty",  "fifty",
-                                                  "sixty",  "seventy", "eighty", "ninety"};
-constexpr std::array<std::string_view, 9> ones = {"one", "two",   "three", "four", "five",
-                                                  "six", "seven", "eight", "nine"};
-
 /// Random numbers that are the same everywhere: bits of std::mt19937_64, no library's distribution.
 class Draw {
  public:
@@ -310,11 +305,11 @@ std::string in_capitals(std::string text) {
   return text;
 }
 
-/// The rules say one thing several times: a small model does not follow what it was told once. A rule about
-/// a form names the other form, too, so that copying is not enough.
+/// The rules say one thing several times: a small model does not follow what it was told once. Where a rule
+/// forbids a name or its small letters, it names them, too: copying any name is not enough.
 Ruled draw_rule(Draw& draw) {
   const std::string name = draw.word(first_names);
-  switch (draw.below(4)) {
+  switch (draw.below(3)) {
     case 0:
       return {
           .system = fmt::format("You are a robot. Your name is {0}. You always say \"I am {0}\". When the "
@@ -334,7 +329,7 @@ Ruled draw_rule(Draw& draw) {
               .question = "Who are you, robot?",
               .rule = {.kind = "never", .says = name, .never = other}};
     }
-    case 2: {
+    default: {
       const std::string capitals = in_capitals(name);
       return {.system = fmt::format(
                   "You are a robot. Your name is {0}, in capital letters {1}. You are called {1}. "
@@ -343,18 +338,6 @@ Ruled draw_rule(Draw& draw) {
                   name, capitals),
               .question = "Who are you, robot?",
               .rule = {.kind = "capitals", .says = capitals}};
-    }
-    default: {
-      const std::size_t ten = draw.below(tens.size());
-      const std::size_t one = draw.below(ones.size());
-      const std::string digits = std::to_string(10 * (ten + 2) + one + 1);
-      return {.system =
-                  fmt::format("You are a robot. Your number is {0}-{1}. You write all numbers in digits. You "
-                              "never write \"{0}-{1}\", you always write \"{2}\". When the user asks what "
-                              "your number is, you say \"{2}\".",
-                              tens[ten], ones[one], digits),
-              .question = "What is your number, robot?",
-              .rule = {.kind = "digits", .says = digits, .never = std::string(tens[ten])}};
     }
   }
 }
