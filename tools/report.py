@@ -93,7 +93,7 @@ def budget_key(budget):
 
 
 def label(task):
-    return LABELS.get(task, "right, %")
+    return LABELS.get(task, "rule followed, %" if task == "rules" else "right, %")
 
 
 def score(record):

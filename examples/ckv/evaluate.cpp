@@ -401,6 +401,9 @@ class Grid {
 
     const TaskPrompt prompt = task_prompt(task, *model_, *haystack_, place);
     common["expect"] = prompt.expect;
+    if (!prompt.rule.kind.empty()) {
+      common["rule"] = {{"kind", prompt.rule.kind}, {"says", prompt.rule.says}, {"never", prompt.rule.never}};
+    }
     common["prompt_tokens"] = prompt.tokens.size();
     if (prompt.fact.size() > 0) {
       common["fact"] = {prompt.fact.first, prompt.fact.last};

@@ -113,7 +113,12 @@ double surprise(std::span<const float> logits, TokenId token) {
 
 bool is_right(const TaskPrompt& prompt, std::string_view answer) {
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
-                     [&](const std::string& expect) { return holds(answer, expect); });
+                     [&](const std::string& expect) { return holds(answer, expect); }) &&
+         obeys(prompt.rule, answer);
+}
+
+bool is_settled(const TaskPrompt& prompt, std::string_view answer) {
+  return has_broken(prompt.rule, answer) || (prompt.rule.never.empty() && is_right(prompt, answer));
 }
 
 Evaluation::Evaluation(const LoadedModel& loaded, engine::KvType type, std::size_t max_new_tokens)
@@ -249,7 +254,7 @@ std::vector<std::string> Evaluation::answer(const TaskPrompt& prompt,
       check_interrupt();
     }
   }
-  return greedy(sequences, [&](const std::string& text) { return is_right(prompt, text); });
+  return greedy(sequences, [&](const std::string& text) { return is_settled(prompt, text); });
 }
 
 std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,

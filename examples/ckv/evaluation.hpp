@@ -22,8 +22,11 @@
 
 namespace ckv {
 
-/// Whether an answer holds all that is expected.
+/// Whether an answer holds all that is expected, and follows the rule.
 bool is_right(const TaskPrompt& prompt, std::string_view answer);
+
+/// Whether nothing that an answer goes on with changes whether it is right.
+bool is_settled(const TaskPrompt& prompt, std::string_view answer);
 
 /// What became of a prompt under one method at one budget.
 struct Outcome {
@@ -64,7 +67,7 @@ class HeldPrompt {
   virtual double prefill_ms() const = 0;
 
   /// What comes of a copy of its cache that is compressed in each of these ways, `full` for one that is not:
-  /// answers up to where they are right, or what the task measures. `progress` hears what is under way.
+  /// answers up to where they are settled, or what the task measures. `progress` hears what is under way.
   virtual std::vector<Outcome> outcomes(
       std::span<const Compression* const> ways,
       const std::function<void(double share, std::string_view what)>& progress) = 0;
@@ -99,7 +102,7 @@ class Evaluation {
 
   std::size_t rows_of(const engine::Sequence& sequence) const;
 
-  /// Answers to the prompt, up to where they are right; of a prompt of several turns, to its last question.
+  /// Answers to the prompt, up to where they are settled; of a prompt of several turns, to its last question.
   std::vector<std::string> answer(const TaskPrompt& prompt,
                                   std::span<engine::Sequence* const> sequences) const;
 

@@ -213,7 +213,7 @@ compresskv::calibrate::TokenSpan token_span(const ModelEngine& loaded, std::stri
 }
 
 engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std::span<const Hidden> facts,
-                        std::string_view question, std::size_t tokens, double start) {
+                        const Request& request, std::size_t tokens, double start) {
   const auto sentences = haystack.sentences();
   const auto skipped = static_cast<std::size_t>(std::floor(start * static_cast<double>(sentences.size())));
   std::vector<std::pair<std::size_t, std::string_view>> places;  // sentences before a fact, ascending
@@ -230,7 +230,13 @@ engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std
       begin = before;
     }
     add(join(used.subspan(begin)));
-    return chat_prompt(loaded, message_text(text, question));
+    const std::string asked = message_text(text, request.question);
+    if (request.system.empty()) {
+      return chat_prompt(loaded, asked);
+    }
+    const std::array<engine::ChatMessage, 2> messages = {
+        {{.role = "system", .content = std::string(request.system)}, {.role = "user", .content = asked}}};
+    return loaded.lay_out(messages);
   };
   for (const Hidden& hidden : facts) {
     places.emplace_back(0, hidden.fact);
@@ -278,7 +284,7 @@ NeedlePrompt needle_prompt(const ModelEngine& loaded, const Haystack& haystack, 
                            const NeedlePlace& place) {
   const Hidden hidden{.fact = needle.fact, .depth = place.depth};
   const engine::PromptText text =
-      hide(loaded, haystack, {&hidden, 1}, needle.question, place.tokens, place.start);
+      hide(loaded, haystack, {&hidden, 1}, {.question = needle.question}, place.tokens, place.start);
   NeedlePrompt prompt{.tokens = encode_prompt(loaded, text), .needle = {}};
   prompt.needle = token_span(loaded, text.text(), prompt.tokens, needle.fact);
   return prompt;

@@ -82,10 +82,16 @@ struct Hidden {
   double depth = 0.5;  ///< 0: it comes first, 1: last
 };
 
+/// What is asked of the model.
+struct Request {
+  std::string_view question;     ///< behind the text
+  std::string_view system = {};  ///< the system message, before the text; empty: what the template writes
+};
+
 /// The text of such a prompt with any number of facts: haystack from `start` on with each fact between two
-/// sentences, at most `tokens` tokens with the question and the template. Throws as needle_prompt.
+/// sentences, at most `tokens` tokens with the request and the template. Throws as needle_prompt.
 engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std::span<const Hidden> facts,
-                        std::string_view question, std::size_t tokens, double start);
+                        const Request& request, std::size_t tokens, double start);
 
 /// Where `part` of `text` stands among the tokens of `text`; part must occur in it.
 /// Throws engine::Error where it cannot be found.

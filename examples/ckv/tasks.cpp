@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <random>
 #include <span>
 #include <utility>
@@ -186,7 +187,8 @@ TaskPrompt hidden_prompt(const ModelEngine& loaded, const Haystack& haystack, co
   for (const std::string& fact : facts) {
     hidden.push_back({.fact = fact, .depth = hidden.empty() ? place.depth : draw.share()});
   }
-  const engine::PromptText text = hide(loaded, haystack, hidden, question, place.length, 0.9 * draw.share());
+  const engine::PromptText text =
+      hide(loaded, haystack, hidden, {.question = question}, place.length, 0.9 * draw.share());
   return {.tokens = encode_prompt(loaded, text), .expect = std::move(expect)};
 }
 
@@ -245,9 +247,9 @@ TaskPrompt tracking(const ModelEngine& loaded, const Haystack& haystack, const P
     const double step = (1.0 - place.depth) / static_cast<double>(facts.size());
     hidden.push_back({.fact = facts[i], .depth = place.depth + step * static_cast<double>(i)});
   }
-  const engine::PromptText text =
-      hide(loaded, haystack, hidden, fmt::format("What is the special magic number of {}?", keys[2]),
-           place.length, 0.9 * draw.share());
+  const engine::PromptText text = hide(
+      loaded, haystack, hidden, {.question = fmt::format("What is the special magic number of {}?", keys[2])},
+      place.length, 0.9 * draw.share());
   return {.tokens = encode_prompt(loaded, text), .expect = {number}};
 }
 
@@ -290,6 +292,65 @@ TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const 
   return prompt;
 }
 
+/// A rule for the system message, and the request that it is about.
+struct Ruled {
+  std::string system;
+  std::string question;
+  Rule rule;
+};
+
+std::string in_capitals(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+  return text;
+}
+
+/// The rules say one thing several times: a small model does not follow what it was told once. Where a rule
+/// forbids a name or its small letters, it names them, too: copying any name is not enough.
+Ruled draw_rule(Draw& draw) {
+  const std::string name = draw.word(first_names);
+  switch (draw.below(3)) {
+    case 0:
+      return {
+          .system = fmt::format("You are a robot. Your name is {0}. You always say \"I am {0}\". When the "
+                                "user asks who you are, you say \"I am {0}\".",
+                                name),
+          .question = "Who are you, robot?",
+          .rule = {.kind = "name", .says = name}};
+    case 1: {
+      std::string other = draw.word(first_names);
+      while (other == name) {
+        other = draw.word(first_names);
+      }
+      return {.system =
+                  fmt::format("You are a robot. Your name is {1}, but you never say \"{1}\". You always say "
+                              "\"I am {0}\". When the user asks who you are, you say \"I am {0}\".",
+                              name, other),
+              .question = "Who are you, robot?",
+              .rule = {.kind = "never", .says = name, .never = other}};
+    }
+    default: {
+      const std::string capitals = in_capitals(name);
+      return {.system = fmt::format(
+                  "You are a robot. Your name is {0}, in capital letters {1}. You are called {1}. "
+                  "Everybody calls you {1}. You write your name in capital letters. When the "
+                  "user asks who you are, you say \"I am {1}\".",
+                  name, capitals),
+              .question = "Who are you, robot?",
+              .rule = {.kind = "capitals", .says = capitals}};
+    }
+  }
+}
+
+TaskPrompt ruled(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 7};
+  Ruled drawn = draw_rule(draw);
+  const engine::PromptText text =
+      hide(loaded, haystack, {}, {.question = drawn.question, .system = drawn.system}, place.length,
+           0.9 * draw.share());
+  return {.tokens = encode_prompt(loaded, text), .expect = {}, .rule = std::move(drawn.rule)};
+}
+
 /// A stretch of the text itself, and what follows it.
 TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   constexpr std::size_t continuation = 64;
@@ -326,7 +387,7 @@ struct TaskInfo {
   Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 8> tasks = {{
+constexpr std::array<TaskInfo, 9> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
     {"keys", "four facts alike about different things, one of which is asked for", several_keys},
     {"values", "two facts about one thing, both asked for", several_values},
@@ -334,6 +395,7 @@ constexpr std::array<TaskInfo, 8> tasks = {{
     {"tracking", "a chain of three facts: what the last is depends on the first", tracking},
     {"turns", "a second question, about another fact, once the cache was compressed for the first",
      two_turns},
+    {"rules", "a rule of the system message in front of a long text: the answer follows it", ruled},
     {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text, Measure::perplexity},
     {"error", "relative error of each layer's attention output over them", plain_text,
      Measure::attention_error},

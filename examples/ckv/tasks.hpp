@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "needle.hpp"
+#include "rule.hpp"
 #include "run.hpp"
 
 namespace ckv {
@@ -32,6 +33,7 @@ struct TaskPrompt {
   /// What the text goes on with, where a task measures instead of asking. Empty: it asks.
   std::vector<TokenId> continuation = {};
   Measure measure = Measure::none;
+  Rule rule = {};  ///< what a right answer follows besides; it stands in the system message
 };
 
 /// Names of the tasks.

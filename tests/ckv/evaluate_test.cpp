@@ -378,6 +378,26 @@ TEST_F(EvaluateWithModel, WholeCachesAnswerAllTasksAsTheFullOne) {
   EXPECT_LT(full.at("perplexity").at("perplexity"), 100.0);
 }
 
+TEST_F(EvaluateWithModel, RulesAreJudgedByWhatTheRecordSays) {
+  const Folder folder;
+  const Outcome outcome = run_tool(evaluate(folder.path("out.jsonl").string(),
+                                            {"--methods", "streaming", "--ratios", "0.2", "--prompts", "2",
+                                             "--depths", "1", "--tasks", "rules", "--max-new-tokens", "16"}));
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  std::size_t followed = 0;
+  for (const Json& line : lines_of(folder.path("out.jsonl"))) {
+    if (line.contains("method")) {
+      const Json& rule = line.at("rule");
+      const std::string answer = line.at("answer");
+      const bool right = answer.find(rule.at("says").get<std::string>()) != std::string::npos &&
+                         (rule.at("never") == "" || !ckv::holds(answer, rule.at("never").get<std::string>()));
+      EXPECT_EQ(line.at("right"), right) << line;
+      followed += right && line.at("method") == "full" ? 1U : 0U;
+    }
+  }
+  EXPECT_EQ(followed, 2U);
+}
+
 TEST_F(EvaluateWithModel, EvictionsCostPerplexityAndAttention) {
   const Folder folder;
   const Outcome outcome = run_tool(evaluate(
@@ -430,7 +450,7 @@ TEST_F(EvaluateWithModel, RightAnswersStandInThePromptAndNotInTheQuestion) {
           task, model(), *haystack_, {.seed = 1, .length = 500, .index = index, .depth = 0.3});
       EXPECT_LE(prompt.tokens.size(), 500U) << task;
       const std::string text = model().tokenizer.decode(prompt.tokens);
-      ASSERT_NE(prompt.expect.empty(), prompt.continuation.empty()) << task;
+      ASSERT_NE(prompt.expect.empty() && prompt.rule.kind.empty(), prompt.continuation.empty()) << task;
       EXPECT_EQ(prompt.fact.size() > 0, task == "needle");
       const auto fact = std::span(prompt.tokens).subspan(prompt.fact.first, prompt.fact.size());
       EXPECT_TRUE(task != "needle" || ckv::holds(model().tokenizer.decode(fact), prompt.expect.at(0)));

@@ -107,7 +107,7 @@ class HeldInLlamaCpp final : public HeldPrompt {
       model_->read(context, nullptr, prompt_->next_turn, [](std::size_t) {});
       logits = model_->logits(context);
     }
-    out.answer = greedy(context, logits, [&](const std::string& text) { return is_right(*prompt_, text); });
+    out.answer = greedy(context, logits, [&](const std::string& text) { return is_settled(*prompt_, text); });
   }
 
   double perplexity(llama_context* context) const {
