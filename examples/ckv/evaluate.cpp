@@ -309,6 +309,7 @@ class Grid {
         variants_(variants),
         file_(&file),
         shape_(model.shape(arguments.cache.type())) {
+    shape_.layers = model.compressed_layers().size();
     for (const Json& record : file.records()) {
       keep(record);
     }

@@ -1,6 +1,7 @@
 // ckv inspect: what a model file holds, and what a budget saves.
 
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -141,6 +142,25 @@ void print_savings(const InspectArguments& arguments, const compresskv::ModelSha
   }
 }
 
+/// The model's shape without the layers that slide: they hold a window, however long the prompt.
+compresskv::ModelShape compressed_shape(const LlamaFacts& facts, engine::KvType type) {
+  compresskv::ModelShape shape = facts.model->shape(type);
+  shape.layers -= facts.sliding_layers.size();
+  return shape;
+}
+
+std::string compression_of(const LlamaFacts& facts) {
+  if (!facts.why_not.empty()) {
+    return fmt::format("no: {}", facts.why_not);
+  }
+  if (facts.sliding_layers.empty()) {
+    return "yes, with equal rows in all layers";
+  }
+  return fmt::format("yes, with equal rows in {} layers; {} slide over {} tokens and stay whole: {}",
+                     facts.model->layers() - facts.sliding_layers.size(), facts.sliding_layers.size(),
+                     facts.sliding_window, fmt::join(facts.sliding_layers, " "));
+}
+
 Json inspect_json(const InspectArguments& arguments, const LlamaFacts& facts) {
   const ModelEngine& model = *facts.model;
   Json out;
@@ -163,10 +183,14 @@ Json inspect_json(const InspectArguments& arguments, const LlamaFacts& facts) {
   out["why_not"] = facts.why_not.empty() ? Json() : Json(facts.why_not);
   if (facts.why_not.empty()) {
     out["head_dim"] = model.shape(engine::KvType::f32).head_dim;
+    out["sliding_layers"] = facts.sliding_layers;
+    out["sliding_window"] = facts.sliding_layers.empty() ? Json() : Json(facts.sliding_window);
     for (const engine::KvType type : kv_types) {
-      out["kv_bytes_per_token"][std::string(engine::kv_type_name(type))] = cache_bytes(model.shape(type), 1);
+      out["kv_bytes_per_token"][std::string(engine::kv_type_name(type))] =
+          cache_bytes(compressed_shape(facts, type), 1);
     }
-    out["savings"] = savings_json(arguments, model.shape(engine::parse_kv_type(arguments.kv_type)));
+    out["savings"] =
+        savings_json(arguments, compressed_shape(facts, engine::parse_kv_type(arguments.kv_type)));
   }
   return out;
 }
@@ -193,14 +217,14 @@ void inspect_in_llama_cpp(const InspectArguments& arguments) {
                    facts.query_heads, facts.kv_heads, facts.embedding, facts.vocabulary));
   line("context", fmt::format("{} tokens", model.context()));
   line("chat", facts.why_no_chat.empty() ? facts.chat : fmt::format("none ({})", facts.why_no_chat));
-  line("compression",
-       facts.why_not.empty() ? "yes, with equal rows in all layers" : fmt::format("no: {}", facts.why_not));
+  line("compression", compression_of(facts));
   if (facts.why_not.empty()) {
     for (const engine::KvType type : kv_types) {
-      line("KV a token",
-           fmt::format("{:<5} {:>7} bytes", engine::kv_type_name(type), cache_bytes(model.shape(type), 1)));
+      line("KV a token", fmt::format("{:<5} {:>7} bytes", engine::kv_type_name(type),
+                                     cache_bytes(compressed_shape(facts, type), 1)));
     }
-    print_savings(arguments, model.shape(engine::parse_kv_type(arguments.kv_type)), model.context());
+    print_savings(arguments, compressed_shape(facts, engine::parse_kv_type(arguments.kv_type)),
+                  model.context());
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <numeric>
+
 #include "llama_cpp/load.hpp"
 #include "run.hpp"
 #include "usage_error.hpp"
@@ -26,6 +28,12 @@ std::string_view why_not_in_llama_cpp(Method method) {
 }
 
 }  // namespace
+
+std::vector<std::size_t> ModelEngine::compressed_layers() const {
+  std::vector<std::size_t> all(layers());
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  return all;
+}
 
 engine::PromptText ModelEngine::chat_prompt(const std::string& message) const {
   const engine::ChatMessage user{.role = "user", .content = message};

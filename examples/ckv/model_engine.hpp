@@ -46,7 +46,7 @@ struct RunResult {
   std::vector<TokenId> tokens;  ///< generated, without the end token
   std::string answer;           ///< their text
   /// Positions kept at the end of prefill: [layer][list][row], one list where all KV heads share it, else one
-  /// a KV head.
+  /// a KV head. Layers are those of `ModelEngine::compressed_layers`.
   std::vector<std::vector<std::vector<std::uint32_t>>> kept;
   std::uint64_t kv_bytes_full = 0;  ///< prompt tokens x bytes a token
   std::uint64_t kv_bytes_kept = 0;  ///< bytes of the rows kept
@@ -90,6 +90,10 @@ class ModelEngine {
   /// The model's shape as the library wants it, with the bytes of a row of this element type. Throws
   /// compresskv::ArgumentError where the model's cache cannot be compressed, and says why.
   virtual compresskv::ModelShape shape(engine::KvType type) const = 0;
+
+  /// Layers whose cache methods make smaller, ascending: all but those with a sliding window. Throws as
+  /// `shape`.
+  virtual std::vector<std::size_t> compressed_layers() const;
 
   /// A conversation as the model's chat template lays it out, BOS included where it has one, ready for the
   /// answer. Throws engine::Error where the model has no template, or none that is understood.

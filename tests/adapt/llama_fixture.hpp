@@ -69,6 +69,7 @@ struct ContextOptions {
   ggml_type type_k = GGML_TYPE_F16;
   ggml_type type_v = GGML_TYPE_F16;
   std::uint32_t micro_batch = 512;
+  bool swa_full = true;  // as libllama has it where nothing is said
 };
 
 inline llama_context_params context_params(const ContextOptions& options) {
@@ -82,6 +83,7 @@ inline llama_context_params context_params(const ContextOptions& options) {
       options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   params.type_k = options.type_k;
   params.type_v = options.type_v;
+  params.swa_full = options.swa_full;
   return params;
 }
 

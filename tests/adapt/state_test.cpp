@@ -279,6 +279,88 @@ TEST(LlamaCppState, EachFieldThatIsNotAsItMustBeIsRefusedByName) {
   EXPECT_EQ(State(odd, one).cells(), 7U);
 }
 
+// ---- a second part: layers that slide ----
+
+/// The first part, and behind it one of another shape and of the last window's cells.
+Bytes with_sliding(const Recipe& first, const Recipe& second) {
+  Bytes bytes = make(first);
+  const Bytes part = make(second);
+  bytes.insert(bytes.end(), part.begin() + 8, part.end());
+  return bytes;
+}
+Recipe window_of(Recipe recipe) {
+  recipe.layers = 3;
+  recipe.positions = {4, 5, 6};
+  return recipe;
+}
+State::Second sliding() { return State::Second::sliding; }
+std::string refusal_of_two(Bytes bytes) {
+  return message_of<ArgumentError>([&] { const State state(bytes, shape, sliding()); });
+}
+
+TEST(LlamaCppState, LayersThatSlideKeepTheirPart) {
+  for (const Recipe& recipe : kinds()) {
+    const Recipe window = window_of(recipe);
+    Bytes bytes = with_sliding(recipe, window);
+    const State state(bytes, shape, sliding());
+    ASSERT_EQ(state.cells(), 7U);
+    expect_rows(state, recipe, recipe.positions);
+    for (std::size_t rows = 1; rows <= 7; ++rows) {
+      Recipe smaller = recipe;
+      smaller.positions.resize(rows);
+      Recipe same = window;
+      smaller.sequence = smaller.cell_sequence = same.sequence = same.cell_sequence = 5;
+      smaller.streams = same.streams = 2;
+      smaller.stream = same.stream = 0;
+      ASSERT_EQ(state.first_rows(smaller.positions, {.streams = 2, .sequence = 5}),
+                with_sliding(smaller, same))
+          << rows;
+    }
+  }
+}
+
+TEST(LlamaCppState, LayersThatSlideAreSortedWhereThatIsAskedFor) {
+  for (const Recipe& recipe : kinds()) {
+    Recipe window = window_of(recipe);
+    window.positions = {6, 4, 5};
+    Bytes bytes = with_sliding(recipe, window);
+    State state(bytes, shape, sliding());
+    state.sort();
+    const compresskv::llama_cpp::StateTarget same{.streams = recipe.streams, .sequence = 3};
+    Recipe first = recipe;
+    first.stream = window.stream = 0;
+    ASSERT_EQ(state.first_rows(state.positions(), same), with_sliding(first, window));
+    state.sort_sliding();
+    window.positions = {4, 5, 6};
+    ASSERT_EQ(state.first_rows(state.positions(), same), with_sliding(first, window));
+  }
+  Bytes bytes = with_sliding({}, {.positions = {6, 4, 4}});
+  State state(bytes, shape, sliding());
+  EXPECT_TRUE(says(message_of<ArgumentError>([&] { state.sort_sliding(); }), {"two cells have position 4"}));
+}
+
+TEST(LlamaCppState, SecondPartsThatAreNotAsTheyMustBeAreRefusedByName) {
+  EXPECT_TRUE(says(refusal_of_two(make({})), {"state: streams at byte"}));
+  const auto broken = [](const Recipe& second) { return refusal_of_two(with_sliding({}, second)); };
+  EXPECT_TRUE(says(broken({.streams = 0}), {"streams are 0"}));
+  EXPECT_TRUE(says(broken({.positions = {1, 2}}), {"slide is 2, of the others 6", "changed by others"}));
+  EXPECT_TRUE(says(broken({.positions = {}}), {"slide is -1, of the others 6"}));
+  EXPECT_TRUE(says(broken({.cell_sequence = 1}), {"cell 0", "must be of sequence 3"}));
+  EXPECT_TRUE(says(broken({.transposed = 2}), {"transposed is 2"}));
+  EXPECT_TRUE(says(broken({.key_bytes_off = ~std::uint64_t{0} / 4}), {"which no memory holds"}));
+  Bytes three = with_sliding({}, {});
+  const Bytes third = make({});
+  three.insert(three.end(), third.begin() + 8, third.end());
+  EXPECT_TRUE(says(refusal_of_two(three), {"bytes follow", "more than two parts"}));
+
+  const Bytes whole = with_sliding({}, window_of({.transposed = 1, .keys = q4_0}));
+  for (std::size_t size = 0; size < whole.size(); ++size) {
+    ASSERT_TRUE(says(refusal_of_two(Bytes(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size))),
+                     {"state:"}))
+        << size;
+  }
+}
+
 TEST(LlamaCppState, CutOffAnywhereItIsRefused) {
   for (const Recipe& recipe :
        {Recipe{}, Recipe{.transposed = 1, .keys = q4_0}, Recipe{.streams = 3, .stream = 1}}) {
@@ -292,21 +374,25 @@ TEST(LlamaCppState, CutOffAnywhereItIsRefused) {
 }
 
 TEST(LlamaCppState, AnyOneByteMayBeWrong) {
-  for (const Recipe& recipe : {Recipe{}, Recipe{.transposed = 1}}) {
-    const Bytes whole = make(recipe);
+  const auto try_all = [](const Bytes& whole, State::Second second) {
     for (std::size_t at = 0; at < whole.size(); ++at) {
       for (const unsigned bits : {0x01U, 0x80U, 0xffU}) {
         Bytes bytes = whole;
         bytes[at] = static_cast<std::uint8_t>(bytes[at] ^ bits);
         // Read as another state, or refused; never past its end.
         try {
-          State state(bytes, shape);
+          State state(bytes, shape, second);
           state.sort();
+          state.sort_sliding();
           state.first_rows(state.positions(), {});
         } catch (const ArgumentError&) {
         }
       }
     }
+  };
+  for (const Recipe& recipe : {Recipe{}, Recipe{.transposed = 1}}) {
+    try_all(make(recipe), State::Second::none);
+    try_all(with_sliding(recipe, window_of(recipe)), sliding());
   }
 }
 

@@ -72,11 +72,17 @@ struct FreeGguf {
 
 inline constexpr std::uint32_t tiny_tokens = 300;
 
-inline Model make(const Tiny& tiny, const llama_model_params& params = llama_model_default_params()) {
+/// `vocabulary` names a GGUF file whose tokenizer the model gets; without, it knows `tiny_tokens` numbers.
+inline Model make(const Tiny& tiny, const llama_model_params& params = llama_model_default_params(),
+                  const std::string& vocabulary = {}) {
   start_libllama();
   const std::unique_ptr<gguf_context, detail::FreeGguf> file(gguf_init_empty());
+  if (!vocabulary.empty()) {
+    const std::unique_ptr<gguf_context, detail::FreeGguf> other(
+        gguf_init_from_file(vocabulary.c_str(), {.no_alloc = true, .ctx = nullptr}));
+    gguf_set_kv(file.get(), other.get());
+  }
   gguf_set_val_str(file.get(), "general.architecture", tiny.architecture.c_str());
-  gguf_set_val_str(file.get(), "tokenizer.ggml.model", "none");
   const auto key = [&](const std::string& name) { return tiny.architecture + "." + name; };
   const auto count = [&](const std::string& name, std::uint32_t value) {
     gguf_set_val_u32(file.get(), key(name).c_str(), value);
@@ -84,7 +90,10 @@ inline Model make(const Tiny& tiny, const llama_model_params& params = llama_mod
   const auto number = [&](const std::string& name, float value) {
     gguf_set_val_f32(file.get(), key(name).c_str(), value);
   };
-  count("vocab_size", tiny_tokens);
+  if (vocabulary.empty()) {
+    gguf_set_val_str(file.get(), "tokenizer.ggml.model", "none");
+    count("vocab_size", tiny_tokens);
+  }
   count("context_length", 1024);
   count("embedding_length", tiny.width);
   count("block_count", tiny.layers);

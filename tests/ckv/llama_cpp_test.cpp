@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "adapt/tiny_model.hpp"
 #include "ckv/calibration.hpp"
 #include "ckv/calibration_results.hpp"
 #include "ckv/evaluation.hpp"
@@ -608,6 +609,155 @@ TEST_F(LlamaCppTool, DemonstratesOnATextOfYourOwn) {
   for (const Json& layer : out["runs"][1]["kept_positions"]) {
     EXPECT_EQ(layer.size(), rows);
   }
+}
+
+/// A file of a tiny gemma3 of random weights, with the real model's vocabulary: layers 2 and 5 see all
+/// tokens, the others 32.
+class LlamaCppSlidingTool : public RealModel {
+ protected:
+  void SetUp() override {
+    RealModel::SetUp();
+    if (IsSkipped()) {
+      return;
+    }
+    const adapt_test::Model made = adapt_test::make(
+        {.architecture = "gemma3",
+         .layers = 6,
+         .counts = {{"attention.sliding_window", 32}, {"attention.sliding_window_pattern", 3}}},
+        llama_model_default_params(), model_path());
+    llama_model_save_to_file(made.get(), path().c_str());
+  }
+
+  std::string path() const { return folder_.path("gemma.gguf").string(); }
+  std::string text() const {
+    std::string text;
+    for (int i = 0; i < 30; ++i) {
+      text += "The farmer counted " + std::to_string(i) + " sheep. ";
+    }
+    return text;
+  }
+  Outcome run(Arguments arguments, const Arguments& more) const {
+    arguments.insert(arguments.end(), {"--engine", "llama.cpp"});
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return run_tool(arguments);
+  }
+
+  Folder folder_;
+};
+
+TEST_F(LlamaCppSlidingTool, SaysWhichLayersSlide) {
+  const Json out = run({"inspect", "--json", path()}, {}).json();
+  EXPECT_EQ(out["compresses"], true) << out["why_not"];
+  EXPECT_EQ(out["layers"], 6);
+  EXPECT_EQ(out["sliding_layers"], Json({0, 1, 3, 4}));
+  EXPECT_EQ(out["sliding_window"], 32);
+  EXPECT_EQ(out["kv_bytes_per_token"]["f16"], 2 * 2 * 2 * 32 * 2);
+  const Outcome told = run({"inspect", path()}, {});
+  EXPECT_NE(told.out.find("equal rows in 2 layers; 4 slide over 32 tokens and stay whole: 0 1 3 4"),
+            std::string::npos)
+      << told.out;
+}
+
+TEST_F(LlamaCppSlidingTool, ShowsTheAttentionOfBothKindsOfLayers) {
+  const auto llama = ckv::load_engine(ckv::llama_cpp_engine, path(), 1);
+  const std::vector<ckv::TokenId> prompt = llama->encode(text(), false);
+  ASSERT_GT(prompt.size(), 100U);
+  std::size_t rows = 0;
+  llama->answer(prompt, 3,
+                {.on_attention =
+                     [&](std::size_t layer, std::size_t, std::span<const float> row) {
+                       const auto seen =
+                           std::ranges::count_if(row, [](float weight) { return weight > 0.0F; });
+                       if (layer == 2 || layer == 5) {
+                         EXPECT_GT(seen, 100) << layer;
+                       } else {
+                         EXPECT_LE(seen, 32) << layer;
+                         EXPECT_EQ(row.front(), 0.0F) << layer;
+                       }
+                       ++rows;
+                     },
+                 .on_token = [](ckv::TokenId) {}});
+  EXPECT_GE(rows, 6U * 4U);
+}
+
+TEST_F(LlamaCppSlidingTool, Generates) {
+  std::vector<std::vector<double>> runs;
+  for (int i = 0; i < 6 * 4; ++i) {
+    runs.push_back({0.01 * ((i * 7) % 24)});
+  }
+  const std::string scores = folder_.path("gemma_head_scores.json").string();
+  compresskv::io::save_head_scores(scores, compresskv::HeadScores(6, 4, std::move(runs)));
+  for (const char* method : {"snapkv", "streaming", "compresskv", "model-wide", "full"}) {
+    const std::string name = method;
+    Arguments asked{"--model", path(), "--prompt", text(), "--raw"};
+    asked.insert(asked.end(), {"--method", name, "--json", "--threads", "1", "--max-new-tokens", "12",
+                               "--kv-type", "f16"});
+    if (name != "full") {
+      asked.insert(asked.end(), {"--rows", "20"});
+    }
+    if (name == "compresskv" || name == "model-wide") {
+      asked.insert(asked.end(), {"--heads", scores});
+    }
+    const Outcome answer = run({"generate"}, asked);
+    ASSERT_EQ(answer.code, 0) << method << answer.err;
+    if (name == "full") {
+      continue;
+    }
+    const Json out = answer.json();
+    EXPECT_EQ(out["rows"].size(), 2U) << method;
+    const std::uint64_t row = 2 * 2 * 32 * 2;  // of one layer, in f16
+    const std::uint64_t windows = 4 * 32 * row;
+    EXPECT_EQ(out["kv_bytes_kept"], 2 * 20 * row + windows) << method;
+    EXPECT_EQ(out["kv_bytes_full"], 2 * out["prompt_tokens"].get<std::uint64_t>() * row + windows) << method;
+  }
+}
+
+TEST_F(LlamaCppSlidingTool, CopiesOfOnePromptAnswerAsRunsOfTheirOwn) {
+  const auto llama = ckv::load_engine(ckv::llama_cpp_engine, path(), 1);
+  EXPECT_EQ(llama->compressed_layers(), (std::vector<std::size_t>{2, 5}));
+  const std::vector<ckv::TokenId> prompt = llama->encode(text(), false);
+  const ckv::TaskPrompt task{.tokens = prompt, .expect = {"what no answer holds"}};
+  const auto held = llama->hold(task, {.window = 8, .max_new_tokens = 20});
+  std::vector<ckv::Compression> ways;
+  for (const ckv::Method method : {ckv::Method::full, ckv::Method::snapkv, ckv::Method::streaming}) {
+    ways.push_back({.method = method, .budget = compresskv::Budget::tokens_per_layer(20)});
+  }
+  const std::vector<const ckv::Compression*> twice = {&ways[0], &ways[1], &ways[2],
+                                                      &ways[0], &ways[1], &ways[2]};
+  const std::vector<ckv::Outcome> outcomes = held->outcomes(twice, [](double, std::string_view) {});
+  for (std::size_t i = 0; i < twice.size(); ++i) {
+    const ckv::RunResult alone = llama->run(prompt, *twice[i], {.max_new_tokens = 20});
+    EXPECT_EQ(outcomes[i].answer, alone.answer) << i;
+    EXPECT_EQ(outcomes[i].rows, 2U * 2U * (i % 3 == 0 ? prompt.size() : 20U)) << i;
+    EXPECT_EQ(outcomes[i].kept.size(), i % 3 == 0 ? 0U : 2U) << i;
+  }
+}
+
+TEST_F(LlamaCppSlidingTool, EvaluatesATaskThatMeasures) {
+  std::string long_text;
+  for (int i = 0; i < 8; ++i) {
+    long_text += text();
+  }
+  const std::string hay = folder_.write("hay.txt", long_text).string();
+  const std::string out = folder_.path("records.jsonl").string();
+  const Outcome outcome =
+      run({"evaluate", "--threads", "1"},
+          {"--model", path(), "--tasks", "perplexity", "--methods", "snapkv,streaming", "--tokens", "20",
+           "--lengths", "120", "--prompts", "1", "--haystack", hay, "--out", out});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  std::istringstream lines{read(out)};
+  std::string line;
+  std::getline(lines, line);
+  std::size_t compressed = 0;
+  while (std::getline(lines, line)) {
+    const Json record = Json::parse(line);
+    EXPECT_GT(record["perplexity"].get<double>(), 1.0);
+    if (record["method"] != "full") {
+      ++compressed;
+      EXPECT_EQ(record["rows"], 20 * 2 * 2) << record["method"];
+    }
+  }
+  EXPECT_EQ(compressed, 2U);
 }
 
 TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {

@@ -51,12 +51,14 @@ struct WindowAttention {
 };
 
 /// Window attention of docs/method.md 2.1. `key(row, dim)`, `query(i, dim)`. A query sees the last `sliding`
-/// rows, its own included; a sink of finite logit takes weight and gives none.
+/// rows, its own included; a sink of finite logit takes weight and gives none; `soft_cap` c > 0: c * tanh(x /
+/// c).
 template <class Key, class Query>
 WindowAttention window_attention(Key&& key, Query&& query, std::size_t rows, std::size_t window,
                                  std::size_t head_dim, double scale,
                                  std::size_t sliding = std::numeric_limits<std::size_t>::max(),
-                                 double sink = -std::numeric_limits<double>::infinity()) {
+                                 double sink = -std::numeric_limits<double>::infinity(),
+                                 double soft_cap = 0.0) {
   WindowAttention out;
   for (std::size_t i = 0; i < window; ++i) {
     std::vector<double> logits;
@@ -70,7 +72,8 @@ WindowAttention window_attention(Key&& key, Query&& query, std::size_t rows, std
       }
       const std::size_t own = rows - window + i;
       const bool seen = row <= own && own - row < sliding;
-      logits.push_back(seen ? dot * scale : -std::numeric_limits<double>::infinity());
+      const double logit = soft_cap > 0.0 ? soft_cap * std::tanh(dot * scale / soft_cap) : dot * scale;
+      logits.push_back(seen ? logit : -std::numeric_limits<double>::infinity());
       out.largest_logit_mass = std::max(out.largest_logit_mass, mass * scale);
     }
     logits.push_back(sink);

@@ -284,6 +284,70 @@ TEST(AnyCompressor, EnginesShareRowsOutTheirOwnWay) {
   EXPECT_EQ(compressor.retained(1).rows(), 24U);
 }
 
+TEST(AnyCompressor, PlansForSomeLayersAreThoseOfAModelOfTheseAlone) {
+  const std::vector<std::vector<std::uint32_t>> heads = {{3, 1, 0, 2}, {0, 1, 2, 3}, {2, 1, 0, 3}};
+  std::vector<std::vector<double>> runs;
+  for (int i = 0; i < 12; ++i) {
+    runs.push_back({0.1 * ((i * 7) % 12), 0.3});
+  }
+  const std::vector<double> errors = {0.2, 0.3, 0.5};
+  MethodSettings all = settings();
+  all.heads = HeadRanking(heads);
+  all.scores = HeadScores(3, 4, runs);
+  all.errors = LayerErrors(errors, {{.name = "set", .errors = errors}});
+  all.heads_per_layer = 2;
+  all.hold_layers = 2;
+  all.model_heads = 12;
+  MethodSettings two = all;
+  two.hold_layers = 1;
+  two.model_heads = 8;
+  two.heads = HeadRanking({heads[0], heads[2]});
+  runs.erase(runs.begin() + 4, runs.begin() + 8);
+  two.scores = HeadScores(2, 4, runs);
+  two.errors = LayerErrors({0.2, 0.5}, {{.name = "set", .errors = {0.2, 0.5}}});
+  ModelShape less = shape;
+  less.layers = 2;
+  const std::array<std::size_t, 2> layers = {0, 2};
+  for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide"}) {
+    const AnyPlan plan = AnyPlan{shape, method, all}.of_layers(layers);
+    EXPECT_EQ(plan.shape().layers, 2U);
+    EXPECT_EQ(plan.method().name, method);
+    std::vector<std::vector<std::uint32_t>> kept;
+    for (const AnyPlan& from : {plan, AnyPlan{less, method, two}}) {
+      Cache cache;
+      AnyCompressor compressor{from};
+      compressor.begin(tokens);
+      const auto views = [&](std::size_t layer) { return cache.view(layers[layer]); };
+      const auto note = [&](std::span<const std::size_t> changed) {
+        for (const std::size_t layer : changed) {
+          for (std::size_t head = 0; head < 2; ++head) {
+            cache.rows[layers[layer]][head] = compressor.retained(layer).rows(head);
+          }
+        }
+      };
+      for (std::size_t layer = 0; layer < 2; ++layer) {
+        note(compressor.arrive(layer, views, cache.observation(layers[layer])));
+      }
+      note(compressor.finish(views));
+      std::vector<std::uint32_t>& positions = kept.emplace_back();
+      for (std::size_t layer = 0; layer < 2; ++layer) {
+        const Retained& retained = compressor.retained(layer);
+        for (std::size_t list = 0; list < retained.lists(); ++list) {
+          const auto some = retained.positions(list);
+          positions.insert(positions.end(), some.begin(), some.end());
+        }
+      }
+    }
+    EXPECT_EQ(kept[0], kept[1]) << method;
+  }
+  const AnyPlan plan{shape, "snapkv", all};
+  EXPECT_SAYS(plan.of_layers({}), "layers are none, the model has 3");
+  const std::array<std::size_t, 2> beyond = {1, 3};
+  EXPECT_SAYS(plan.of_layers(beyond), "layers[1] is 3, must be below the model's 3");
+  const std::array<std::size_t, 2> twice = {1, 1};
+  EXPECT_SAYS(plan.of_layers(twice), "layers[1] is 1");
+}
+
 /// Every task on a thread of its own.
 struct Threads {
   std::size_t tasks = 0;

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "../model_engine.hpp"
 
@@ -29,9 +30,11 @@ struct LlamaFacts {
   std::size_t kv_heads = 0;
   std::size_t embedding = 0;
   std::size_t vocabulary = 0;
-  std::string chat = {};         ///< who lays out a conversation, for people
-  std::string why_no_chat = {};  ///< empty where somebody does
-  std::string why_not = {};      ///< why its cache cannot be compressed; empty where it can
+  std::vector<std::size_t> sliding_layers = {};  ///< that are not compressed
+  std::size_t sliding_window = 0;                ///< tokens that they see
+  std::string chat = {};                         ///< who lays out a conversation, for people
+  std::string why_no_chat = {};                  ///< empty where somebody does
+  std::string why_not = {};                      ///< why its cache cannot be compressed; empty where it can
 };
 
 /// Throws engine::Error where libllama cannot load it.

@@ -129,6 +129,25 @@ compresskv::ModelShape LlamaModel::shape(engine::KvType type) const {
   return compresskv::llama_cpp::model_shape(get(), ggml_type_of(type), ggml_type_of(type));
 }
 
+std::vector<std::size_t> LlamaModel::compressed_layers() const {
+  if (compressed_.empty()) {
+    Observer observer{shape(engine::KvType::f32), 1};
+    if (llama_model_n_swa(get()) > 0) {
+      // Only a graph shows which layers slide: that of one token will do.
+      const LlamaContext context = make_context({.cells = 1, .batch = 1, .observer = &observer});
+      llama_token token = 0;
+      check_decoded(observer.decode(context.get(), llama_batch_get_one(&token, 1)), "a token");
+    }
+    const std::span<const std::size_t> layers = observer.global_layers(get());
+    compressed_.assign(layers.begin(), layers.end());
+  }
+  return compressed_;
+}
+
+std::size_t LlamaModel::sliding_rows(std::size_t tokens) const {
+  return std::min(tokens, static_cast<std::size_t>(llama_model_n_swa(get())));
+}
+
 engine::PromptText LlamaModel::lay_out(std::span<const engine::ChatMessage> messages) const {
   if (template_) {
     return template_->lay_out(messages);
@@ -297,7 +316,7 @@ std::span<const float> LlamaModel::logits(llama_context* context) const {
 }
 
 std::vector<std::vector<std::vector<std::uint32_t>>> kept_by(const Sequence& sequence) {
-  std::vector<std::vector<std::vector<std::uint32_t>>> kept(sequence.plan().shape().layers);
+  std::vector<std::vector<std::vector<std::uint32_t>>> kept(sequence.compressor().plan().shape().layers);
   for (std::size_t layer = 0; layer < kept.size(); ++layer) {
     const compresskv::Retained& retained = sequence.compressor().retained(layer);
     for (std::size_t list = 0; list < retained.lists(); ++list) {
@@ -350,7 +369,7 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     const std::span<const float> logits = this->logits(context.get());
     first_logits.assign(logits.begin(), logits.end());
   } else {
-    const compresskv::ModelShape shape = this->shape(options.kv_type);
+    compresskv::ModelShape shape = this->shape(options.kv_type);
     const compresskv::AnyPlan plan(shape, how.method, settings_of(how));
     observer.emplace(shape, std::max(plan.window(), std::size_t{1}));
     LlamaContext reading =
@@ -361,20 +380,27 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     first_logits.assign(logits.begin(), logits.end());
     const auto began = Clock::now();
     sequence.emplace(plan, *observer, compresskv::llama_cpp::Place{.context = reading.get()}, pool);
-    // Decoding needs room for what is kept alone; a share of a longer sequence is more rows.
+    const std::uint64_t layer_bytes = shape.kv_heads * shape.kv_row_bytes;
+    const std::size_t sliding_layers = shape.layers - sequence->layers().size();
+    shape.layers -= sliding_layers;
+    // Decoding needs room for what is kept alone; a share of a longer sequence is more rows. Layers that
+    // slide keep their window, in as many cells at most.
     const std::size_t most = prompt.size() + (every > 0 ? options.max_new_tokens : 0);
     rows = std::min(how.budget->resolve(most, how.window, shape), most);
+    const std::size_t cells = sliding_layers > 0 ? std::max(rows, sliding_rows(most)) : rows;
     context = make_context({.type = options.kv_type,
-                            .cells = rows + (every > 0 ? every : options.max_new_tokens),
+                            .cells = cells + (every > 0 ? every : options.max_new_tokens),
                             .batch = 32,
                             .observer = every > 0 ? &*observer : nullptr});
     sequence->compress_into({.context = context.get()});
-    const std::uint64_t token_bytes = shape.layers * shape.kv_heads * shape.kv_row_bytes;
+    const std::uint64_t token_bytes = shape.layers * layer_bytes;
+    const std::uint64_t sliding_bytes = sliding_layers * layer_bytes;
     result.kept = kept_by(*sequence);
     rows = result.kept.front().front().size();
-    result.kv_bytes_full = token_bytes * prompt.size();
-    result.kv_bytes_kept = token_bytes * rows;
-    result.kv_bytes_peak = token_bytes * (llama_n_ctx(reading.get()) + llama_n_ctx(context.get()));
+    result.kv_bytes_full = token_bytes * prompt.size() + sliding_bytes * sliding_rows(prompt.size());
+    result.kv_bytes_kept = token_bytes * rows + sliding_bytes * sliding_rows(prompt.size());
+    result.kv_bytes_peak =
+        (token_bytes + sliding_bytes) * (llama_n_ctx(reading.get()) + llama_n_ctx(context.get()));
     reading.reset();
     result.compress_ms = milliseconds_since(began);
     result.prefill_ms = milliseconds_since(start);
@@ -452,7 +478,13 @@ LlamaFacts inspect_llama_cpp(const std::filesystem::path& path) {
     facts.why_no_chat = error.what();
   }
   try {
-    loaded->shape(engine::KvType::f32);
+    const std::vector<std::size_t> compressed = loaded->compressed_layers();
+    for (std::size_t layer = 0; layer < loaded->layers(); ++layer) {
+      if (std::ranges::find(compressed, layer) == compressed.end()) {
+        facts.sliding_layers.push_back(layer);
+      }
+    }
+    facts.sliding_window = facts.sliding_layers.empty() ? 0 : count(llama_model_n_swa(model));
   } catch (const compresskv::ArgumentError& error) {
     facts.why_not = error.what();
   }

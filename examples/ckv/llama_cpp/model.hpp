@@ -39,6 +39,7 @@ class LlamaModel final : public ModelEngine {
   std::size_t context() const override;
   int threads() const override { return pool_->threads(); }
   compresskv::ModelShape shape(engine::KvType type) const override;
+  std::vector<std::size_t> compressed_layers() const override;
   engine::PromptText lay_out(std::span<const engine::ChatMessage> messages) const override;
   std::vector<TokenId> encode(const engine::PromptText& prompt) const override;
   std::vector<TokenId> encode(std::string_view text, bool parse_special) const override;
@@ -58,6 +59,8 @@ class LlamaModel final : public ModelEngine {
   /// Why the model's own template does not lay conversations out, and llama.cpp's list of templates does;
   /// empty where the own does.
   const std::string& why_not_own_template() const { return why_not_own_template_; }
+  /// Tokens that a layer with a sliding window holds of so many.
+  std::size_t sliding_rows(std::size_t tokens) const;
   /// Throws engine::Error where a prompt of so many tokens is none, or too long.
   void check_length(std::size_t tokens) const;
 
@@ -91,7 +94,8 @@ class LlamaModel final : public ModelEngine {
   std::string path_;
   std::optional<engine::ChatTemplate> template_;  // the model's own
   std::string why_not_own_template_;
-  mutable bool said_ = false;  // that it is not the one
+  mutable bool said_ = false;                    // that it is not the one
+  mutable std::vector<std::size_t> compressed_;  // empty: not asked for yet
 };
 
 /// Positions that each layer keeps, as RunResult::kept has them.

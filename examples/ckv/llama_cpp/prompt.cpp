@@ -31,8 +31,9 @@ class HeldInLlamaCpp final : public HeldPrompt {
       : model_(&model),
         prompt_(&prompt),
         options_(options),
-        shape_(model.shape(options.kv_type)),
-        observer_(shape_, options.window),
+        all_(model.shape(options.kv_type)),
+        shape_(all_),
+        observer_(all_, options.window),
         whole_(model.make_context({.type = options.kv_type,
                                    .cells = prompt.tokens.size() + tokens_to_come(),
                                    .sequences = 2,
@@ -44,6 +45,7 @@ class HeldInLlamaCpp final : public HeldPrompt {
       options_.progress(static_cast<double>(done) / static_cast<double>(tokens));
     });
     prefill_ms_ = milliseconds_since(start);
+    shape_.layers = observer_.global_layers(model.get()).size();
     const std::span<const float> logits = model.logits(whole_.get());
     first_logits_.assign(logits.begin(), logits.end());
   }
@@ -81,11 +83,13 @@ class HeldInLlamaCpp final : public HeldPrompt {
   Outcome compressed(const Compression& how) {
     const std::size_t tokens = prompt_->tokens.size();
     const std::size_t rows = std::min(how.budget.value().resolve(tokens, how.window, shape_), tokens);
+    const std::size_t cells =
+        shape_.layers < all_.layers ? std::max(rows, model_->sliding_rows(tokens)) : rows;
     const LlamaContext small =
-        model_->make_context({.type = options_.kv_type, .cells = rows + tokens_to_come(), .batch = 32});
+        model_->make_context({.type = options_.kv_type, .cells = cells + tokens_to_come(), .batch = 32});
     const auto start = Clock::now();
     engine::PoolExecutor pool = model_->executor();
-    const compresskv::AnyPlan plan(shape_, how.method, settings_of(how));
+    const compresskv::AnyPlan plan(all_, how.method, settings_of(how));
     Sequence sequence = Sequence(plan, observer_, {.context = whole_.get()}, pool).copy_to(1);
     sequence.compress_into({.context = small.get()});
     Outcome out{.answer = {}, .compress_ms = milliseconds_since(start)};
@@ -146,8 +150,9 @@ class HeldInLlamaCpp final : public HeldPrompt {
   const LlamaModel* model_;
   const TaskPrompt* prompt_;
   HoldOptions options_;
-  compresskv::ModelShape shape_;
-  Observer observer_;  // before the context that it observes
+  compresskv::ModelShape all_;
+  compresskv::ModelShape shape_;  // of the layers that are compressed
+  Observer observer_;             // before the context that it observes
   LlamaContext whole_;
   std::vector<float> first_logits_;
   double prefill_ms_ = 0.0;

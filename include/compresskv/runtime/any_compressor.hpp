@@ -10,6 +10,7 @@
 
 #include "compresskv/budget/allocator.hpp"
 #include "compresskv/core/any_executor.hpp"
+#include "compresskv/core/error.hpp"
 #include "compresskv/core/function_ref.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/protection.hpp"
@@ -19,6 +20,7 @@
 #include "compresskv/core/shape.hpp"
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/method_settings.hpp"
+#include "compresskv/runtime/settings_of_layers.hpp"
 #include "compresskv/view/any_kv.hpp"
 #include "compresskv/view/any_observation.hpp"
 
@@ -137,7 +139,8 @@ class AnyPlan {
   /// too: nothing is evicted, and the budget is not looked at.
   AnyPlan(const ModelShape& shape, Method method, const MethodSettings& settings = {},
           const AnyPlanOptions& options = {})
-      : method_(detail::make_any_method(shape, method, settings, options)) {}
+      : method_(detail::make_any_method(shape, method, settings, options)),
+        made_(std::make_shared<const Made>(Made{settings, options})) {}
   AnyPlan(const ModelShape& shape, std::string_view method, const MethodSettings& settings = {},
           const AnyPlanOptions& options = {})
       : AnyPlan(shape, method_named(method).method, settings, options) {}
@@ -152,9 +155,32 @@ class AnyPlan {
   /// Queries that observe and are always kept.
   std::size_t window() const { return method_->window; }
 
+  /// The same for some layers alone, as if the model had no others: for models some of whose layers have no
+  /// cache that can shrink. `layers` are their numbers, ascending; theirs are the head ranking, the scores
+  /// and the errors, and the budget's rows a layer. `model_heads` is at most their heads, and `hold_layers`
+  /// counts those of them that it held. Throws ArgumentError where there are none, one is no
+  /// layer of the model or they do not ascend, and as the constructor does.
+  AnyPlan of_layers(std::span<const std::size_t> layers) const {
+    ModelShape some = shape();
+    detail::require(!layers.empty(), "layers are none, the model has ", some.layers, ": give one or more");
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      detail::require(layers[i] < some.layers && (i == 0 || layers[i - 1] < layers[i]), "layers[", i, "] is ",
+                      layers[i], ", must be below the model's ", some.layers,
+                      " and above the one before it: give ascending layer numbers");
+    }
+    some.layers = layers.size();
+    return {some, method().method, detail::settings_of_layers(made_->settings, shape(), layers),
+            made_->options};
+  }
+
  private:
   friend class AnyCompressor;
+  struct Made {
+    MethodSettings settings;
+    AnyPlanOptions options;
+  };
   std::shared_ptr<const detail::AnyMethod> method_;
+  std::shared_ptr<const Made> made_;  // from which it is made again for fewer layers
 };
 
 /// `Compressor` for a method that is chosen when the program runs: one class for all methods, element types

@@ -59,9 +59,6 @@ inline bool has_alibi(const llama_model& model) {
 inline void check_model(const llama_model& model) {
   require(!llama_model_is_recurrent(&model) && !llama_model_is_hybrid(&model),
           "the model has recurrent layers, whose state is no KV cache: it is not compressed here");
-  require(llama_model_n_swa(&model) == 0, "the model has sliding-window layers of ",
-          llama_model_n_swa(&model),
-          " tokens, whose part of the state is not compressed here: leave its sequences as they are");
   const llama_rope_type rope = llama_model_rope_type(&model);
   require(rope == LLAMA_ROPE_TYPE_NONE || rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NEOX,
           "the model has M-RoPE, several positions a token: it is not compressed here");
@@ -81,9 +78,10 @@ inline void check_place(const Place& place) {
 
 }  // namespace detail
 
-/// The shape of a model's KV cache: `kv_row_bytes` for contexts of these element types. Throws ArgumentError
-/// for models that are not compressed: recurrent and hybrid ones, sliding windows, M-RoPE, ALiBi, MLA. Models
-/// whose layers differ are refused when their first state is looked at.
+/// The shape of a model's KV cache: `kv_row_bytes` for contexts of these element types. Its layers are all of
+/// the model's, those with a sliding window too: `Sequence` compresses the others (`Sequence::layers`).
+/// Throws ArgumentError for models that are not compressed: recurrent and hybrid ones, M-RoPE, ALiBi, MLA.
+/// Models whose layers differ are refused when their first state is looked at.
 inline ModelShape model_shape(const llama_model* model, ggml_type type_k = GGML_TYPE_F16,
                               ggml_type type_v = GGML_TYPE_F16) {
   detail::require(model != nullptr, "model is null: give the llama_model that is to be compressed");

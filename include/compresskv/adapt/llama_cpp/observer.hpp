@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +18,7 @@
 
 #include "compresskv/adapt/llama_cpp/micro_batches.hpp"
 #include "compresskv/adapt/llama_cpp/model.hpp"
+#include "compresskv/adapt/llama_cpp/sliding_layers.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/view/query_window.hpp"
@@ -34,17 +34,6 @@ struct AttentionNode {
   const ggml_tensor* queries = nullptr;  // [head_dim, token, head, stream], float32
   bool fused = false;                    // flash attention: scale and soft cap are the node's own
 };
-
-/// The layer in a name that ends in "-<layer>", or whose cache is "cache_k_l<layer>".
-inline std::optional<std::size_t> number_after(std::string_view name, std::string_view mark) {
-  const std::size_t at = name.find(mark);
-  std::size_t number = 0;
-  if (at == std::string_view::npos ||
-      std::from_chars(name.data() + at + mark.size(), name.data() + name.size(), number).ec != std::errc{}) {
-    return std::nullopt;
-  }
-  return number;
-}
 
 /// Which layer's cache a tensor of keys comes from: a view of it, a copy of such a view on another device, or
 /// one that was cast.
@@ -100,7 +89,7 @@ class Observer {
   /// `window` queries are held of each layer and sequence: at least `AnyPlan::window()`. Throws ArgumentError
   /// on 0.
   Observer(const ModelShape& shape, std::size_t window)
-      : shape_(shape), window_(window), layers_(shape.layers) {
+      : shape_(shape), window_(window), layers_(shape.layers), global_layers_(shape.layers) {
     detail::require(window > 0, "Observer: window is 0: give the plan's window, or more");
     shape.validate();
   }
@@ -117,11 +106,12 @@ class Observer {
   /// `following` is the number of tokens that later batches add before the sequence is compressed; where it
   /// is known nothing is looked at that would be forgotten again. Returns what `llama_decode` returns; where
   /// that is not 0 the sequences of the batch are forgotten. Throws ArgumentError where the batch cannot be
-  /// observed (embeddings without sequences are fine), or the graph is not as expected: the batch has then
-  /// been decoded all the same.
+  /// observed (embeddings without sequences are fine), or the graph is not as expected, or does not tell
+  /// which layers slide: the batch has then been decoded all the same.
   std::int32_t decode(llama_context* context, const llama_batch& batch, std::size_t following = 0) {
     detail::require(context != nullptr, "Observer: context is null: give the one that decodes");
     micro_batches_ = detail::MicroBatches(*context, batch, window_, following);
+    global_layers_.begin(*context);
     context_ = context;
     current_ = -1;
     positions_ = nullptr;
@@ -134,6 +124,9 @@ class Observer {
       }
     }
     detail::require(failure_.empty(), failure_);
+    if (status == 0 && !micro_batches_.sequences().empty()) {
+      global_layers_.learn({context, micro_batches_.sequences().front()});
+    }
     return status;
   }
 
@@ -169,6 +162,14 @@ class Observer {
                        .soft_cap = attention.soft_cap,
                        .sinks = attention.sinks},
             QueryStrides{.head = window_ * shape_.head_dim, .query = shape_.head_dim}};
+  }
+
+  /// Layers of a model that see every token, ascending: all of them, or those without a sliding window. Which
+  /// these are is learnt from the first batch decoded by this object, whose state is read once for it. Throws
+  /// ArgumentError before. Valid as long as this object.
+  std::span<const std::size_t> global_layers(const llama_model* model) const {
+    detail::require(model != nullptr, "Observer: model is null: give the llama_model that is observed");
+    return global_layers_.of(*model);
   }
 
   /// A sequence's window goes with it: after `llama_memory_seq_cp`, or to another context. Nothing where
@@ -216,6 +217,7 @@ class Observer {
   }
 
   bool wants(const ggml_tensor& node) {
+    global_layers_.note(node);
     if (node.op == GGML_OP_ROPE) {
       positions_ = node.src[1];
       return false;
@@ -365,6 +367,7 @@ class Observer {
   ModelShape shape_;
   std::size_t window_;
   std::vector<Attention> layers_;
+  detail::GlobalLayers global_layers_;
   std::map<Key, std::vector<Watched>> watched_;  // [layer]
   // The batch that is being decoded.
   llama_context* context_ = nullptr;

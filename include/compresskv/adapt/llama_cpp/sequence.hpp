@@ -12,9 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "compresskv/adapt/llama_cpp/cells_of_rows.hpp"
 #include "compresskv/adapt/llama_cpp/context_state.hpp"
 #include "compresskv/adapt/llama_cpp/model.hpp"
 #include "compresskv/adapt/llama_cpp/observer.hpp"
+#include "compresskv/adapt/llama_cpp/sliding_layers.hpp"
 #include "compresskv/adapt/llama_cpp/state.hpp"
 #include "compresskv/core/any_executor.hpp"
 #include "compresskv/core/error.hpp"
@@ -25,45 +27,6 @@
 #include "compresskv/view/any_observation.hpp"
 
 namespace compresskv::llama_cpp {
-
-namespace detail {
-
-/// Rows that every layer and KV head was left with. Throws ArgumentError where they differ: a cell of
-/// libllama is a row of all of them.
-inline std::size_t rows_of_all(const AnyCompressor& compressor) {
-  const std::size_t layers = compressor.plan().shape().layers;
-  const std::size_t rows = compressor.retained(0).rows(0);
-  for (std::size_t layer = 0; layer < layers; ++layer) {
-    const Retained& kept = compressor.retained(layer);
-    for (std::size_t head = 0; head < kept.lists(); ++head) {
-      require(kept.rows(head) == rows, "method ", compressor.plan().method().name, " keeps ", kept.rows(head),
-              " rows of layer ", layer, ", KV head ", head, ", and ", rows,
-              " of the first: a cell of llama.cpp is one row of all layers and heads; take a method with a "
-              "uniform "
-              "budget, without layer errors: compresskv, snapkv, model-wide, tova, streaming");
-    }
-  }
-  return rows;
-}
-
-/// Positions that the cells get: of each the newest token that a layer or head keeps in it. They ascend, and
-/// serve the mask alone: every later token sees them all.
-inline std::vector<std::int32_t> cell_positions(const AnyCompressor& compressor) {
-  std::vector<std::int32_t> cells(rows_of_all(compressor), 0);
-  for (std::size_t layer = 0; layer < compressor.plan().shape().layers; ++layer) {
-    const Retained& kept = compressor.retained(layer);
-    for (std::size_t head = 0; head < kept.lists(); ++head) {
-      std::size_t row = 0;
-      for (const std::uint32_t position : kept.positions(head)) {
-        cells[row] = (std::max)(cells[row], static_cast<std::int32_t>(position));
-        ++row;
-      }
-    }
-  }
-  return cells;
-}
-
-}  // namespace detail
 
 /// What a compression has done to a sequence.
 struct Compressed {
@@ -84,6 +47,9 @@ struct Compressed {
 /// observer and the contexts are the caller's, and the latter two must outlive it. Its memory is a few bytes
 /// a kept row; while it compresses also the sequence's whole state, and what is kept of it once more.
 ///
+/// Where layers slide (gemma, gpt-oss) it compresses the others: the plan's head ranking, scores and budget
+/// are theirs, and the last window of those that slide stays whole.
+///
 /// All or nothing: whatever a call throws, the context's sequence and this object are as they were. One
 /// exception: a copy that shares cells (`copy_to`) in a context without a spare sequence number and without
 /// free cells for what is kept is lost, and the error says so.
@@ -93,7 +59,11 @@ class Sequence {
   /// the place is none, plan, observer and model are not of one shape, the observer's window is shorter than
   /// the plan's, or the method wants the attention of all queries (h2o), which libllama does not show.
   Sequence(AnyPlan plan, Observer& observer, const Place& place, AnyExecutor executor = {})
-      : observer_(&observer), place_(place), compressor_(std::move(plan), executor) {
+      : observer_(&observer),
+        place_(place),
+        plan_(std::move(plan)),
+        executor_(executor),
+        compressor_(plan_, executor) {
     detail::check_place(place);
     check_shape(model_shape(llama_get_model(place.context)), "the context's model");
     check_shape(observer.shape(), "the observer");
@@ -109,10 +79,14 @@ class Sequence {
   Sequence& operator=(Sequence&&) = default;
   ~Sequence() = default;
 
-  const AnyPlan& plan() const { return compressor_.plan(); }
+  const AnyPlan& plan() const { return plan_; }
   const Place& place() const { return place_; }
-  /// What each layer kept, by `retained(layer)`: valid once it was compressed.
+  /// What each layer kept, by `retained(i)`: valid once it was compressed. Its layer `i` is the model's
+  /// `layers()[i]`, as is that of its plan.
   const AnyCompressor& compressor() const { return compressor_; }
+  /// The layers that are compressed, ascending: those that do not slide. Throws ArgumentError where that is
+  /// not known yet (`Observer::global_layers`).
+  std::span<const std::size_t> layers() const { return observer_->global_layers(model()); }
   /// The position of the token that comes next.
   std::size_t next_position() const {
     return static_cast<std::size_t>(llama_memory_seq_pos_max(memory(), place_.sequence) + 1);
@@ -168,9 +142,10 @@ class Sequence {
                     " of the target holds tokens: remove them with llama_memory_seq_rm");
     detail::require(!is_empty(place_), "sequence ", place_.sequence, " holds no tokens: read a prompt first");
 
+    leave_out_sliding_layers();
     detail::StateBytes bytes;
     bytes.read(place_);
-    State state(bytes.span(), plan().shape());
+    State state = state_of(bytes.span());
     state.sort();
     Compressed result{.rows_before = state.cells(), .bytes_before = bytes.size};
 
@@ -223,12 +198,15 @@ class Sequence {
 
   /// Takes back all tokens from `position` on, as rejected drafts are: decoded since the last compression, or
   /// of its window. Throws ArgumentError where the token before `position` was evicted somewhere, as then the
-  /// sequence could not go on there.
+  /// sequence could not go on there, or tokens of the sliding window before it are no longer held.
   void truncate(std::size_t position) {
     detail::require(position > 0 && position <= next_position(), "truncate: position is ", position,
                     ", must be 1 to ", next_position());
+    if (slides()) {
+      detail::require_window(place_, position);
+    }
     if (compressed_) {
-      const std::size_t layers = plan().shape().layers;
+      const std::size_t layers = compressor_.plan().shape().layers;
       for (std::size_t layer = 0; layer < layers; ++layer) {
         const Retained& kept = compressor_.retained(layer);
         for (std::size_t head = 0; head < kept.lists() && position < kept.next_position(); ++head) {
@@ -247,9 +225,29 @@ class Sequence {
  private:
   Sequence(const Sequence&) = default;  // two would write to one place: copy_to
 
+  const llama_model* model() const { return llama_get_model(place_.context); }
   llama_memory_t memory() const { return llama_get_memory(place_.context); }
   static bool is_empty(const Place& place) { return detail::is_empty(place); }
   bool wants_queries() const { return plan().needs() == Needs::window_attention; }
+
+  /// Whether some layers have a window: where that is not known yet, whether the model's family has.
+  bool slides() const {
+    const std::size_t layers = compressor_.plan().shape().layers;
+    return llama_model_n_swa(model()) > 0 && (!compressed_ || layers < plan_.shape().layers);
+  }
+
+  /// Before it compresses: only now a graph must have shown which layers slide.
+  void leave_out_sliding_layers() {
+    const std::span<const std::size_t> others = layers();
+    if (others.size() < compressor_.plan().shape().layers) {
+      compressor_ = AnyCompressor(plan_.of_layers(others), executor_);
+    }
+  }
+
+  State state_of(std::span<std::uint8_t> bytes) const {
+    const ModelShape& shape = compressor_.plan().shape();
+    return {bytes, shape, shape.layers < plan_.shape().layers ? State::Second::sliding : State::Second::none};
+  }
 
   void check_shape(const ModelShape& other, const char* whose) const {
     const ModelShape& shape = plan().shape();
@@ -285,7 +283,7 @@ class Sequence {
   }
 
   void compress_layers(AnyCompressor& next, const State& state, std::size_t total) const {
-    const std::size_t layers = plan().shape().layers;
+    const std::size_t layers = next.plan().shape().layers;
     // Methods that reach back are shown an earlier layer as they have left it.
     const std::size_t heads = plan().shape().kv_heads;
     std::vector<std::size_t> rows(layers * heads, state.cells());
@@ -305,9 +303,10 @@ class Sequence {
         seen >= window, "of the last ", window, " tokens of sequence ", place_.sequence, " ", seen,
         " were observed: decode them with Sequence::read or Observer::decode, in a context that the "
         "observer was attached to");
+    const std::span<const std::size_t> numbers = this->layers();
     for (std::size_t layer = 0; layer < layers; ++layer) {
       if (window > 0) {
-        shorten(next.arrive(layer, views, observer_->queries(place_, layer)));
+        shorten(next.arrive(layer, views, observer_->queries(place_, numbers[layer])));
       } else {
         shorten(next.arrive(layer, views));
       }
@@ -367,10 +366,8 @@ class Sequence {
     if (std::ranges::equal(now.span(), written)) {
       return {};
     }
-    State state(now.span(), plan().shape());
-    state.sort();
-    const StateTarget same{.streams = state.streams(), .sequence = state.sequence()};
-    return std::ranges::equal(state.first_rows(state.positions(), same), written)
+    std::vector<std::uint8_t> copy(written.begin(), written.end());
+    return std::ranges::equal(by_position(now.span()), by_position(copy))
                ? std::string()
                : std::string(
                      "the context gives back another state than it was given: its libllama writes states "
@@ -379,9 +376,19 @@ class Sequence {
     return error.what();
   }
 
+  /// The same state, its cells by ascending position.
+  std::vector<std::uint8_t> by_position(std::span<std::uint8_t> bytes) const {
+    State state = state_of(bytes);
+    state.sort();
+    state.sort_sliding();
+    return state.first_rows(state.positions(), {.streams = state.streams(), .sequence = state.sequence()});
+  }
+
   Observer* observer_;
   Place place_;
-  AnyCompressor compressor_;
+  AnyPlan plan_;  // for all layers
+  AnyExecutor executor_;
+  AnyCompressor compressor_;  // for those that do not slide, once it has compressed
   bool compressed_ = false;
   bool shared_ = false;  // cells with a copy
 };

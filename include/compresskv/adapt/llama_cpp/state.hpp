@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <limits>
-#include <numeric>
+#include <optional>
 #include <span>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "compresskv/adapt/llama_cpp/state_bytes.hpp"
+#include "compresskv/adapt/llama_cpp/state_part.hpp"
 #include "compresskv/core/element.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/shape.hpp"
@@ -30,132 +29,49 @@
 //       per layer: i32 type of values, u64 bytes of a row, rows
 //         or transposed: i32 type, u32 bytes of an element, u32 width, [width][cell] elements
 //
+// Where layers slide, these are the layers that do not; the same follows for those that do, from `streams`
+// on, with the cells of the last window alone.
+//
 // Nothing here needs libllama: what it wrote is checked field by field.
 
 namespace compresskv::llama_cpp {
-
-namespace detail {
-
-using compresskv::detail::fail;
-using compresskv::detail::require;
-
-inline constexpr std::uint32_t state_magic = 0xaf143cd8;
-/// More than libllama's LLAMA_MAX_SEQ: a number above is no number of streams.
-inline constexpr std::uint32_t max_streams = 4096;
-
-struct GgmlType {
-  std::int32_t type;
-  ElementKind kind;
-};
-/// ggml's numbers of the types that a cache may hold here.
-inline constexpr GgmlType ggml_types[] = {{0, ElementKind::float32},
-                                          {1, ElementKind::float16},
-                                          {2, ElementKind::q4_0},
-                                          {8, ElementKind::q8_0},
-                                          {30, ElementKind::bfloat16}};
-
-/// Calls `f` with a null pointer of the kind's type; a cache of ggml holds no int8 rows.
-template <class F>
-decltype(auto) with_ggml_kind(ElementKind kind, F&& f) {
-  switch (kind) {
-    case ElementKind::q8_0:
-      return f(static_cast<BlockQ8_0*>(nullptr));
-    case ElementKind::q4_0:
-      return f(static_cast<BlockQ4_0*>(nullptr));
-    default:
-      return with_plain_kind(kind, f);
-  }
-}
-
-inline std::size_t bytes_of_elements(ElementKind kind, std::size_t count) {
-  return with_ggml_kind(kind, [&]<class T>(T*) { return row_bytes<T>(count); });
-}
-
-/// Takes one field after the other from a state, never past its end.
-class StateReader {
- public:
-  explicit StateReader(std::span<const std::uint8_t> bytes) : bytes_(bytes) {}
-
-  std::size_t at() const { return at_; }
-  std::size_t left() const { return bytes_.size() - at_; }
-
-  template <class T>
-  T take(std::string_view field) {
-    T value{};
-    std::memcpy(&value, bytes_.data() + skip(field, sizeof(T)), sizeof(T));
-    return value;
-  }
-  /// Where `count` bytes begin, which are passed over.
-  std::size_t skip(std::string_view field, std::size_t count) {
-    require(count <= left(), "state: ", field, " at byte ", at_, " takes ", count, " bytes, ", left(),
-            " are left: the state is cut off, or of a format that is not known here");
-    return std::exchange(at_, at_ + count);
-  }
-
- private:
-  std::span<const std::uint8_t> bytes_;
-  std::size_t at_ = 0;
-};
-
-class StateWriter {
- public:
-  explicit StateWriter(std::size_t bytes) { bytes_.reserve(bytes); }
-
-  template <class T>
-  requires std::is_arithmetic_v<T>
-  void put(T value) {
-    const std::size_t at = bytes_.size();
-    bytes_.resize(at + sizeof(T));
-    std::memcpy(bytes_.data() + at, &value, sizeof(T));
-  }
-  void put_bytes(std::span<const std::uint8_t> bytes) {
-    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
-  }
-  std::vector<std::uint8_t> take() && { return std::move(bytes_); }
-
- private:
-  std::vector<std::uint8_t> bytes_;
-};
-
-}  // namespace detail
-
-/// Where a state is to be read: another context may have other streams, and the sequence another number.
-struct StateTarget {
-  std::uint32_t streams = 1;
-  std::int32_t sequence = 0;
-};
 
 /// The state of one sequence, looked at where it lies: views of its layers, and a smaller state of the rows
 /// that were kept.
 class State {
  public:
+  /// What follows the layers of the shape.
+  enum class Second : std::uint8_t {
+    none,
+    sliding,  ///< a second part, that of the layers that slide
+  };
+
   /// Reads what stands in `bytes`, which must outlive this object and are written by what moves rows in its
-  /// views. `shape` is the model's. Throws ArgumentError naming the first field that is not as it must be:
-  /// another format, a second part (sliding-window and recurrent layers), rows of another width, types that
-  /// are no type of the library's, two sequences in one cell. Cost: a pass over the cells; rows are not read.
-  State(std::span<std::uint8_t> bytes, const ModelShape& shape) : bytes_(bytes), shape_(shape) {
+  /// views. `shape` is the model's, its layers those that do not slide. Throws ArgumentError naming the first
+  /// field that is not as it must be: another format, a second part where none was expected (sliding-window
+  /// and recurrent layers) or none where one was, rows of another width, types that are no type of the
+  /// library's, two sequences in one cell. Cost: a pass over the cells; rows are not read.
+  State(std::span<std::uint8_t> bytes, const ModelShape& shape, Second second = Second::none)
+      : bytes_(bytes), shape_(shape) {
     detail::StateReader reader(bytes);
-    const auto magic = reader.take<std::uint32_t>("magic");
-    detail::require(magic == detail::state_magic, "state: magic is ", magic, ", must be ",
-                    detail::state_magic,
-                    ": this libllama writes states in a format that is not known here (known: libllama 0.5)");
-    sequence_ = reader.take<std::int32_t>("sequence");
-    streams_ = reader.take<std::uint32_t>("streams");
-    detail::require(streams_ >= 1 && streams_ <= detail::max_streams, "state: streams are ", streams_,
-                    ", must be 1 to ", detail::max_streams);
+    sequence_ = detail::take_sequence(reader);
+    streams_ = detail::take_streams(reader);
     for (std::uint32_t stream = 0; stream < streams_; ++stream) {
       const auto cells = reader.take<std::uint32_t>("cells of a stream");
       if (cells > 0) {
-        detail::require(positions_.empty(), "state: streams ", stream,
-                        " and one before it hold cells: a sequence lies in one");
-        read_cells(reader, cells);
+        detail::require_first(positions_, stream);
+        positions_ = detail::take_cells(reader, cells, sequence_);
         read_rows(reader);
       }
     }
-    detail::require(reader.left() == 0, "state: ", reader.left(),
-                    " bytes follow the last layer's values: the model has ",
-                    "sliding-window or recurrent layers, whose part of the state is not compressed here; "
-                    "leave the sequence as it is");
+    if (second == Second::sliding) {
+      read_sliding(reader);
+    }
+    detail::require(reader.left() == 0, "state: ", reader.left(), " bytes follow the last layer's values: ",
+                    second == Second::sliding
+                        ? "more than two parts are not known here"
+                        : "the model has sliding-window or recurrent layers, whose part was not expected",
+                    "; leave the sequence as it is");
   }
 
   std::size_t cells() const { return positions_.size(); }
@@ -174,23 +90,24 @@ class State {
     if (std::ranges::adjacent_find(positions_, std::ranges::greater_equal{}) == positions_.end()) {
       return;
     }
-    std::vector<std::size_t> order(cells());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::ranges::sort(order, {}, [&](std::size_t cell) { return positions_[cell]; });
-    std::vector<std::int32_t> sorted(cells());
-    std::ranges::transform(order, sorted.begin(), [&](std::size_t cell) { return positions_[cell]; });
-    const auto twice = std::ranges::adjacent_find(sorted);
-    detail::require(twice == sorted.end(), "state: two cells have position ",
-                    twice == sorted.end() ? 0 : *twice, ": a sequence has one token a position");
+    const std::vector<std::size_t> order = detail::order_of(positions_);
     std::vector<std::uint8_t> scratch;
     for (const Layer& layer : layers_) {
-      reorder(layer.keys, layer.key_bytes, order, scratch);
+      detail::reorder(bytes_, layer.keys, layer.key_bytes, order, scratch);
       const std::size_t pieces = transposed_ ? width() : 1;
       for (std::size_t i = 0; i < pieces; ++i) {
-        reorder(layer.values + i * cells() * layer.value_bytes, layer.value_bytes, order, scratch);
+        detail::reorder(bytes_, layer.values + i * cells() * layer.value_bytes, layer.value_bytes, order,
+                        scratch);
       }
     }
-    positions_ = std::move(sorted);
+    std::ranges::sort(positions_);
+  }
+
+  /// The same for the layers that slide, which compression leaves as they lie; nothing where there are none.
+  void sort_sliding() {
+    if (sliding_) {
+      sliding_->sort();
+    }
   }
 
   /// Keys and values of a layer where they lie in the state: all rows, or the first `head_rows` of each KV
@@ -215,7 +132,8 @@ class State {
   }
 
   /// A state of the first rows of every layer, as many as there are `positions`, which its cells get:
-  /// ascending. Throws ArgumentError where there are more than cells. Cost: a copy of these rows.
+  /// ascending. The layers that slide keep theirs, byte for byte. Throws ArgumentError where there are more
+  /// than cells. Cost: a copy of these rows.
   std::vector<std::uint8_t> first_rows(std::span<const std::int32_t> positions,
                                        const StateTarget& target) const {
     const std::size_t rows = positions.size();
@@ -225,12 +143,7 @@ class State {
     out.put(detail::state_magic);
     out.put(target.sequence);
     out.put(target.streams);
-    out.put(static_cast<std::uint32_t>(rows));
-    for (const std::int32_t position : positions) {
-      out.put(position);
-      out.put(std::uint32_t{1});
-      out.put(target.sequence);
-    }
+    detail::put_cells(out, positions, target.sequence);
     out.put(std::uint32_t{transposed_ ? 1U : 0U});
     out.put(static_cast<std::uint32_t>(layers_.size()));
     for (const Layer& layer : layers_) {
@@ -254,6 +167,9 @@ class State {
     }
     for (std::uint32_t stream = 1; stream < target.streams; ++stream) {
       out.put(std::uint32_t{0});
+    }
+    if (sliding_) {
+      sliding_->write(out, target);
     }
     return std::move(out).take();
   }
@@ -284,28 +200,19 @@ class State {
     return std::ranges::find(detail::ggml_types, kind, &detail::GgmlType::kind)->type;
   }
 
-  void read_cells(detail::StateReader& reader, std::uint32_t cells) {
-    constexpr std::size_t cell_bytes = 12;
-    detail::require(cells <= reader.left() / cell_bytes, "state: cells are ", cells, ", the ", reader.left(),
-                    " bytes left hold at most ", reader.left() / cell_bytes, ": the state is cut off");
-    positions_.resize(cells);
-    for (std::size_t cell = 0; cell < cells; ++cell) {
-      positions_[cell] = reader.take<std::int32_t>("position");
-      const auto sequences = reader.take<std::uint32_t>("sequences of a cell");
-      const auto sequence = reader.take<std::int32_t>("sequence of a cell");
-      detail::require(positions_[cell] >= 0, "state: position of cell ", cell, " is ", positions_[cell],
-                      ", must be 0 or more");
-      detail::require(sequences == 1 && sequence == sequence_, "state: cell ", cell, " is of ", sequences,
-                      " sequences, first ", sequence, ", must be of sequence ", sequence_,
-                      " alone: models with M-RoPE or other marks on their cells are not compressed here");
-    }
+  void read_sliding(detail::StateReader& reader) {
+    sliding_.emplace(bytes_, reader, sequence_);
+    const auto newest = [](std::span<const std::int32_t> positions) {
+      return positions.empty() ? -1 : *std::ranges::max_element(positions);
+    };
+    detail::require(newest(sliding_->positions()) == newest(positions_),
+                    "state: the newest position of the layers that slide is ", newest(sliding_->positions()),
+                    ", of the others ", newest(positions_),
+                    ": it was changed by others; leave the sequence as it is");
   }
 
   void read_rows(detail::StateReader& reader) {
-    const auto transposed = reader.take<std::uint32_t>("whether values are transposed");
-    detail::require(transposed <= 1, "state: whether values are transposed is ", transposed,
-                    ", must be 0 or 1");
-    transposed_ = transposed == 1;
+    transposed_ = detail::take_transposed(reader);
     const auto layers = reader.take<std::uint32_t>("layers");
     detail::require(layers == shape_.layers, "state: layers are ", layers, ", the model has ", shape_.layers,
                     ": models whose layers share caches, or have none, are not compressed here");
@@ -314,7 +221,7 @@ class State {
       Layer& layer = layers_[l];
       layer.key_kind = kind_of(reader.take<std::int32_t>("type of keys"), "keys", l);
       layer.key_bytes = row_of("keys", l, layer.key_kind, reader.take<std::uint64_t>("bytes of a key row"));
-      layer.keys = reader.skip("keys", product("keys", l, layer.key_bytes, cells()));
+      layer.keys = reader.skip("keys", detail::product("keys", l, layer.key_bytes, cells()));
     }
     for (std::size_t l = 0; l < layers; ++l) {
       Layer& layer = layers_[l];
@@ -322,7 +229,7 @@ class State {
       if (!transposed_) {
         layer.value_bytes =
             row_of("values", l, layer.value_kind, reader.take<std::uint64_t>("bytes of a value row"));
-        layer.values = reader.skip("values", product("values", l, layer.value_bytes, cells()));
+        layer.values = reader.skip("values", detail::product("values", l, layer.value_bytes, cells()));
         continue;
       }
       layer.value_bytes = reader.take<std::uint32_t>("bytes of a value element");
@@ -334,7 +241,8 @@ class State {
                       " bytes, must have ", detail::bytes_of_elements(layer.value_kind, 1));
       detail::require(wide == width(), "state: values of layer ", l, " are ", wide, " wide, the model's are ",
                       width(), ": layers of unequal width are not compressed here");
-      layer.values = reader.skip("values", product("values", l, layer.value_bytes * width(), cells()));
+      layer.values =
+          reader.skip("values", detail::product("values", l, layer.value_bytes * width(), cells()));
     }
   }
 
@@ -353,13 +261,6 @@ class State {
                                   [&]<class T>(T*) { return shape_.head_dim % elements_per_unit<T>() == 0; });
   }
 
-  static std::size_t product(std::string_view what, std::size_t layer, std::size_t bytes, std::size_t count) {
-    std::size_t all = 0;
-    detail::require(!__builtin_mul_overflow(bytes, count, &all), "state: ", what, " of layer ", layer,
-                    " are ", count, " times ", bytes, " bytes, which no memory holds");
-    return all;
-  }
-
   template <class T>
   T* elements(std::string_view what, std::size_t layer, std::size_t at) const {
     std::uint8_t* address = bytes_.data() + at;
@@ -369,15 +270,6 @@ class State {
     return static_cast<T*>(static_cast<void*>(address));
   }
 
-  void reorder(std::size_t at, std::size_t bytes, std::span<const std::size_t> order,
-               std::vector<std::uint8_t>& scratch) const {
-    const std::span<std::uint8_t> rows = bytes_.subspan(at, order.size() * bytes);
-    scratch.assign(rows.begin(), rows.end());
-    for (std::size_t row = 0; row < order.size(); ++row) {
-      std::memcpy(rows.data() + row * bytes, scratch.data() + order[row] * bytes, bytes);
-    }
-  }
-
   std::span<std::uint8_t> bytes_;
   ModelShape shape_;
   std::uint32_t streams_ = 1;
@@ -385,6 +277,7 @@ class State {
   bool transposed_ = false;
   std::vector<std::int32_t> positions_;
   std::vector<Layer> layers_;
+  std::optional<detail::StatePart> sliding_;
 };
 
 }  // namespace compresskv::llama_cpp
