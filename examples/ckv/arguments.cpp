@@ -239,17 +239,42 @@ void ModelArguments::add_to(CLI::App& command) {
       ->capture_default_str();
 }
 
+namespace {
+
+/// By `kernel::Pool`.
+const std::vector<std::string>& pools() {
+  static const std::vector<std::string> names = {"avg", "max", "trailing"};
+  return names;
+}
+
+}  // namespace
+
+std::string pool_names() { return "avg, max or trailing"; }
+
+std::optional<compresskv::kernel::Pool> pool_named(std::string_view name) {
+  const auto found = std::find(pools().begin(), pools().end(), name);
+  return found == pools().end()
+             ? std::nullopt
+             : std::optional(static_cast<compresskv::kernel::Pool>(found - pools().begin()));
+}
+
 void CacheArguments::add_to(CLI::App& command, bool with_kv_type) {
-  command.add_option("--window", window, "Last tokens of the prompt that observe; they are always kept")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  command
+      .add_option(
+          "--window", window,
+          "Last tokens of the prompt that observe; they are always kept. Default: the method's own, 8 "
+          "of the paper's methods, 16 of carried, model-wide and the blends")
+      ->check(CLI::PositiveNumber);
   command
       .add_option("--heads-per-layer", heads_per_layer, "Semantic retrieval heads that choose in each layer")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.add_option("--pool", pool, "How neighbouring tokens share scores, 5 at a time: avg or max")
-      ->check(CLI::IsMember({"avg", "max"}))
-      ->capture_default_str();
+  command
+      .add_option(
+          "--pool", pool,
+          "How neighbouring tokens share scores: avg or max of those around, or trailing, the average "
+          "of a token and those before it. Default: the method's own, avg but for the blends")
+      ->check(CLI::IsMember(pools()));
   if (with_kv_type) {
     command.add_option("--kv-type", kv_type, "Element type of the cache: f32, f16 or bf16")
         ->check(CLI::IsMember({"f32", "f16", "bf16"}))
@@ -257,10 +282,17 @@ void CacheArguments::add_to(CLI::App& command, bool with_kv_type) {
   }
 }
 
+void CacheArguments::fill(Method method) {
+  window = window.value_or(info(method).window);
+  if (pool.empty()) {
+    pool = pools()[static_cast<std::size_t>(info(method).pool)];
+  }
+}
+
 void CacheArguments::apply_to(Compression& how) const {
   how.window = window;
   how.heads_per_layer = heads_per_layer;
-  how.pool = pool == "max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
+  how.pool = pool_named(pool);
 }
 
 std::optional<CalibrationFiles> find_calibration(const fs::path& models, const std::string& sha256) {

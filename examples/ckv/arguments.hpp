@@ -61,15 +61,21 @@ void refuse_with_llama_cpp(std::initializer_list<GivenOption> options);
 /// Throws UsageError: the option asks for what llama.cpp does not show.
 [[noreturn]] void needs_small_engine(const std::string& option, std::string_view not_shown);
 
+/// "avg, max or trailing".
+std::string pool_names();
+std::optional<compresskv::kernel::Pool> pool_named(std::string_view name);
+
 /// How a cache is observed, and what it is made of.
 struct CacheArguments {
-  std::size_t window = 8;
+  std::optional<std::size_t> window = std::nullopt;  ///< absent: the method's own
   std::size_t heads_per_layer = 4;
-  std::string pool = "avg";
+  std::string pool = {};  ///< of `pool_names()`; empty: the method's own
   std::string kv_type = "f32";
 
   void add_to(CLI::App& command, bool with_kv_type = true);
 
+  /// What was not given becomes the method's own.
+  void fill(Method method);
   /// Sets what these options say; the rest of `how` is left.
   void apply_to(Compression& how) const;
   engine::KvType type() const { return engine::parse_kv_type(kv_type); }

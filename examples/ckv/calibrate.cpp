@@ -131,7 +131,7 @@ std::vector<std::size_t> wanted_curve_rows(const CalibrateArguments& arguments) 
   const std::size_t longest = *std::max_element(arguments.lengths.begin(), arguments.lengths.end());
   std::vector<std::size_t> rows;
   for (std::size_t budget = 16; budget < longest; budget *= 2) {
-    if (budget > arguments.settings.cache.window) {
+    if (budget > arguments.settings.cache.window.value()) {
       rows.push_back(budget);
     }
   }
@@ -148,7 +148,7 @@ Json header_json(const CalibrateArguments& arguments, const std::string& sha256)
                {"needle_file_sha256", file_digest(arguments.needle_file)},
                {"max_new_tokens", settings.max_new_tokens},
                {"counting", arguments.counting},
-               {"window", settings.cache.window},
+               {"window", settings.cache.window.value()},
                {"heads_per_layer", settings.cache.heads_per_layer},
                {"pool", settings.cache.pool},
                {"haystack", haystack_json(settings.haystack, file_digest(settings.haystack))}};
@@ -413,7 +413,7 @@ std::string command_text(const CalibrateArguments& arguments) {
       arguments.counting);
   if (arguments.measures_errors()) {
     text += fmt::format(" --texts {} --error-rows {} --window {} --heads-per-layer {} --pool {}",
-                        arguments.texts, arguments.error_rows, settings.cache.window,
+                        arguments.texts, arguments.error_rows, settings.cache.window.value(),
                         settings.cache.heads_per_layer, settings.cache.pool);
   }
   if (!arguments.needle_file.empty()) {
@@ -566,7 +566,7 @@ void check(const CalibrateArguments& arguments, const compresskv::ModelShape& sh
   if (arguments.measures_errors()) {
     try {
       compresskv::Budget::tokens_per_layer(arguments.error_rows)
-          .validate(arguments.settings.cache.window, shape);
+          .validate(arguments.settings.cache.window.value(), shape);
     } catch (const compresskv::ArgumentError& error) {
       throw UsageError(fmt::format("--error-rows: {}", error.what()));
     }
@@ -735,6 +735,7 @@ void add_calibrate(CLI::App& app) {
     if (arguments->model.is_llama_cpp()) {
       refuse_what_needs_small_engine(*command);
     }
+    arguments->settings.cache.fill(Method::compresskv);
     std::vector<std::size_t>& heads = arguments->ablate_heads;
     if (heads == std::vector<std::size_t>{0}) {  // what CLI11 makes of an option without its values
       heads = ablation_heads;

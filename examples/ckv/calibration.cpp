@@ -147,7 +147,7 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
   Compression how{.method = Method::compresskv, .heads = ranking};
   settings_->cache.apply_to(how);
   const Evaluation evaluation{loaded, engine::KvType::f32, settings_->max_new_tokens};
-  ReadPrompt read = evaluation.read(tokens, how.window, [](double) {});
+  ReadPrompt read = evaluation.read(tokens, window_of(how), [](double) {});
   for (const std::size_t rows : budgets) {
     how.budget = compresskv::Budget::tokens_per_layer(rows);
     engine::Sequence sequence = evaluation.compress(read, how, true).first;

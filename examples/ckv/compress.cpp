@@ -93,7 +93,9 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .decay = how.decay,
           .hold_layers = how.hold_layers,
           .model_heads = how.model_heads,
-          .equal_weights = how.equal_weights};
+          .equal_weights = how.equal_weights,
+          .sinks = how.sinks,
+          .model_share = how.model_share};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

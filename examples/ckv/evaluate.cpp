@@ -81,7 +81,7 @@ struct MethodOption {
   void (*set)(Compression& how, std::uint64_t number);
 };
 
-constexpr std::array<MethodOption, 8> method_options = {{
+constexpr std::array<MethodOption, 10> method_options = {{
     {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
     {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
     {"heads", "N", 1, most_tokens,
@@ -92,10 +92,13 @@ constexpr std::array<MethodOption, 8> method_options = {{
      [](Compression& how, std::uint64_t number) { how.decay = static_cast<float>(number) / 100.0F; }},
     {"hold", "N", 0, most_tokens, [](Compression& how, std::uint64_t number) { how.hold_layers = number; }},
     {"model", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.model_heads = number; }},
+    {"share", "PERCENT", 0, 100,
+     [](Compression& how, std::uint64_t number) { how.model_share = static_cast<double>(number) / 100.0; }},
+    {"sinks", "N", 0, most_tokens, [](Compression& how, std::uint64_t number) { how.sinks = number; }},
 }};
 
 std::string method_option_help() {
-  std::string text = "uniform, errors, equal, pool=avg, pool=max";
+  std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing";
   for (const MethodOption& option : method_options) {
     text += fmt::format(", {}={}", option.name, option.unit);
   }
@@ -144,10 +147,10 @@ Compression parse_method(const std::string& text, const Compression& base,
     } else if (part == "equal") {
       how.equal_weights = true;
     } else if (name == "pool") {
-      if (value != "avg" && value != "max") {
-        refuse(fmt::format("pool '{}' is none: give avg or max", value));
+      how.pool = pool_named(value);
+      if (!how.pool) {
+        refuse(fmt::format("pool '{}' is none: give {}", value, pool_names()));
       }
-      how.pool = value == "max" ? compresskv::kernel::Pool::max : compresskv::kernel::Pool::average;
     } else {
       refuse(fmt::format("'{}' is not known; options are {}", part, method_option_help()));
     }
@@ -246,9 +249,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                  const std::string& sha256) {
   Json settings = {{"seed", arguments.seed},
                    {"depths", arguments.depths},
-                   {"window", arguments.cache.window},
+                   {"window", arguments.cache.window ? Json(*arguments.cache.window) : Json()},
                    {"heads_per_layer", arguments.cache.heads_per_layer},
-                   {"pool", arguments.cache.pool},
+                   {"pool", arguments.cache.pool.empty() ? Json() : Json(arguments.cache.pool)},
                    {"kv_type", arguments.cache.kv_type},
                    {"max_new_tokens", arguments.max_new_tokens},
                    {"heads_sha256", file_digest(files.heads)},
@@ -314,7 +317,7 @@ class Grid {
       keep(record);
     }
     for (const Variant& variant : variants) {
-      widest_ = std::max(widest_, variant.how.window);
+      widest_ = std::max(widest_, window_of(variant.how));
     }
   }
 
@@ -448,7 +451,7 @@ class Grid {
   void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
     const compresskv::ModelShape& shape = shape_;
     const std::size_t expected =
-        variant.how.budget->resolve(tokens, variant.how.window, shape) * shape.layers * shape.kv_heads;
+        variant.how.budget->resolve(tokens, window_of(variant.how), shape) * shape.layers * shape.kv_heads;
     if (rows != expected) {
       throw engine::Error(
           fmt::format("{} at {} keeps {} rows of a prompt of {} tokens, all methods are to keep {}: not a "
@@ -628,7 +631,7 @@ void evaluate(const EvaluateArguments& arguments) {
   check_calibration(files.heads, files.errors, shape);
   for (const Variant& variant : variants) {
     try {
-      variant.how.budget->validate(variant.how.window, shape);
+      variant.how.budget->validate(window_of(variant.how), shape);
       static_cast<void>(compresskv::AnyPlan(shape, variant.how.method, settings_of(variant.how)));
     } catch (const compresskv::ArgumentError& error) {
       throw UsageError(fmt::format("--methods {}: {}", variant.method, error.what()));

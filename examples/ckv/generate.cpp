@@ -103,9 +103,9 @@ Compression compression_of(const GenerateArguments& arguments) {
         "one",
         arguments.decode_every, method.name));
   }
-  if (how.working_rows > 0 && how.working_rows < how.window) {
+  if (how.working_rows > 0 && how.working_rows < window_of(how)) {
     throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",
-                                 how.working_rows, how.window));
+                                 how.working_rows, window_of(how)));
   }
   if (how.method != Method::full && !how.budget) {
     throw UsageError(
@@ -191,7 +191,7 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"budget", budget_json(arguments)},
           {"heads", file_json(files.heads)},
           {"errors", file_json(files.errors)},
-          {"window", arguments.cache.window},
+          {"window", arguments.cache.window.value()},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
           {"kv_type", arguments.cache.kv_type},
@@ -259,11 +259,11 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
     return;
   }
   try {
-    how.budget->validate(how.window, shape);
+    how.budget->validate(window_of(how), shape);
   } catch (const compresskv::ArgumentError& error) {
     throw UsageError(error.what());
   }
-  const std::size_t rows = how.budget->resolve(prompt_tokens, how.window, shape);
+  const std::size_t rows = how.budget->resolve(prompt_tokens, window_of(how), shape);
   if (how.working_rows > 0 && rows > how.working_rows) {
     throw UsageError(fmt::format(
         "--working-rows is {}, the budget is {} rows a layer of a prompt of {} tokens: give at least that",
@@ -410,7 +410,10 @@ void add_generate(CLI::App& app) {
       "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
       "0.12\nA model without a calibration in --models-dir: add --heads M_head_idx.json --errors "
       "M_layer_score.jsonl.");
-  command->callback([arguments] { generate(*arguments); });
+  command->callback([arguments] {
+    arguments->cache.fill(compresskv::method_named(arguments->method).method);
+    generate(*arguments);
+  });
 }
 
 }  // namespace ckv

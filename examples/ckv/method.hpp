@@ -29,27 +29,35 @@ struct Compression {
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
   std::optional<std::size_t> min_rows =
-      std::nullopt;  ///< fewest rows of a layer then; absent: 32 or the mean
-  std::size_t window = 8;
+      std::nullopt;                                  ///< fewest rows of a layer then; absent: 32 or the mean
+  std::optional<std::size_t> window = std::nullopt;  ///< absent: the method's own; so the next two
+  std::optional<compresskv::kernel::Pool> pool = std::nullopt;
+  std::optional<std::size_t> pool_width = std::nullopt;
   std::size_t heads_per_layer = 4;
-  compresskv::kernel::Pool pool = compresskv::kernel::Pool::average;
-  std::size_t pool_width = 5;
   std::uint64_t seed = 0;        ///< of `random`
-  float decay = 0.7F;            ///< of `carried`
-  std::size_t hold_layers = 0;   ///< of `carried`
-  std::size_t model_heads = 16;  ///< of `model-wide`
-  bool equal_weights = false;    ///< of both
+  float decay = 0.7F;            ///< of `carried` and `blend-carried`
+  std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
+  std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
+  bool equal_weights = false;    ///< of `carried` and `model-wide`
+  std::size_t sinks = 4;         ///< of both blends
+  double model_share = 0.6;      ///< of both blends
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;
 };
+
+/// Queries of each layer that observe, and whose rows stay.
+constexpr std::size_t window_of(const Compression& how) {
+  return how.window.value_or(info(how.method).window);
+}
 
 /// Whether a method wants the queries of the whole prompt, not those of the window alone.
 constexpr bool wants_all_queries(Method method) { return method == Method::h2o; }
 
 /// Whether a layer shrinks again as later ones come.
 constexpr bool reaches_back(Method method) {
-  return method == Method::cake || method == Method::carried || method == Method::model_wide;
+  return method == Method::cake || method == Method::carried || method == Method::model_wide ||
+         method == Method::blend || method == Method::blend_carried;
 }
 
 /// Names of all methods, as the command line takes them.

@@ -67,7 +67,7 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
   } else {
     const bool whole = options.prefill_chunk == 0 || options.prefill_chunk >= prompt.size();
     const bool all_queries = wants_all_queries(how.method);
-    const std::size_t observers = all_queries ? prompt.size() : how.window;
+    const std::size_t observers = all_queries ? prompt.size() : window_of(how);
     // A compaction has seen the queries before it: what then observes are those of the chunk.
     const bool chunk_alone = (whole && options.decode_every == 0) || (all_queries && how.working_rows > 0);
     auto& compressor = compressing.compressor;

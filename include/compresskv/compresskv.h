@@ -57,7 +57,12 @@ typedef enum ckv_budget {
   CKV_BUDGET_BYTES = 2  /* budget_amount: bytes of all layers */
 } ckv_budget;
 
-typedef enum ckv_pool { CKV_POOL_AVERAGE = 0, CKV_POOL_MAX = 1 } ckv_pool;
+typedef enum ckv_pool {
+  CKV_POOL_AVERAGE = 0,
+  CKV_POOL_MAX = 1,
+  CKV_POOL_TRAILING = 2, /* average of a token and those before it */
+  CKV_POOL_OF_METHOD = 3 /* the method's own */
+} ckv_pool;
 
 /* What a method is made from. Options that a method does not have are ignored. Arrays are copied. */
 typedef struct ckv_settings {
@@ -72,14 +77,16 @@ typedef struct ckv_settings {
   const double* layer_errors; /* [layer], for error-aware budgets; NULL: every layer the same */
   size_t min_rows;            /* of error-aware budgets; 0: the library's choice */
   size_t heads_per_layer;
-  size_t window;
+  size_t window; /* 0: the method's own */
   ckv_pool pool;
-  size_t pool_width;
+  size_t pool_width; /* 0: the method's own */
   uint64_t seed;      /* of random */
-  float decay;        /* of carried */
-  size_t hold_layers; /* of carried */
-  size_t model_heads; /* of model-wide */
+  float decay;        /* of carried and blend-carried */
+  size_t hold_layers; /* of carried and blend-carried */
+  size_t model_heads; /* of model-wide and blend */
   int equal_weights;  /* of carried and model-wide */
+  size_t sinks;       /* of blend and blend-carried: first positions that stay */
+  double model_share; /* of both: share of the rows that the whole model chooses, 0 to 1 */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;

@@ -32,6 +32,8 @@
 #include "compresskv/budget/error_aware.hpp"
 #include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/score/blend.hpp"
+#include "compresskv/score/blend_carried.hpp"
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"

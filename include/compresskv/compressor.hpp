@@ -138,7 +138,8 @@ class Compressor {
   /// were asked to for the first time, ascending; `retained(l)` says what each holds. Valid until the next
   /// call. Where the composition must see all layers first, none is returned and `finish` shrinks them.
   ///
-  /// `reduce` as in `compress`; where scores are carried from layer to layer it gets this layer's part.
+  /// `reduce` as in `compress`; where scores are carried from layer to layer it gets this layer's part, of a
+  /// blend first the layer's own scores, then those that are carried.
   ///
   /// Throws as `compress`, and where a layer comes out of order; it has then not arrived. Cost: that of the
   /// scorer and the allocator, and the rows that move; a float for each row kept, or two for each token.
@@ -156,7 +157,8 @@ class Compressor {
       changed_.clear();
       changed_.reserve(state_.layers());
       state_.reset_next_capacities();
-      over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, state_, pass_);
+      over_layers_.arrive(pass_.input(state_, layer, kv, observation, held_bytes()), scores, reduce, state_,
+                          pass_);
       if (layer < over_layers_.waiting_layers()) {
         end_arrival(scores);
         return changed_;
@@ -334,9 +336,7 @@ class Compressor {
   Scores<granularity> scores(std::size_t layer, const V& kv, const O& observation, Reduce&& reduce) {
     const Scores<granularity> scores =
         pass_.score(state_, pass_.input(state_, layer, kv, observation, held_bytes()));
-    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
-      reduce(scores.values());
-    }
+    pass_.reduce(scores, reduce);
     return scores;
   }
 

@@ -35,6 +35,8 @@ enum class Method {
   random,
   carried,
   model_wide,
+  blend,
+  blend_carried,
 };
 
 /// One row of the table of methods.
@@ -46,10 +48,13 @@ struct MethodInfo {
   bool needs_heads = false;   ///< a head ranking
   bool per_head = false;      ///< KV heads keep rows of their own
   bool needs_scores = false;  ///< raw head scores: a ranking is not enough
+  std::size_t window = 8;     ///< where nothing else is said; so the two below
+  kernel::Pool pool = kernel::Pool::average;
+  std::size_t pool_width = 5;
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 16> methods = {{
+inline constexpr std::array<MethodInfo, 18> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -66,7 +71,11 @@ inline constexpr std::array<MethodInfo, 16> methods = {{
     {Method::cake, "cake", "what is looked at, or unevenly; layers share by how they look", "2503.12491",
      false, true},
     {Method::h2o, "h2o", "what has drawn the most attention of all queries", "2306.14048", false, true},
-    {Method::tova, "tova", "what the last query looks at, all heads together", "2401.06104"},
+    {.method = Method::tova,
+     .name = "tova",
+     .summary = "what the last query looks at, all heads together",
+     .paper = "2401.06104",
+     .window = 1},
     {Method::knorm, "knorm", "keys of small length", "2406.11430", false, true},
     {Method::keydiff, "keydiff", "keys that differ from the others", "2504.15364", false, true},
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
@@ -76,12 +85,30 @@ inline constexpr std::array<MethodInfo, 16> methods = {{
      .name = "carried",
      .summary = "retrieval heads of all layers so far choose, each layer as it arrives",
      .paper = "",
-     .needs_scores = true},
+     .needs_scores = true,
+     .window = 16},
     {.method = Method::model_wide,
      .name = "model-wide",
      .summary = "the best retrieval heads of the whole model choose one set for all layers",
      .paper = "",
-     .needs_scores = true},
+     .needs_scores = true,
+     .window = 16},
+    {.method = Method::blend,
+     .name = "blend",
+     .summary = "most rows by the whole model's best retrieval heads, the others by the layer's own",
+     .paper = "",
+     .needs_scores = true,
+     .window = 16,
+     .pool = kernel::Pool::trailing,
+     .pool_width = 9},
+    {.method = Method::blend_carried,
+     .name = "blend-carried",
+     .summary = "as blend, by the layers so far, each layer as it arrives",
+     .paper = "",
+     .needs_scores = true,
+     .window = 16,
+     .pool = kernel::Pool::trailing,
+     .pool_width = 9},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -117,14 +144,16 @@ struct MethodSettings {
       std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
   std::size_t heads_per_layer = 4;
-  std::size_t window = 8;  ///< tova observes with 1
-  kernel::Pool pool = kernel::Pool::average;
-  std::size_t pool_width = 5;
-  std::uint64_t seed = 0;        ///< of random
-  float decay = 0.7F;            ///< of carried
-  std::size_t hold_layers = 0;   ///< of carried
-  std::size_t model_heads = 16;  ///< of model-wide, in the whole model
-  bool equal_weights = false;    ///< of carried and model-wide
+  std::optional<std::size_t> window = std::nullopt;      ///< absent: the method's own; so the two below
+  std::optional<kernel::Pool> pool = std::nullopt;       ///< not of cake
+  std::optional<std::size_t> pool_width = std::nullopt;  ///< odd
+  std::uint64_t seed = 0;                                ///< of random
+  float decay = 0.7F;                                    ///< of carried and blend-carried
+  std::size_t hold_layers = 0;                           ///< of carried and blend-carried
+  std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
+  bool equal_weights = false;                            ///< of carried and model-wide
+  std::size_t sinks = 4;                                 ///< of blend and blend-carried
+  double model_share = 0.6;                              ///< of both
 };
 
 }  // namespace compresskv

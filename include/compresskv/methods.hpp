@@ -7,6 +7,8 @@
 #include "compresskv/budget/uniform.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/method_settings.hpp"
+#include "compresskv/score/blend.hpp"
+#include "compresskv/score/blend_carried.hpp"
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
@@ -45,16 +47,17 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
     }
     return budget::Uniform{settings.budget};
   }();
+  const std::size_t window = settings.window.value_or(info(method).window);
+  const kernel::Pool pool = settings.pool.value_or(info(method).pool);
+  const std::size_t pool_width = settings.pool_width.value_or(info(method).pool_width);
+  const score::BlendShares shares{.sinks = settings.sinks, .model_share = settings.model_share};
   const auto retrieval = [&] {
     return score::SemanticRetrieval::Options{.heads_per_layer = settings.heads_per_layer,
-                                             .window = settings.window,
-                                             .pool = settings.pool,
-                                             .pool_width = settings.pool_width};
+                                             .window = window,
+                                             .pool = pool,
+                                             .pool_width = pool_width};
   };
-  const auto snap = [&] {
-    return score::SnapKv{
-        {.window = settings.window, .pool = settings.pool, .pool_width = settings.pool_width}};
-  };
+  const auto snap = [&] { return score::SnapKv{{.window = window, .pool = pool, .pool_width = pool_width}}; };
   switch (method) {
     case Method::compresskv_grouped:
       return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::GroupedTopK{}, budgets);
@@ -66,38 +69,56 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
     case Method::adakv:
       return f(snap(), select::Adaptive{}, budgets);
     case Method::cake:
-      return f(score::Cake{{.window = settings.window, .pool_width = settings.pool_width}},
-               select::GroupedTopK{}, budget::Cake{settings.budget});
+      return f(score::Cake{{.window = window, .pool_width = pool_width}}, select::GroupedTopK{},
+               budget::Cake{settings.budget});
     case Method::h2o:
-      return f(score::H2O{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+      return f(score::H2O{{.window = window}}, select::GroupedTopK{}, budgets);
     case Method::tova:
       return f(score::Tova{}, select::SharedTopK{}, budgets);
     case Method::knorm:
-      return f(score::Knorm{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+      return f(score::Knorm{{.window = window}}, select::GroupedTopK{}, budgets);
     case Method::keydiff:
-      return f(score::KeyDiff{{.window = settings.window}}, select::GroupedTopK{}, budgets);
+      return f(score::KeyDiff{{.window = window}}, select::GroupedTopK{}, budgets);
     case Method::streaming:
-      return f(score::StreamingLlm{{.window = settings.window}}, select::SharedTopK{}, budgets);
+      return f(score::StreamingLlm{{.window = window}}, select::SharedTopK{}, budgets);
     case Method::random:
-      return f(score::Random{{.seed = settings.seed, .window = settings.window}}, select::GroupedTopK{},
-               budgets);
+      return f(score::Random{{.seed = settings.seed, .window = window}}, select::GroupedTopK{}, budgets);
     case Method::carried:
       return f(score::Carried{*settings.scores,
                               {.heads_per_layer = settings.heads_per_layer,
                                .decay = settings.decay,
                                .hold_layers = settings.hold_layers,
-                               .window = settings.window,
-                               .pool = settings.pool,
-                               .pool_width = settings.pool_width,
+                               .window = window,
+                               .pool = pool,
+                               .pool_width = pool_width,
                                .equal_weights = settings.equal_weights}},
                select::SharedTopK{}, budgets);
     case Method::model_wide:
       return f(score::ModelWide{*settings.scores,
                                 {.heads = settings.model_heads,
-                                 .window = settings.window,
-                                 .pool = settings.pool,
-                                 .pool_width = settings.pool_width,
+                                 .window = window,
+                                 .pool = pool,
+                                 .pool_width = pool_width,
                                  .equal_weights = settings.equal_weights}},
+               select::SharedTopK{}, budgets);
+    case Method::blend:
+      return f(score::Blend{*settings.scores,
+                            {.heads = settings.model_heads,
+                             .heads_per_layer = settings.heads_per_layer,
+                             .shares = shares,
+                             .window = window,
+                             .pool = pool,
+                             .pool_width = pool_width}},
+               select::SharedTopK{}, budgets);
+    case Method::blend_carried:
+      return f(score::BlendCarried{*settings.scores,
+                                   {.heads_per_layer = settings.heads_per_layer,
+                                    .decay = settings.decay,
+                                    .hold_layers = settings.hold_layers,
+                                    .shares = shares,
+                                    .window = window,
+                                    .pool = pool,
+                                    .pool_width = pool_width}},
                select::SharedTopK{}, budgets);
     case Method::compresskv:
     case Method::full:

@@ -122,21 +122,40 @@ ckv::Budget budget_of(const ckv_settings& settings) {
                                         ", must be a CKV_BUDGET_ value");
 }
 
+std::optional<ckv::kernel::Pool> pool_of(const ckv_settings& settings) {
+  switch (settings.pool) {
+    case CKV_POOL_AVERAGE:
+      return ckv::kernel::Pool::average;
+    case CKV_POOL_MAX:
+      return ckv::kernel::Pool::max;
+    case CKV_POOL_TRAILING:
+      return ckv::kernel::Pool::trailing;
+    case CKV_POOL_OF_METHOD:
+      return std::nullopt;
+  }
+  ckv::detail::fail<ckv::ArgumentError>("ckv_settings: pool is ", static_cast<int>(settings.pool),
+                                        ", must be a CKV_POOL_ value");
+}
+
+/// 0 stands for the method's own.
+std::optional<std::size_t> given(std::size_t number) {
+  return number == 0 ? std::nullopt : std::optional(number);
+}
+
 ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& shape) {
   shape.validate();
-  require(c.pool == CKV_POOL_AVERAGE || c.pool == CKV_POOL_MAX, "ckv_settings: pool is ",
-          static_cast<int>(c.pool), ", must be CKV_POOL_AVERAGE or CKV_POOL_MAX");
-  ckv::MethodSettings settings{
-      .budget = budget_of(c),
-      .heads_per_layer = c.heads_per_layer,
-      .window = c.window,
-      .pool = c.pool == CKV_POOL_MAX ? ckv::kernel::Pool::max : ckv::kernel::Pool::average,
-      .pool_width = c.pool_width,
-      .seed = c.seed,
-      .decay = c.decay,
-      .hold_layers = c.hold_layers,
-      .model_heads = c.model_heads,
-      .equal_weights = c.equal_weights != 0};
+  ckv::MethodSettings settings{.budget = budget_of(c),
+                               .heads_per_layer = c.heads_per_layer,
+                               .window = given(c.window),
+                               .pool = pool_of(c),
+                               .pool_width = given(c.pool_width),
+                               .seed = c.seed,
+                               .decay = c.decay,
+                               .hold_layers = c.hold_layers,
+                               .model_heads = c.model_heads,
+                               .equal_weights = c.equal_weights != 0,
+                               .sinks = c.sinks,
+                               .model_share = c.model_share};
   if (c.min_rows > 0) {
     settings.min_rows = c.min_rows;
   }
@@ -349,10 +368,11 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   ckv_settings defaults{};
   defaults.budget_ratio = 1.0;
   defaults.heads_per_layer = library.heads_per_layer;
-  defaults.window = library.window;
-  defaults.pool_width = library.pool_width;
+  defaults.pool = CKV_POOL_OF_METHOD;
   defaults.decay = library.decay;
   defaults.model_heads = library.model_heads;
+  defaults.sinks = library.sinks;
+  defaults.model_share = library.model_share;
   init_as(settings, defaults, struct_size);
 }
 

@@ -72,7 +72,7 @@ TEST_F(Chunks, CompressedOneByOneKeepTheBudgetWithinTheBound) {
       const auto& positions = lists[0];
       rows += positions.size();
       EXPECT_EQ(std::ranges::adjacent_find(positions, std::ranges::greater_equal{}), positions.end());
-      for (std::size_t i = 1; i <= how.window; ++i) {
+      for (std::size_t i = 1; i <= window_of(how); ++i) {
         EXPECT_EQ(positions[positions.size() - i], tokens.size() - i);
       }
     }

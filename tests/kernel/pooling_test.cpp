@@ -30,8 +30,14 @@ TEST(Pooling, MaxIgnoresPadding) {
   EXPECT_EQ(pooled({-7}, Pool::max, 5), (std::vector<float>{-7}));
 }
 
+TEST(Pooling, TrailingAveragesATokenAndThoseBeforeIt) {
+  EXPECT_EQ(pooled({3, 6, 9, 0, 0, 30}, Pool::trailing, 3), (std::vector<float>{1, 3, 6, 5, 3, 10}));
+  EXPECT_EQ(pooled({10}, Pool::trailing, 5), (std::vector<float>{2}));
+}
+
 TEST(Pooling, WidthOneChangesNothing) {
   const std::vector<float> in{3, 1, 4, 1, 5};
+  EXPECT_EQ(pooled(in, Pool::trailing, 1), in);
   EXPECT_EQ(pooled(in, Pool::average, 1), in);
   EXPECT_EQ(pooled(in, Pool::max, 1), in);
 }
@@ -54,12 +60,16 @@ TEST(Pooling, IsTheReferencesOverAllLengthsAndWidths) {
     for (std::size_t width = 1; width < 50; width += 2) {
       const auto average = pooled(in, Pool::average, width);
       const auto max = pooled(in, Pool::max, width);
+      const auto trailing = pooled(in, Pool::trailing, width);
       const std::vector<double> exact(in.begin(), in.end());
       const auto expected = reference::pooled(exact, Pool::average, width);
       const auto expected_max = reference::pooled(exact, Pool::max, width);
+      const auto expected_trailing = reference::pooled(exact, Pool::trailing, width);
       for (std::size_t t = 0; t < count; ++t) {
         // Positive terms: one rounding an addition, one for the division.
         ASSERT_NEAR(average[t], expected[t], 0x1p-24 * static_cast<double>(width + 1) * expected[t]);
+        ASSERT_NEAR(trailing[t], expected_trailing[t],
+                    0x1p-24 * static_cast<double>(width + 1) * expected_trailing[t]);
         ASSERT_EQ(static_cast<double>(max[t]), expected_max[t]);
       }
     }
@@ -74,7 +84,7 @@ TEST(Pooling, PathsAgreeBitForBit) {
       x = random.gaussian();
     }
     for (const std::size_t width : {1U, 3U, 5U, 7U, 31U}) {
-      for (const Pool pool : {Pool::average, Pool::max}) {
+      for (const Pool pool : {Pool::average, Pool::max, Pool::trailing}) {
         const reference::ForcedPath portable(CodePath::portable);
         const auto expected = pooled(in, pool, width);
         reference::on_all_paths([&] {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <compresskv/compresskv.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -38,9 +39,9 @@ struct LayerCase {
   friend std::ostream& operator<<(std::ostream& out, const LayerCase& c) {
     return out << "H " << c.query_heads() << " G " << c.group << " d " << c.head_dim << " S " << c.rows
                << " w " << c.window << " capacity " << c.capacity << " k " << c.heads_per_layer << " pool "
-               << (c.pool == kernel::Pool::average ? "average " : "max ") << c.pool_width << " arrangement "
-               << static_cast<int>(c.arrangement) << " extra queries " << c.extra_queries << " extra rows "
-               << c.extra_rows << " seed " << c.seed;
+               << std::array{"average ", "max ", "trailing "}[static_cast<std::size_t>(c.pool)]
+               << c.pool_width << " arrangement " << static_cast<int>(c.arrangement) << " extra queries "
+               << c.extra_queries << " extra rows " << c.extra_rows << " seed " << c.seed;
   }
 };
 
@@ -89,7 +90,7 @@ inline std::vector<LayerCase> layer_cases(std::size_t random_cases, std::uint64_
     c.extra_queries = random.pick(std::vector<std::size_t>{0, 0, 5});
     c.extra_rows = random.pick(std::vector<std::size_t>{0, 0, 7});
     c.pool_width = random.pick(std::vector<std::size_t>{1, 3, 5, 5, 7});
-    c.pool = random.coin() ? kernel::Pool::average : kernel::Pool::max;
+    c.pool = static_cast<kernel::Pool>(random.between(0, 2));
     c.arrangement = random.pick(all_arrangements);
     c.seed = random.bits();
     cases.push_back(c);

@@ -28,18 +28,18 @@ inline std::vector<double> softmax(const std::vector<double>& logits) {
 
 /// Pooling as docs/method.md 2.2 tells it: a padded copy, then a window over it.
 inline std::vector<double> pooled(const std::vector<double>& in, kernel::Pool pool, std::size_t width) {
-  const std::size_t padding = width / 2;
-  const double outside = pool == kernel::Pool::average ? 0.0 : -std::numeric_limits<double>::infinity();
-  std::vector<double> padded(padding, outside);
+  const bool average = pool != kernel::Pool::max;
+  const std::size_t behind = pool == kernel::Pool::trailing ? 0 : width / 2;
+  const double outside = average ? 0.0 : -std::numeric_limits<double>::infinity();
+  std::vector<double> padded(width - 1 - behind, outside);
   padded.insert(padded.end(), in.begin(), in.end());
-  padded.insert(padded.end(), padding, outside);
+  padded.insert(padded.end(), behind, outside);
   std::vector<double> out;
   for (std::size_t t = 0; t < in.size(); ++t) {
     const auto first = padded.begin() + static_cast<std::ptrdiff_t>(t);
     const auto last = first + static_cast<std::ptrdiff_t>(width);
-    out.push_back(pool == kernel::Pool::average
-                      ? std::accumulate(first, last, 0.0) / static_cast<double>(width)
-                      : *std::max_element(first, last));
+    out.push_back(average ? std::accumulate(first, last, 0.0) / static_cast<double>(width)
+                          : *std::max_element(first, last));
   }
   return out;
 }

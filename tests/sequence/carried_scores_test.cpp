@@ -10,85 +10,16 @@
 #include <vector>
 
 #include "reference/errors.hpp"
-#include "reference/methods.hpp"
+#include "reference/layered_model.hpp"
 
 namespace compresskv {
 namespace {
 
 using reference::expect_error;
-using reference::Layer;
 using reference::LayerCase;
 using Rows = std::vector<std::uint32_t>;
-using Scores64 = std::vector<double>;  // [position]
-
-struct Model {
-  LayerCase sizes;
-  ModelShape shape;
-  std::vector<Layer<float>> layers;
-  std::vector<std::vector<std::size_t>> rows;    // [layer][kv_head], in the cache now
-  std::vector<std::vector<double>> head_scores;  // [layer][head]
-
-  Model(const LayerCase& c, std::size_t count) : sizes(c) {
-    reference::Random random(c.seed);
-    shape = {.layers = count, .query_heads = c.query_heads(), .kv_heads = c.kv_heads, .head_dim = c.head_dim};
-    for (std::size_t l = 0; l < count; ++l) {
-      LayerCase own = c;
-      own.seed = c.seed + l;
-      layers.emplace_back(own);
-      head_scores.emplace_back();
-      for (std::size_t h = 0; h < c.query_heads(); ++h) {
-        head_scores.back().push_back(random.uniform() * (l % 3 == 1 ? 1.0 : 0.1));
-      }
-    }
-    rows.assign(count, std::vector<std::size_t>(c.kv_heads, c.rows));
-  }
-
-  HeadScores scores() const {
-    std::vector<std::vector<double>> runs;
-    for (const auto& layer : head_scores) {
-      for (const double score : layer) {
-        runs.push_back({score});
-      }
-    }
-    return HeadScores(layers.size(), shape.query_heads, runs);
-  }
-
-  StridedKv<float> view(std::size_t l) {
-    KvShape now = layers[l].cache.shape;
-    now.head_rows = rows[l];
-    return {layers[l].cache.keys.data(), layers[l].cache.values.data(), now, layers[l].cache.strides};
-  }
-  auto views() {
-    return [this](std::size_t l) { return view(l); };
-  }
-
-  template <class C>
-  void shrunk(const C& compressor, std::span<const std::size_t> changed) {
-    for (const std::size_t l : changed) {
-      for (std::size_t head = 0; head < sizes.kv_heads; ++head) {
-        rows[l][head] = compressor.retained(l).rows(head);
-      }
-    }
-  }
-
-  /// r * A of one head over the evictable positions, from the layer as it was.
-  Scores64 weighted(std::size_t l, std::size_t head) const {
-    Scores64 out = reference::pooled(reference::window_sums(layers[l].attention(head).weights), sizes.pool,
-                                     sizes.pool_width);
-    for (double& score : out) {
-      score *= head_scores[l][head];
-    }
-    return out;
-  }
-  std::vector<std::size_t> best_heads(std::size_t l, std::size_t count) const {
-    std::vector<std::size_t> order(shape.query_heads);
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::size_t a, std::size_t b) { return head_scores[l][a] > head_scores[l][b]; });
-    order.resize(count);
-    return order;
-  }
-};
+using reference::Scores64;
+using Model = reference::LayeredModel;
 
 /// The kept positions are the best by `scores`, but for those within rounding of each other.
 void expect_best(const PositionSet& kept, const Scores64& scores, std::size_t window, std::size_t capacity) {

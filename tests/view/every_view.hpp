@@ -235,7 +235,7 @@ inline std::vector<LayerCase> every_view_cases() {
     c.window = random.pick(std::vector<std::size_t>{1, 2, 8, 13});
     c.capacity = random.between(c.window, std::max(c.window, c.rows));
     c.heads_per_layer = random.between(1, c.query_heads());
-    c.pool = random.coin() ? kernel::Pool::average : kernel::Pool::max;
+    c.pool = static_cast<kernel::Pool>(random.between(0, 2));
     c.seed = random.bits();
     list.push_back(c);
   }

@@ -386,7 +386,7 @@ RunResult LlamaModel::run(std::span<const TokenId> prompt, const Compression& ho
     // Decoding needs room for what is kept alone; a share of a longer sequence is more rows. Layers that
     // slide keep their window, in as many cells at most.
     const std::size_t most = prompt.size() + (every > 0 ? options.max_new_tokens : 0);
-    rows = std::min(how.budget->resolve(most, how.window, shape), most);
+    rows = std::min(how.budget->resolve(most, plan.window(), shape), most);
     const std::size_t cells = sliding_layers > 0 ? std::max(rows, sliding_rows(most)) : rows;
     context = make_context({.type = options.kv_type,
                             .cells = cells + (every > 0 ? every : options.max_new_tokens),

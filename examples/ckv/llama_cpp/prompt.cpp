@@ -82,7 +82,7 @@ class HeldInLlamaCpp final : public HeldPrompt {
 
   Outcome compressed(const Compression& how) {
     const std::size_t tokens = prompt_->tokens.size();
-    const std::size_t rows = std::min(how.budget.value().resolve(tokens, how.window, shape_), tokens);
+    const std::size_t rows = std::min(how.budget.value().resolve(tokens, window_of(how), shape_), tokens);
     const std::size_t cells =
         shape_.layers < all_.layers ? std::max(rows, model_->sliding_rows(tokens)) : rows;
     const LlamaContext small =

@@ -23,11 +23,13 @@ inline void check_pool_width(std::size_t width) {
 inline void add_pooled(std::span<const float> in, Pool pool, std::size_t width, std::span<float> out) {
   std::size_t done = 0;
 #if defined(__x86_64__)
-  const std::size_t reach = width / 2;
   if (uses(CodePath::avx2) && in.size() >= width + 8) {
-    portable::add_pooled(in, pool, width, 0, reach, out);
-    const auto inside = pool == Pool::average ? avx2::add_pooled<Pool::average> : avx2::add_pooled<Pool::max>;
-    done = inside(in.data(), width, reach, in.size() - reach, out.data());
+    const std::size_t reach = width / 2;
+    // Trailing is the average around the token in the middle.
+    const std::size_t behind = pool == Pool::trailing ? reach : 0;
+    portable::add_pooled(in, pool, width, 0, reach + behind, out);
+    const auto inside = pool == Pool::max ? avx2::add_pooled<Pool::max> : avx2::add_pooled<Pool::average>;
+    done = behind + inside(in.data(), width, reach, in.size() - reach, out.data() + behind);
   }
 #endif
   portable::add_pooled(in, pool, width, done, in.size(), out);

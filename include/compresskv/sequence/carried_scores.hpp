@@ -13,6 +13,7 @@
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/fused.hpp"
 #include "compresskv/sequence/cross_layer.hpp"
+#include "compresskv/sequence/own_share.hpp"
 
 namespace compresskv::sequence {
 
@@ -22,8 +23,16 @@ concept CarriesScores = requires(const P& plan) {
   plan.scorer().decay();
 };
 
-/// Scores that travel from layer to layer by position: `score::Carried` and `score::ModelWide`. A layer's own
-/// become `decay * what came + own`, and go on. Two floats are held for each token of the sequence.
+/// One of those that keeps a share of each layer's rows by the layer's own scores: `shared()` makes those
+/// that go on.
+template <class P>
+concept BlendsScores = CarriesScores<P> && requires(const P& plan) {
+  plan.scorer().shared();
+};
+
+/// Scores that travel from layer to layer by position: `score::Carried`, `score::ModelWide` and their blends.
+/// A layer's own become `decay * what came + own`, and go on. Two floats are held for each token of the
+/// sequence, and of a blend the numbers of the rows that its layers may keep.
 ///
 /// Layers that wait (the first `hold_layers()` of the scorer, or all where it must see the whole model) are
 /// chosen by what has been carried when they are cut.
@@ -43,13 +52,19 @@ class CarriedScores {
   void prepare(const Turn& turn) {
     by_position_.reserve(turn.tokens);
     next_.reserve(turn.tokens);
+    if constexpr (BlendsScores<P>) {
+      own_share_.prepare(rows_held(turn), turn.layers);
+    }
   }
   void start(const Turn& turn) noexcept {
     by_position_.assign(turn.tokens, 0.0F);
     next_.assign(turn.tokens, 0.0F);
+    rows_held_ = rows_held(turn);
   }
 
-  std::size_t held_bytes() const { return 2 * by_position_.size() * sizeof(float); }
+  std::size_t held_bytes() const {
+    return 2 * by_position_.size() * sizeof(float) + rows_held_ * sizeof(std::uint32_t);
+  }
   std::size_t waiting_layers() const {
     const std::size_t layers = plan_->shape().layers;
     if constexpr (P::reach == Reach::all_layers) {
@@ -61,8 +76,17 @@ class CarriedScores {
     }
   }
 
-  template <class Input, class Pass>
-  void arrive(const Input& in, const Scores<Granularity::layer>& scores, State& /*state*/, Pass& /*pass*/) {
+  template <class Input, class Reduce, class Pass>
+  void arrive(const Input& in, const Scores<Granularity::layer>& scores, Reduce&& reduce, State& state,
+              Pass& pass) {
+    const std::size_t capacity = pass.at_least_window(state.next_capacities()[in.layer], pass.longest());
+    if constexpr (BlendsScores<P>) {
+      own_share_.hold(in.layer, scores.row(0), (std::min)(capacity - scores.window(), scores.tokens()),
+                      pass.workspace());
+      plan_->scorer().shared().score(in, pass.workspace(), pass.executor(), scores);
+      pass.reduce(scores, reduce);
+      pass.check_scores(state, in.layer, scores);
+    }
     const detail::PlainFloats plain;
     const float decay = plan_->scorer().decay();
     std::transform(by_position_.begin(), by_position_.end(), next_.begin(),
@@ -73,6 +97,9 @@ class CarriedScores {
       const std::size_t position = positions.seek(t);
       own[t] = kernel::fused(decay, by_position_[position], own[t]);
       next_[position] = own[t];
+    }
+    if (in.layer >= waiting_layers()) {
+      mix(in.layer, scores, capacity, state, pass);
     }
   }
 
@@ -89,6 +116,7 @@ class CarriedScores {
     for (std::size_t t = 0; t < own.size(); ++t) {
       own[t] = next_[positions.seek(t)];
     }
+    mix(layer, scores, capacity, state, pass);
     pass.select(state, layer, scores, capacity);
   }
 
@@ -110,12 +138,30 @@ class CarriedScores {
         "a new sequence");
   }
 
-  std::size_t memory_bytes() const { return (by_position_.capacity() + next_.capacity()) * sizeof(float); }
+  std::size_t memory_bytes() const {
+    return (by_position_.capacity() + next_.capacity()) * sizeof(float) + own_share_.memory_bytes();
+  }
 
  private:
+  static std::size_t rows_held(const Turn& turn) {
+    return BlendsScores<P> ? (std::min)(turn.per_layer, turn.tokens) * turn.layers : 0;
+  }
+
+  /// A blend's share of the layer's own.
+  template <class Pass>
+  void mix(std::size_t layer, const Scores<Granularity::layer>& scores, std::size_t capacity,
+           const State& state, Pass& pass) {
+    if constexpr (BlendsScores<P>) {
+      const auto& shares = plan_->scorer().shares();
+      own_share_.mix(layer, scores, capacity, shares.sinks, shares.model_share, state, pass.workspace());
+    }
+  }
+
   const P* plan_;
   std::vector<float> by_position_;  // of the layers that have arrived
   std::vector<float> next_;         // and of one that arrives; the same between calls that went through
+  OwnShare own_share_;              // of a blend
+  std::size_t rows_held_ = 0;
 };
 
 template <CarriesScores P>

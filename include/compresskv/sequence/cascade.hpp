@@ -45,8 +45,9 @@ class Cascade {
   std::size_t waiting_layers() const { return 0; }
 
   /// Shares the rows out among the layers that have arrived, this one among them.
-  template <class Input, class Pass>
-  void arrive(const Input& in, const Scores<granularity>& scores, State& state, Pass& pass) {
+  template <class Input, class Reduce, class Pass>
+  void arrive(const Input& in, const Scores<granularity>& scores, Reduce&& /*reduce*/, State& state,
+              Pass& pass) {
     preferences_.resize(in.layer);
     preferences_.push_back(plan_->allocator().preference(in, pass.workspace(), pass.executor()));
     least_.resize(in.layer);

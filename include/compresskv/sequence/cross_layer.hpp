@@ -28,19 +28,18 @@ struct Turn {
 /// | `prepare(turn)`, `start(turn)` | makes room for a turn, may throw; takes it up, does not |
 /// | `held_bytes()` | bytes that it holds at most in this turn: they count towards the 1 % |
 /// | `waiting_layers()` | the first layers that only look on, until the one after them has arrived |
-/// | `arrive(input, scores, state, pass)` | a layer has arrived; may throw, and it then arrives again |
-/// | `changes(layer, arriving, state)` | whether an earlier layer is cut (again) now |
-/// | `select_again(layer, capacity, state, pass)` | chooses rows of an earlier layer, seen by `pass` |
-/// | `reserve(layers, state)` | makes room for what `keep` and `end_arrival` write; may throw |
-/// | `keep(layer, selection)` | an earlier layer was cut; does not throw |
-/// | `end_arrival(scores, selection)` | the arrival holds, the new layer was cut; does not throw |
-/// | `check_cut(layer, arrivals)` | throws where the engine must not yet change the rows of a layer |
-/// | `check_turn(layer, arrivals)` | throws where it must not yet turn its keys |
-/// | `check_turned()` | throws where a turn needs true positions, which `rerotate` gave up |
+/// | `arrive(input, scores, reduce, state, pass)` | a layer has arrived; may throw, and it then arrives again
+/// | | `changes(layer, arriving, state)` | whether an earlier layer is cut (again) now | |
+/// `select_again(layer, capacity, state, pass)` | chooses rows of an earlier layer, seen by `pass` | |
+/// `reserve(layers, state)` | makes room for what `keep` and `end_arrival` write; may throw | | `keep(layer,
+/// selection)` | an earlier layer was cut; does not throw | | `end_arrival(scores, selection)` | the arrival
+/// holds, the new layer was cut; does not throw | | `check_cut(layer, arrivals)` | throws where the engine
+/// must not yet change the rows of a layer | | `check_turn(layer, arrivals)` | throws where it must not yet
+/// turn its keys | | `check_turned()` | throws where a turn needs true positions, which `rerotate` gave up |
 ///
-/// `arrive` may change the scores and `state.next_capacities()`. `select_again` may take the memory of the
-/// scores that arrived: `end_arrival` of the same kind then does not read them. A layer that waits is not
-/// cut.
+/// `arrive` may change the scores and `state.next_capacities()`; scores that it makes itself it reduces.
+/// `select_again` may take the memory of the scores that arrived: `end_arrival` of the same kind then does
+/// not read them. A layer that waits is not cut.
 template <class C>
 concept CrossLayer = requires(C& over, const Turn& turn, State& state, const Arrivals& arrivals,
                               std::size_t layer, const Selection& rows) {
@@ -62,7 +61,7 @@ concept CrossLayer = requires(C& over, const Turn& turn, State& state, const Arr
 /// Nothing travels: each layer is cut on its own.
 struct OwnLayer {
   explicit OwnLayer(const auto& /*plan*/) {}
-  void arrive(const auto& /*input*/, const auto& /*scores*/, State&, auto& /*pass*/) {}
+  void arrive(const auto& /*input*/, const auto& /*scores*/, auto&& /*reduce*/, State&, auto& /*pass*/) {}
   void select_again(std::size_t layer, std::size_t, const State&, auto& /*pass*/) {
     detail::fail<ArgumentError>("layer ", layer,
                                 " has no scores to be chosen by again: a composition that must see "

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -128,6 +130,14 @@ class LayerPass {
     const Scores<granularity> scores = take_scores();
     plan_->scorer().score(in, workspace_, executor_, scores);
     return scores;
+  }
+
+  /// Ranks add theirs, where the engine has said how.
+  template <class Reduce>
+  static void reduce(const Scores<granularity>& scores, Reduce&& by) {
+    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
+      by(scores.values());
+    }
   }
 
   /// Throws where scores do not fit the plan or the layer, or are not finite; the rows of the longest KV
