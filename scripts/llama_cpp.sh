@@ -17,8 +17,14 @@ cache="${XDG_CACHE_HOME:-$HOME/.cache}/compresskv"
 
 say() { printf 'llama.cpp: %s\n' "$*" >&2; }
 
+# Tiles are left out: some virtual machines name AMX, let a program ask for it, and stop it at the first instruction.
+flags=()
+if grep -q amx_tile /proc/cpuinfo 2>/dev/null; then
+  flags+=(-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8')
+fi
 # ggml is compiled for this processor, so that machines of different processors that share a home do not share it.
-processor="$( (grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -mp) | sha256sum | cut -c 1-8)"
+processor="$( (grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -mp; echo "${flags[*]}") |
+  sha256sum | cut -c 1-8)"
 prefix="$cache/llama.cpp-$version-$processor"
 
 # Prefixes as CMake would look for them, the user's own first.
@@ -98,7 +104,7 @@ say "building libllama with $jobs jobs (5 to 8 minutes on two cores)"
 {
   cmake -S "$partial" -B "$partial/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$prefix" \
     -DCMAKE_INSTALL_LIBDIR=lib -DCMAKE_INSTALL_RPATH='$ORIGIN' -DBUILD_SHARED_LIBS=ON \
-    -DGGML_NATIVE=ON -DGGML_RPC=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_COMMON=OFF \
+    "${flags[@]}" -DGGML_NATIVE=ON -DGGML_RPC=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_COMMON=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
     -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF &&
     cmake --build "$partial/build" --parallel "$jobs" &&
