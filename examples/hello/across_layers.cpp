@@ -16,7 +16,7 @@ int main() {
   const std::size_t dim = model.head_dim, tokens = 1000, window = 16;
   // A real model's scores come from a file: ckv::io::load_head_scores.
   const ckv::HeadScores scores{3, 4, {{0}, {0}, {0.2}, {0}, {0}, {0.9}, {0}, {0}, {0}, {0}, {0}, {0.1}}};
-  const ckv::Plan plan{model, ckv::score::ModelWide{scores, {.heads = 2, .window = window}},
+  const ckv::Plan plan{model, ckv::score::Blend{scores, {.heads = 2, .window = window}},
                        ckv::select::SharedTopK{}, ckv::budget::Uniform{ckv::Budget::kept_ratio(0.1)}};
   ckv::Compressor compressor{plan};
   compressor.begin(tokens);
@@ -45,6 +45,6 @@ int main() {
     const ckv::QueryShape shown{.query_heads = model.query_heads, .queries = window, .head_dim = dim};
     shorten(compressor.arrive(layer, views, ckv::QueryWindow{queries.data(), shown}));
   }
-  shorten(compressor.finish(views));  // ModelWide shrinks nothing before all layers have arrived
+  shorten(compressor.finish(views));  // Blend shrinks nothing before all layers have arrived
   std::printf("next position %zu\n", compressor.retained(0).next_position());
 }

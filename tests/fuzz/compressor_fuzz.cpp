@@ -1189,7 +1189,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
                     .layout = std::min<std::size_t>(data.ConsumeIntegralInRange<std::size_t>(0, 5), 3)};
   // Those that reach over layers every second time: most can go wrong there.
   const Method method = data.ConsumeBool()
-                            ? data.PickValueInArray({Method::cake, Method::carried, Method::model_wide})
+                            ? data.PickValueInArray({Method::cake, Method::carried, Method::model_wide,
+                                                     Method::blend, Method::blend_carried})
                             : methods[data.ConsumeIntegralInRange<std::size_t>(1, methods.size() - 1)].method;
   const std::size_t heads = sizes.kv_heads * sizes.group;
   std::vector<std::vector<std::uint32_t>> ranking(sizes.layers, std::vector<std::uint32_t>(heads));
@@ -1220,6 +1221,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   settings.model_heads = data.ConsumeIntegralInRange<std::size_t>(1, heads * sizes.layers);
   settings.hold_layers = data.ConsumeIntegralInRange<std::size_t>(0, 2);
   settings.pool_width = data.PickValueInArray<std::size_t>({1, 3, 5, 9});
+  settings.pool = static_cast<kernel::Pool>(data.ConsumeIntegralInRange(0, 2));
+  settings.model_share = data.ConsumeIntegralInRange(0, 10) / 10.0;
+  settings.sinks = data.ConsumeIntegralInRange<std::size_t>(0, 6);
   try {
     with_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
       const Plan plan{sizes.shape(), scorer, selector, allocator};

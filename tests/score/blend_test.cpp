@@ -60,7 +60,7 @@ Sets kept_by(const S& scorer, const LayeredModel& model, std::size_t capacity,
   return kept_by(scorer, copy, capacity, protection);
 }
 
-std::vector<LayerCase> cases() { return reference::model_cases(12, 77); }
+std::vector<LayerCase> blend_cases() { return reference::model_cases(12, 77); }
 
 score::Blend blend(const LayeredModel& model, const LayerCase& c, const score::BlendShares& shares) {
   return {model.scores(),
@@ -83,7 +83,7 @@ score::BlendCarried blend_carried(const LayeredModel& model, const LayerCase& c,
 }
 
 TEST(Blend, AllOrNothingOfTheShareIsTheMethodsThemselves) {
-  for (const LayerCase& c : cases()) {
+  for (const LayerCase& c : blend_cases()) {
     SCOPED_TRACE(c);
     const LayeredModel model(c, layer_count);
     const score::SemanticRetrieval own{
@@ -179,7 +179,7 @@ Rows expected_rows(const LayerCase& c, const Scores64& shared, const Scores64& o
 TEST(Blend, SharesRowsBetweenTheWholeModelAndTheLayersOwn) {
   std::size_t compared = 0;
   std::size_t all = 0;
-  for (const LayerCase& c : cases()) {
+  for (const LayerCase& c : blend_cases()) {
     const LayeredModel model(c, layer_count);
     const std::size_t heads = std::min<std::size_t>(5, c.query_heads() * layer_count);
     std::vector<std::pair<std::size_t, std::size_t>> pairs;
