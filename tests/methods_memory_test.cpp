@@ -123,7 +123,8 @@ double share_held(const MethodInfo& method, const Case& c) {
       .budget = Budget::tokens_per_layer(rows),
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(c.shape.layers, heads)),
       .scores = HeadScores(c.shape.layers, c.shape.query_heads,
-                           std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5}))};
+                           std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5})),
+      .window = 8};
   std::vector<std::uint32_t> first(rows);
   std::iota(first.begin(), first.end(), 0U);
   const Selection rest =

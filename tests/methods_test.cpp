@@ -27,7 +27,32 @@ const ModelShape shape{.layers = layers, .query_heads = 6, .kv_heads = 3, .head_
 MethodSettings settings_of(std::size_t rows) {
   return {.budget = Budget::tokens_per_layer(rows),
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
-          .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5}))};
+          .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
+          .window = 8};
+}
+
+TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
+  MethodSettings settings = settings_of(40);
+  for (const MethodInfo& row : methods) {
+    if (row.method == Method::full) {
+      continue;
+    }
+    settings.window.reset();
+    with_method(row.method, settings, [&](const auto& scorer, const auto&, const auto&) {
+      EXPECT_EQ(scorer.window(), row.window) << row.name;
+    });
+    settings.window = 12;
+    with_method(row.method, settings, [&](const auto& scorer, const auto&, const auto&) {
+      EXPECT_EQ(scorer.window(), row.method == Method::tova ? 1U : 12U) << row.name;
+    });
+  }
+  const score::Blend::Options blend;
+  EXPECT_EQ(blend.window, info(Method::blend).window);
+  EXPECT_EQ(blend.pool, info(Method::blend).pool);
+  EXPECT_EQ(blend.pool_width, info(Method::blend).pool_width);
+  const MethodSettings library;
+  EXPECT_EQ(blend.shares.sinks, library.sinks);
+  EXPECT_EQ(blend.shares.model_share, library.model_share);
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.

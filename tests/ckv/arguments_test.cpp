@@ -176,7 +176,9 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
            {"hold=-1", "hold '-1' is no whole number from 0 to 4"},
            {"decay=101", "decay '101' is no whole number from 0 to 100"},
            {"seed=x", "seed 'x' is no whole number from 0 to 18446"},
-           {"pool=sum", "pool 'sum' is none: give avg or max"},
+           {"pool=sum", "pool 'sum' is none: give avg, max or trailing"},
+           {"share=101", "share '101' is no whole number from 0 to 100"},
+           {"sinks=-1", "sinks '-1' is no whole number from 0 to 4"},
            {"errors", "there are no layer errors; name them with --errors"},
            {"size=3", "'size=3' is not known; options are uniform,"}}) {
     expect_usage_error(evaluate("snapkv:" + option), "--methods snapkv:" + option + ": " + wrong);
