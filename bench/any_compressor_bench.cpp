@@ -27,24 +27,24 @@ void door(benchmark::State& state) {
   const std::size_t tokens = argument(state, 0);
   const compresskv::HeadRanking ranking(
       std::vector(shape.layers, heads_over(3, static_cast<std::size_t>(heads_per_layer), shape)));
+  const auto observers = static_cast<std::size_t>(window);
   const compresskv::MethodSettings settings{.budget = compresskv::Budget::tokens_per_layer(capacity),
                                             .heads = ranking,
                                             .heads_per_layer = static_cast<std::size_t>(heads_per_layer),
-                                            .window = static_cast<std::size_t>(window),
+                                            .window = observers,
                                             .pool_width = pool_width};
   const compresskv::Plan plan{
       shape,
       compresskv::score::SemanticRetrieval{
           ranking,
-          {.heads_per_layer = settings.heads_per_layer, .window = settings.window, .pool_width = pool_width}},
+          {.heads_per_layer = settings.heads_per_layer, .window = observers, .pool_width = pool_width}},
       compresskv::select::SharedTopK{}, compresskv::budget::Uniform{settings.budget}};
   compresskv::Compressor compressor{plan};
   compresskv::AnyCompressor any{compresskv::AnyPlan{shape, "compresskv", settings}};
   LayerRing<T>& ring = fresh_layers<T>(tokens, shape);
-  const Buffer<T> values = random_buffer<T>(shape.query_heads * settings.window * shape.head_dim, 2, 8.0F);
+  const Buffer<T> values = random_buffer<T>(shape.query_heads * observers * shape.head_dim, 2, 8.0F);
   const compresskv::QueryWindow<T> queries(
-      values.data(),
-      {.query_heads = shape.query_heads, .queries = settings.window, .head_dim = shape.head_dim});
+      values.data(), {.query_heads = shape.query_heads, .queries = observers, .head_dim = shape.head_dim});
 
   const auto by_template = [&] {
     const auto kv = ring.view(ring.next());

@@ -516,8 +516,9 @@ TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
     text += "The box number " + std::to_string(i * i) + " holds " + std::to_string(100 - i) + " nails. ";
   }
   text += "How many nails are in box number 25?<|im_end|>\n<|im_start|>assistant\n";
-  for (const std::string method : {"full", "snapkv", "compresskv", "model-wide", "carried", "tova",
-                                   "streaming", "knorm", "keydiff", "random", "compresskv-grouped"}) {
+  for (const std::string method :
+       {"full", "snapkv", "compresskv", "model-wide", "carried", "tova", "streaming", "knorm", "keydiff",
+        "random", "compresskv-grouped", "blend", "blend-carried"}) {
     Arguments arguments{"generate", "--engine",    "llama.cpp",        "--threads",
                         "1",        "--model",     model_path(),       "--raw",
                         "--prompt", text,          "--max-new-tokens", "8",
@@ -525,7 +526,8 @@ TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
     if (method != "full") {
       arguments.insert(arguments.end(), {"--rows", "40"});
     }
-    if (method.starts_with("compresskv") || method == "model-wide" || method == "carried") {
+    if (method.starts_with("compresskv") || method == "model-wide" || method == "carried" ||
+        method.starts_with("blend")) {
       const bool scores = !method.starts_with("compresskv");
       arguments.insert(arguments.end(),
                        {"--heads", calibration(scores ? "_head_scores.json" : "_head_idx.json").string()});
