@@ -4,7 +4,6 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -135,7 +134,7 @@ class LayerPass {
   /// Ranks add theirs, where the engine has said how.
   template <class Reduce>
   static void reduce(const Scores<granularity>& scores, Reduce&& by) {
-    if constexpr (!std::same_as<std::remove_cvref_t<Reduce>, NotGiven>) {
+    if constexpr (std::invocable<Reduce&, std::span<float>>) {
       by(scores.values());
     }
   }
