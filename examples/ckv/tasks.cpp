@@ -292,10 +292,9 @@ TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const 
   return prompt;
 }
 
-/// A rule for the system message, and the request that it is about.
+/// A rule, and the system message that gives it.
 struct Ruled {
   std::string system;
-  std::string question;
   Rule rule;
 };
 
@@ -315,7 +314,6 @@ Ruled draw_rule(Draw& draw) {
           .system = fmt::format("You are a robot. Your name is {0}. You always say \"I am {0}\". When the "
                                 "user asks who you are, you say \"I am {0}\".",
                                 name),
-          .question = "Who are you, robot?",
           .rule = {.kind = "name", .says = name}};
     case 1: {
       std::string other = draw.word(first_names);
@@ -326,7 +324,6 @@ Ruled draw_rule(Draw& draw) {
                   fmt::format("You are a robot. Your name is {1}, but you never say \"{1}\". You always say "
                               "\"I am {0}\". When the user asks who you are, you say \"I am {0}\".",
                               name, other),
-              .question = "Who are you, robot?",
               .rule = {.kind = "never", .says = name, .never = other}};
     }
     default: {
@@ -336,7 +333,6 @@ Ruled draw_rule(Draw& draw) {
                   "Everybody calls you {1}. You write your name in capital letters. When the "
                   "user asks who you are, you say \"I am {1}\".",
                   name, capitals),
-              .question = "Who are you, robot?",
               .rule = {.kind = "capitals", .says = capitals}};
     }
   }
@@ -346,7 +342,7 @@ TaskPrompt ruled(const ModelEngine& loaded, const Haystack& haystack, const Prom
   Draw draw{place, 7};
   Ruled drawn = draw_rule(draw);
   const engine::PromptText text =
-      hide(loaded, haystack, {}, {.question = drawn.question, .system = drawn.system}, place.length,
+      hide(loaded, haystack, {}, {.question = "Who are you, robot?", .system = drawn.system}, place.length,
            0.9 * draw.share());
   return {.tokens = encode_prompt(loaded, text), .expect = {}, .rule = std::move(drawn.rule)};
 }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <numeric>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "reference/methods.hpp"
@@ -72,6 +73,26 @@ struct LayeredModel {
       score *= head_scores[l][head];
     }
     return out;
+  }
+  /// The sum of that over the best `heads` of the whole model.
+  Scores64 model_wide(std::size_t heads) const {
+    std::vector<std::pair<std::size_t, std::size_t>> pairs;
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      for (std::size_t h = 0; h < shape.query_heads; ++h) {
+        pairs.emplace_back(l, h);
+      }
+    }
+    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
+      return head_scores[a.first][a.second] > head_scores[b.first][b.second];
+    });
+    Scores64 sums(sizes.rows - sizes.observed(), 0.0);
+    for (std::size_t i = 0; i < heads; ++i) {
+      const Scores64 part = weighted(pairs[i].first, pairs[i].second);
+      for (std::size_t t = 0; t < part.size(); ++t) {
+        sums[t] += part[t];
+      }
+    }
+    return sums;
   }
   std::vector<std::size_t> best_heads(std::size_t l, std::size_t count) const {
     std::vector<std::size_t> order(shape.query_heads);

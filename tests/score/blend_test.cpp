@@ -182,22 +182,7 @@ TEST(Blend, SharesRowsBetweenTheWholeModelAndTheLayersOwn) {
   for (const LayerCase& c : blend_cases()) {
     const LayeredModel model(c, layer_count);
     const std::size_t heads = std::min<std::size_t>(5, c.query_heads() * layer_count);
-    std::vector<std::pair<std::size_t, std::size_t>> pairs;
-    for (std::size_t l = 0; l < layer_count; ++l) {
-      for (std::size_t h = 0; h < c.query_heads(); ++h) {
-        pairs.emplace_back(l, h);
-      }
-    }
-    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
-      return model.head_scores[a.first][a.second] > model.head_scores[b.first][b.second];
-    });
-    Scores64 wide(c.rows - c.observed(), 0.0);
-    for (std::size_t i = 0; i < heads; ++i) {
-      const Scores64 part = model.weighted(pairs[i].first, pairs[i].second);
-      for (std::size_t t = 0; t < part.size(); ++t) {
-        wide[t] += part[t];
-      }
-    }
+    const Scores64 wide = model.model_wide(heads);
     for (const score::BlendShares& shares :
          {score::BlendShares{}, score::BlendShares{.sinks = 0, .model_share = 0.5},
           score::BlendShares{.sinks = 1000, .model_share = 0.3}}) {

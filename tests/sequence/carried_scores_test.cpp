@@ -103,22 +103,7 @@ TEST(ModelWide, AllLayersKeepOneSetByTheBestHeadsOfTheModel) {
     ASSERT_EQ(changed.size(), layer_count);
     model.shrunk(compressor, changed);
 
-    std::vector<std::pair<std::size_t, std::size_t>> pairs;
-    for (std::size_t l = 0; l < layer_count; ++l) {
-      for (std::size_t h = 0; h < c.query_heads(); ++h) {
-        pairs.emplace_back(l, h);
-      }
-    }
-    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
-      return original.head_scores[a.first][a.second] > original.head_scores[b.first][b.second];
-    });
-    Scores64 scores(c.rows - c.observed(), 0.0);
-    for (std::size_t i = 0; i < heads; ++i) {
-      const Scores64 own = original.weighted(pairs[i].first, pairs[i].second);
-      for (std::size_t t = 0; t < own.size(); ++t) {
-        scores[t] += own[t];
-      }
-    }
+    const Scores64 scores = original.model_wide(heads);
     const Rows first(compressor.retained(0).positions().begin(), compressor.retained(0).positions().end());
     expect_best(compressor.retained(0).positions(), scores, c.observed(), c.capacity);
     for (std::size_t l = 0; l < layer_count; ++l) {

@@ -48,7 +48,6 @@ class Blend : public BlendedRetrieval<ModelWide> {
                            .pool = options.pool,
                            .pool_width = options.pool_width}},
                          options.shares) {}
-  explicit Blend(const HeadScores& scores) : Blend(scores, Options{}) {}
   template <std::same_as<HeadRanking> Ranking>
   Blend(const Ranking&, const Options&) {
     static_assert(!std::same_as<Ranking, HeadRanking>,

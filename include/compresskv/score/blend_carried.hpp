@@ -43,7 +43,6 @@ class BlendCarried : public BlendedRetrieval<Carried> {
                            .pool = options.pool,
                            .pool_width = options.pool_width}},
                          options.shares) {}
-  explicit BlendCarried(const HeadScores& scores) : BlendCarried(scores, Options{}) {}
   template <std::same_as<HeadRanking> Ranking>
   BlendCarried(const Ranking&, const Options&) {
     static_assert(!std::same_as<Ranking, HeadRanking>,

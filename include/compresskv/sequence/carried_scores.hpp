@@ -32,7 +32,7 @@ concept BlendsScores = CarriesScores<P> && requires(const P& plan) {
 
 /// Scores that travel from layer to layer by position: `score::Carried`, `score::ModelWide` and their blends.
 /// A layer's own become `decay * what came + own`, and go on. Two floats are held for each token of the
-/// sequence, and of a blend the numbers of the rows that its layers may keep.
+/// sequence, and of a blend the numbers of the rows that layers may keep: those that wait, and one more.
 ///
 /// Layers that wait (the first `hold_layers()` of the scorer, or all where it must see the whole model) are
 /// chosen by what has been carried when they are cut.
@@ -53,7 +53,7 @@ class CarriedScores {
     by_position_.reserve(turn.tokens);
     next_.reserve(turn.tokens);
     if constexpr (BlendsScores<P>) {
-      own_share_.prepare(rows_held(turn), turn.layers);
+      own_share_.prepare(rows_held(turn), places());
     }
   }
   void start(const Turn& turn) noexcept {
@@ -81,8 +81,8 @@ class CarriedScores {
               Pass& pass) {
     const std::size_t capacity = pass.at_least_window(state.next_capacities()[in.layer], pass.longest());
     if constexpr (BlendsScores<P>) {
-      own_share_.hold(in.layer, scores.row(0), (std::min)(capacity - scores.window(), scores.tokens()),
-                      pass.workspace());
+      own_share_.hold(place_of(in.layer), scores.row(0),
+                      (std::min)(capacity - scores.window(), scores.tokens()), pass.workspace());
       plan_->scorer().shared().score(in, pass.workspace(), pass.executor(), scores);
       pass.reduce(scores, reduce);
       pass.check_scores(state, in.layer, scores);
@@ -143,8 +143,11 @@ class CarriedScores {
   }
 
  private:
-  static std::size_t rows_held(const Turn& turn) {
-    return BlendsScores<P> ? (std::min)(turn.per_layer, turn.tokens) * turn.layers : 0;
+  /// Where a blend holds a layer's own share: layers that do not wait share the last place.
+  std::size_t place_of(std::size_t layer) const { return (std::min)(layer, waiting_layers()); }
+  std::size_t places() const { return place_of(plan_->shape().layers - 1) + 1; }
+  std::size_t rows_held(const Turn& turn) const {
+    return BlendsScores<P> ? (std::min)(turn.per_layer, turn.tokens) * places() : 0;
   }
 
   /// A blend's share of the layer's own.
@@ -153,7 +156,8 @@ class CarriedScores {
            const State& state, Pass& pass) {
     if constexpr (BlendsScores<P>) {
       const auto& shares = plan_->scorer().shares();
-      own_share_.mix(layer, scores, capacity, shares.sinks, shares.model_share, state, pass.workspace());
+      own_share_.mix(layer, place_of(layer), scores, capacity, shares.sinks, shares.model_share, state,
+                     pass.workspace());
     }
   }
 

@@ -19,20 +19,20 @@ namespace compresskv::sequence {
 
 /// What each layer's own scores would keep, best first, held until the layer is cut by them and by scores of
 /// other layers (`score::BlendedRetrieval`): more rows than the layer may keep are never asked for, so no
-/// scores are held.
+/// scores are held. Layers that are cut as they arrive take one place in turn, those that wait one each.
 class OwnShare {
  public:
-  /// Makes room for `rows` rows of `layers` layers.
-  void prepare(std::size_t rows, std::size_t layers) {
+  /// Makes room for `rows` rows in `places` places.
+  void prepare(std::size_t rows, std::size_t places) {
     rows_.reserve(rows);
-    ends_.reserve(layers);
+    ends_.reserve(places);
   }
 
-  /// The `count` best rows of a layer; those of the layers from it on are forgotten. May throw, and the layer
+  /// The `count` best rows of a layer; what was held from its place on is forgotten. May throw, and the layer
   /// then comes again.
-  void hold(std::size_t layer, std::span<const float> scores, std::size_t count, Workspace& workspace) {
-    ends_.resize(layer, 0);
-    const std::size_t begin = layer == 0 ? 0 : ends_.back();
+  void hold(std::size_t place, std::span<const float> scores, std::size_t count, Workspace& workspace) {
+    ends_.resize(place, 0);
+    const std::size_t begin = begin_of(place);
     rows_.resize(begin + count);
     const std::span<std::uint32_t> best = std::span(rows_).subspan(begin);
     kernel::top_k(scores, workspace.take(Workspace::Slot::logits, scores.size()), best);
@@ -46,8 +46,8 @@ class OwnShare {
   /// `scores` of other layers become scores by which a selector takes the sinks and what is protected, the
   /// share of these scores, and of the rest what the layer's own scores place first. Throws ArgumentError
   /// where the capacity cannot hold what is protected.
-  void mix(std::size_t layer, const Scores<Granularity::layer>& scores, std::size_t capacity,
-           std::size_t sinks, double share, const State& state, Workspace& workspace) {
+  void mix(std::size_t layer, std::size_t place, const Scores<Granularity::layer>& scores,
+           std::size_t capacity, std::size_t sinks, double share, const State& state, Workspace& workspace) {
     constexpr float certain = (std::numeric_limits<float>::max)();
     const std::span<float> row = scores.row(0);
     const std::size_t room = capacity - scores.window();
@@ -66,9 +66,8 @@ class OwnShare {
     first_.resize(first);
     kernel::top_k(row, workspace.take(Workspace::Slot::logits, row.size()), first_);
     std::fill(row.begin(), row.end(), 0.0F);
-    const std::size_t begin = layer == 0 ? 0 : ends_[layer - 1];
-    for (std::size_t i = begin; i < ends_[layer]; ++i) {
-      row[rows_[i]] = static_cast<float>(ends_[layer] - i);
+    for (std::size_t i = begin_of(place); i < ends_[place]; ++i) {
+      row[rows_[i]] = static_cast<float>(ends_[place] - i);
     }
     for (const std::uint32_t chosen : first_) {
       row[chosen] = certain;
@@ -81,8 +80,10 @@ class OwnShare {
   }
 
  private:
-  std::vector<std::uint32_t> rows_;   // layer after layer, best first
-  std::vector<std::size_t> ends_;     // [layer], in rows_
+  std::size_t begin_of(std::size_t place) const { return place == 0 ? 0 : ends_[place - 1]; }
+
+  std::vector<std::uint32_t> rows_;   // place after place, best first
+  std::vector<std::size_t> ends_;     // [place], in rows_
   std::vector<std::uint32_t> first_;  // of the layer that is mixed
 };
 

@@ -55,15 +55,10 @@ class State {
       : bytes_(bytes), shape_(shape) {
     detail::StateReader reader(bytes);
     sequence_ = detail::take_sequence(reader);
-    streams_ = detail::take_streams(reader);
-    for (std::uint32_t stream = 0; stream < streams_; ++stream) {
-      const auto cells = reader.take<std::uint32_t>("cells of a stream");
-      if (cells > 0) {
-        detail::require_first(positions_, stream);
-        positions_ = detail::take_cells(reader, cells, sequence_);
-        read_rows(reader);
-      }
-    }
+    streams_ = detail::take_streams(reader, [&](std::uint32_t cells) {
+      positions_ = detail::take_cells(reader, cells, sequence_);
+      read_rows(reader);
+    });
     if (second == Second::sliding) {
       read_sliding(reader);
     }
@@ -165,9 +160,7 @@ class State {
             bytes_.subspan(layer.values + i * cells() * layer.value_bytes, rows * layer.value_bytes));
       }
     }
-    for (std::uint32_t stream = 1; stream < target.streams; ++stream) {
-      out.put(std::uint32_t{0});
-    }
+    detail::put_empty_streams(out, target.streams);
     if (sliding_) {
       sliding_->write(out, target);
     }

@@ -109,16 +109,28 @@ inline std::int32_t take_sequence(StateReader& reader) {
   return reader.take<std::int32_t>("sequence");
 }
 
-inline std::uint32_t take_streams(StateReader& reader) {
+/// The number of streams. `read(cells)` reads on in the one that holds cells, where there is one.
+template <class Read>
+std::uint32_t take_streams(StateReader& reader, Read&& read) {
   const auto streams = reader.take<std::uint32_t>("streams");
   require(streams >= 1 && streams <= max_streams, "state: streams are ", streams, ", must be 1 to ",
           max_streams);
+  bool found = false;
+  for (std::uint32_t stream = 0; stream < streams; ++stream) {
+    if (const auto cells = reader.take<std::uint32_t>("cells of a stream"); cells > 0) {
+      require(!found, "state: streams ", stream, " and one before it hold cells: a sequence lies in one");
+      found = true;
+      read(cells);
+    }
+  }
   return streams;
 }
 
-inline void require_first(std::span<const std::int32_t> positions_before, std::uint32_t stream) {
-  require(positions_before.empty(), "state: streams ", stream,
-          " and one before it hold cells: a sequence lies in one");
+/// The streams behind the first one: no cells.
+inline void put_empty_streams(StateWriter& out, std::uint32_t streams) {
+  for (std::uint32_t stream = 1; stream < streams; ++stream) {
+    out.put(std::uint32_t{0});
+  }
 }
 
 inline bool take_transposed(StateReader& reader) {

@@ -18,17 +18,12 @@ class StatePart {
   /// Reads on where `reader`, over the same bytes, stands: the part of sequence `sequence`. Throws
   /// ArgumentError naming the first field that is not as it must be.
   StatePart(std::span<std::uint8_t> bytes, StateReader& reader, std::int32_t sequence) : bytes_(bytes) {
-    const std::uint32_t streams = take_streams(reader);
-    for (std::uint32_t stream = 0; stream < streams; ++stream) {
-      const auto cells = reader.take<std::uint32_t>("cells of a stream");
-      if (cells > 0) {
-        require_first(positions_, stream);
-        positions_ = take_cells(reader, cells, sequence);
-        rows_begin_ = reader.at();
-        read_rows(reader);
-        rows_end_ = reader.at();
-      }
-    }
+    take_streams(reader, [&](std::uint32_t cells) {
+      positions_ = take_cells(reader, cells, sequence);
+      rows_begin_ = reader.at();
+      read_rows(reader);
+      rows_end_ = reader.at();
+    });
   }
 
   std::size_t layers() const { return keys_.size(); }
@@ -61,9 +56,7 @@ class StatePart {
     out.put(target.streams);
     put_cells(out, positions_, target.sequence);
     out.put_bytes(bytes_.subspan(rows_begin_, rows_end_ - rows_begin_));
-    for (std::uint32_t stream = 1; stream < target.streams; ++stream) {
-      out.put(std::uint32_t{0});
-    }
+    put_empty_streams(out, target.streams);
   }
 
  private:
