@@ -16,6 +16,7 @@
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/stretch.hpp"
 
 // The engine's memory, and what shows the window's attention
 #include "compresskv/view/attention_matrix.hpp"
@@ -40,6 +41,7 @@
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
+#include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
@@ -49,6 +51,7 @@
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
+#include "compresskv/select/whole_model.hpp"
 
 // The calls that an engine makes
 #include "compresskv/batch.hpp"

@@ -12,6 +12,7 @@
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
+#include "compresskv/core/stretch.hpp"
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/plan.hpp"
 #include "compresskv/sequence/arrivals.hpp"
@@ -21,6 +22,7 @@
 #include "compresskv/sequence/compaction.hpp"
 #include "compresskv/sequence/cross_layer.hpp"
 #include "compresskv/sequence/layer_pass.hpp"
+#include "compresskv/sequence/repeat_scores.hpp"
 #include "compresskv/sequence/rotation.hpp"
 #include "compresskv/sequence/state.hpp"
 #include "compresskv/view/held_views.hpp"
@@ -187,8 +189,26 @@ class Compressor {
     return changed_;
   }
 
-  /// Shrinks all layers of a composition that must see the whole model first, once each has arrived. Returns
-  /// all layers.
+  /// Shows tokens that repeat a stretch of the context, for compositions that score it so (`score::KvZip`):
+  /// after the prefill, for each stretch in order and each layer, before `finish`.
+  ///
+  /// `kv` views all rows announced and, behind them, those of the tokens fed since: a request to repeat the
+  /// stretch, and its tokens once more. `queries` are the last of these. The engine takes them back before it
+  /// feeds the next stretch; one that is fed in parts is shown in parts. May be called again for a stretch.
+  ///
+  /// Throws as `compress`; the scores are then as they were. Cost: that of the scorer.
+  template <class V, class O>
+  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& queries) {
+    if constexpr (call::fits<call::observe<P, V, O>>()) {
+      state_.check_layer(layer);
+      arrivals_.check_turn();
+      over_layers_.observe(layer, kv, stretch, queries, state_, pass_);
+      arrivals_.look_on();
+    }
+  }
+
+  /// Shrinks all layers of a composition that must see the whole model first, once each has arrived, or was
+  /// shown repeats of the whole context. Returns all layers.
   ///
   /// Throws ArgumentError naming a layer that has not arrived, or whose view is not what it was.
   template <class Views>
@@ -196,7 +216,11 @@ class Compressor {
     if constexpr (call::fits<call::finish<P, Views>>()) {
       state_.check_layer(0);
       const std::size_t layers = state_.layers();
-      arrivals_.check_all(layers);
+      if constexpr (sequence::ObservesRepeats<P>) {
+        arrivals_.check_turn();
+      } else {
+        arrivals_.check_all(layers);
+      }
       detail::HeldViews<std::remove_cvref_t<decltype(views(0))>> held_views(pass_.workspace(), layers);
       changed_.clear();
       changed_.reserve(layers);
@@ -205,6 +229,9 @@ class Compressor {
         changed_.push_back(l);
       }
       state_.reset_next_capacities();
+      if constexpr (sequence::ObservesRepeats<P>) {
+        over_layers_.choose(state_, pass_);
+      }
       compaction_.start();
       stage_changed(held_views.last(layers));
 

@@ -43,6 +43,7 @@ template <score::Scorer S, select::Selector T, budget::Allocator A>
 class Plan {
  public:
   using scorer_type = S;
+  using selector_type = T;
   using allocator_type = A;
   static constexpr Reach reach = furthest(S::reach, T::reach, A::reach);
 
@@ -50,6 +51,10 @@ class Plan {
                 "this selector cannot use scores of this scorer's granularity: a shared selector needs one "
                 "row a layer, "
                 "a per-head selector one row a KV head");
+
+  static_assert(T::reach == Reach::own_layer || S::needs == Needs::repeats,
+                "a selector that chooses from the whole model at once needs scores that are held until then: "
+                "those of score::KvZip");
 
   /// Throws ArgumentError when a policy does not fit the model, or the budget cannot hold the window.
   Plan(const ModelShape& shape, S scorer, T selector, A allocator)

@@ -16,6 +16,7 @@ enum class Needs {
   keys,              ///< the keys in the cache
   window_attention,  ///< the window's queries with the keys, or the attention matrix itself
   all_queries,       ///< the attention of every query of the prompt
+  repeats,           ///< the queries of tokens that repeat the context: `Compressor::observe`
 };
 
 /// What a composition must have seen before a layer can shrink.

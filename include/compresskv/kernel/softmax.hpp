@@ -45,7 +45,18 @@ inline void add_scaled(const ScaledRows& rows, std::size_t tokens, float* sums) 
   portable::add_scaled(rows, 0, tokens, sums);
 }
 
-/// The same for one row.
+/// `maxima[t] = max(maxima[t], factor * row[t])` for all rows.
+inline void max_scaled(const ScaledRows& rows, std::size_t tokens, float* maxima) {
+#if defined(__x86_64__)
+  if (uses(CodePath::avx2)) {
+    avx2::max_scaled(rows, tokens, maxima);
+    return;
+  }
+#endif
+  portable::max_scaled(rows, 0, tokens, maxima);
+}
+
+/// `add_scaled` for one row.
 inline void add_scaled(const float* row, float factor, std::size_t tokens, float* sums) {
   add_scaled({.first = row, .factors = &factor}, tokens, sums);
 }

@@ -78,6 +78,15 @@ inline void add_scaled(const ScaledRows& rows, std::size_t first, std::size_t to
   }
 }
 
+inline void max_scaled(const ScaledRows& rows, std::size_t first, std::size_t tokens, float* maxima) {
+  for (std::size_t i = 0; i < rows.count; ++i) {
+    for (std::size_t t = first; t < tokens; ++t) {
+      const float value = rows.row(i)[t] * rows.factor(i);
+      maxima[t] = value > maxima[t] ? value : maxima[t];
+    }
+  }
+}
+
 }  // namespace portable
 
 }  // namespace compresskv::kernel

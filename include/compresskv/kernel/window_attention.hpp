@@ -51,6 +51,27 @@ void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
       });
 }
 
+/// The same, but of each head the largest attention that any observing query gives a row, not the sum.
+template <class Kv, QueryObservation O, Executor X, class PerHead>
+void attention_maxima(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
+                      std::size_t observers, Workspace& workspace, X& executor, PerHead&& per_head) {
+  const compresskv::detail::PlainFloats plain;
+  detail::for_head_groups(
+      in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_per_pass) {
+        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
+        const std::span<float> maxima = workspace.take(Workspace::Slot::sums, group.size() * evictable);
+        std::fill(maxima.begin(), maxima.end(), 0.0F);
+        detail::add_attention(
+            in, group, own_observers, queries_per_pass, workspace, executor,
+            [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens, const ScaledRows& rows) {
+              max_scaled(rows, tokens, maxima.data() + h * evictable + first);
+            });
+        for (std::size_t h = 0; h < group.size(); ++h) {
+          per_head(group[h], std::span<const float>(maxima.subspan(h * evictable, evictable)));
+        }
+      });
+}
+
 /// `attention_sums` of the window's queries.
 template <class Kv, Observation O, Executor X, class PerHead>
 void window_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, Workspace& workspace,

@@ -15,6 +15,8 @@ class Arrivals {
   }
   /// No layer is awaited until the next turn.
   void end() noexcept { over_ = true; }
+  /// Layers are shown, none of which arrives: `finish` is awaited.
+  void look_on() noexcept { arrived_ = 1; }
   /// One more; with the `last`-th none is awaited any more.
   void add(std::size_t last) noexcept {
     ++arrived_;

@@ -35,6 +35,9 @@ enum class Fault {
   not_one_layer,
   one_layer_alone,
   not_whole_model,
+  needs_repeats,
+  no_repeats,
+  repeats_by_queries,
   no_views,
   observation_first,
   no_view,
@@ -63,6 +66,13 @@ consteval bool fits() {
                 "this composition shrinks each layer on its own: call compress(), not arrive()");
   static_assert(fault != not_whole_model,
                 "this composition need not see the whole model: there is nothing to finish");
+  static_assert(fault != needs_repeats,
+                "this scorer is shown tokens that repeat the context: call observe() for each stretch and "
+                "layer, then finish()");
+  static_assert(fault != no_repeats,
+                "this scorer does not ask for the context to be repeated: call compress() or arrive()");
+  static_assert(fault != repeats_by_queries,
+                "what repeats the context is shown by its queries: give a QueryWindow");
   static_assert(fault != no_views,
                 "the views are given as a function: [&](std::size_t layer) { return view_of(layer); }");
   static_assert(fault != observation_first,
@@ -165,24 +175,32 @@ constexpr Fault of_selection() {
 
 // The calls.
 
+/// A composition that observes repeats is shown nothing else.
+template <class P>
+constexpr Fault of_repeats = unless(P::scorer_type::needs != Needs::repeats, Fault::needs_repeats);
+
 template <class P, class V, class O, class Reduce>
-constexpr Fault compress = first({unless(P::reach == Reach::own_layer, Fault::not_one_layer), of_rows<V, V>(),
-                                  of_observation<P, O>(), of_reduction<Reduce>()});
+constexpr Fault compress = first({of_repeats<P>, unless(P::reach == Reach::own_layer, Fault::not_one_layer),
+                                  of_rows<V, V>(), of_observation<P, O>(), of_reduction<Reduce>()});
 
 template <class P, class Views, class O, class Reduce>
-constexpr Fault arrive = first({unless(P::reach != Reach::own_layer, Fault::one_layer_alone),
+constexpr Fault arrive = first({of_repeats<P>, unless(P::reach != Reach::own_layer, Fault::one_layer_alone),
                                 of_views<Views>(), of_observation<P, O>(), of_reduction<Reduce>()});
+
+template <class P, class V, class O>
+constexpr Fault observe = first({unless(P::scorer_type::needs == Needs::repeats, Fault::no_repeats),
+                                 of_view<V>(), unless(QueryObservation<O>, Fault::repeats_by_queries)});
 
 template <class P, class Views>
 constexpr Fault finish = first({unless(P::reach == Reach::all_layers, Fault::not_whole_model),
                                 of_views<Views>()});
 
 template <class P, class V, class O>
-constexpr Fault score = first({of_view<V>(), of_observation<P, O>()});
+constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>()});
 
 /// Scores or a selection from attention alone.
 template <class P, class O>
-constexpr Fault attention = first({unless(!QueryObservation<O>, Fault::queries_alone),
+constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
                                    unless(KeylessObservation<O>, Fault::no_attention),
                                    unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed)});
 

@@ -124,6 +124,33 @@ auto kernel_run(const Run<T>& run) {
 
 }  // namespace detail
 
+/// Rows [first, first + rows) of a run.
+template <class T>
+Run<T> part_of(Run<T> run, std::size_t first, std::size_t rows) {
+  const auto step = static_cast<std::ptrdiff_t>(first) * run.row_stride;
+  run.rows = rows;
+  if constexpr (ElementOfAnyKind<T>) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const std::byte, std::byte>;
+    const std::size_t bytes = with_kind(run.kind, []<class E>(E*) -> std::size_t {
+      if constexpr (std::same_as<E, AffineInt8>) {
+        return 1;
+      } else {
+        return sizeof(E);
+      }
+    });
+    run.base = static_cast<Byte*>(run.base) + step * static_cast<std::ptrdiff_t>(bytes);
+  } else {
+    run.base += step;
+  }
+  if constexpr (requires { run.scales; }) {
+    if (run.scales != nullptr) {
+      run.scales += static_cast<std::ptrdiff_t>(first) * run.parameter_stride;
+      run.zeros += static_cast<std::ptrdiff_t>(first) * run.parameter_stride;
+    }
+  }
+  return run;
+}
+
 /// Calls `f` with the run as the kernels read it: for all rows of a run, its type is asked for once.
 template <class T, class F>
 decltype(auto) with_element(const Run<T>& run, F&& f) {

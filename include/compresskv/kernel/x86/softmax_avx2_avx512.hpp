@@ -104,6 +104,40 @@ template <std::size_t registers>
   portable::add_scaled(rows, t, tokens, sums);
 }
 
+/// The same for the largest in place of the sum.
+template <std::size_t registers>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void max_scaled_at(const ScaledRows& rows,
+                                                                          std::size_t t, float* maxima) {
+  __m256 own[registers];
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    own[i] = _mm256_loadu_ps(maxima + t + 8 * i);
+  }
+  for (std::size_t row = 0; row < rows.count; ++row) {
+    const __m256 factor = _mm256_set1_ps(rows.factor(row));
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < registers; ++i) {
+      own[i] = _mm256_max_ps(_mm256_loadu_ps(rows.row(row) + t + 8 * i) * factor, own[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < registers; ++i) {
+    _mm256_storeu_ps(maxima + t + 8 * i, own[i]);
+  }
+}
+
+[[gnu::target("avx2,fma")]] inline void max_scaled(const ScaledRows& rows, std::size_t tokens,
+                                                   float* maxima) {
+  std::size_t t = 0;
+  for (; t + 32 <= tokens; t += 32) {
+    max_scaled_at<4>(rows, t, maxima);
+  }
+  for (; t + 8 <= tokens; t += 8) {
+    max_scaled_at<1>(rows, t, maxima);
+  }
+  portable::max_scaled(rows, t, tokens, maxima);
+}
+
 }  // namespace avx2
 
 namespace avx512 {
