@@ -58,7 +58,7 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
 /// Rows kept over all layers and KV heads of a model of equal layers.
 std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t tokens) {
   const Layer<float> layer(
-      {.group = 2, .kv_heads = 3, .head_dim = 16, .rows = tokens, .extra_queries = tokens - 8});
+      {.group = 2, .kv_heads = 3, .head_dim = 16, .rows = tokens + 8, .extra_queries = tokens - 8});
   std::vector<Layer<float>> model(layers, layer);
   std::size_t kept = 0;
   with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
@@ -73,7 +73,18 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
                               model[l].cache.strides);
     };
     for (std::size_t l = 0; l < layers; ++l) {
-      if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
+      if constexpr (std::remove_cvref_t<decltype(scorer)>::needs == Needs::repeats) {
+        // Eight tokens repeat all.
+        const std::vector<std::size_t> more(3, tokens + 8);
+        KvShape repeated = model[l].cache.shape;
+        repeated.head_rows = more;
+        compressor.observe(l,
+                           StridedKv<float>(model[l].cache.keys.data(), model[l].cache.values.data(),
+                                            repeated, model[l].cache.strides),
+                           {.first = 0, .last = tokens},
+                           QueryWindow<float>(model[l].queries.data(),
+                                              QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}));
+      } else if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(l, view(l), model[l].observation());
       } else {
         for (const std::size_t changed : compressor.arrive(l, view, model[l].observation())) {

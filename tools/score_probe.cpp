@@ -63,17 +63,19 @@ void run(const std::vector<std::string>& args) {
   std::cout.precision(std::numeric_limits<float>::max_digits10);
   ckv::with_method(ckv::method_named(args[0]).method, settings,
                    [&](const auto& scorer, const auto& selector, const auto& allocator) {
-                     const ckv::Plan plan{shape, scorer, selector, allocator};
-                     ckv::Compressor compressor{plan};
-                     compressor.begin(tokens);
-                     print("capacities", compressor.capacities());
-                     const auto scores = compressor.score(0, kv, observation);
-                     for (std::size_t row = 0; row < scores.rows(); ++row) {
-                       print("scores", scores.row(row));
-                     }
-                     const ckv::Selection& selection = compressor.select(0, scores);
-                     for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-                       print("rows", selection.rows(head));
+                     if constexpr (std::remove_cvref_t<decltype(scorer)>::needs != ckv::Needs::repeats) {
+                       const ckv::Plan plan{shape, scorer, selector, allocator};
+                       ckv::Compressor compressor{plan};
+                       compressor.begin(tokens);
+                       print("capacities", compressor.capacities());
+                       const auto scores = compressor.score(0, kv, observation);
+                       for (std::size_t row = 0; row < scores.rows(); ++row) {
+                         print("scores", scores.row(row));
+                       }
+                       const ckv::Selection& selection = compressor.select(0, scores);
+                       for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+                         print("rows", selection.rows(head));
+                       }
                      }
                    });
 }

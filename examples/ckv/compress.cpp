@@ -41,23 +41,34 @@ compresskv::AnyPlanOptions while_reading(std::size_t working_rows, std::size_t p
 PromptCompressor::PromptCompressor(const compresskv::AnyPlan& plan, engine::ThreadPool& pool)
     : executor_{&pool}, compressor_(plan, executor_) {}
 
-void PromptCompressor::compress(engine::LayerView& layer, const Observed& observed) {
-  const auto index = static_cast<std::size_t>(layer.layer);
+/// Gives back the memory of the layers that `change(views)` has shrunk.
+template <class Change>
+void PromptCompressor::shrink(engine::LayerView& layer, Change&& change) {
   const auto layer_at = [&](std::size_t l) -> engine::LayerView& {
-    return l == index ? layer : layer.earlier(static_cast<int>(l));
+    return l == static_cast<std::size_t>(layer.layer) ? layer : layer.earlier(static_cast<int>(l));
   };
-  const auto views = [&](std::size_t l) { return any_view_of(layer_at(l)); };
-  const auto give_back_all = [&](std::span<const std::size_t> changed) {
-    for (const std::size_t l : changed) {
-      give_back(layer_at(l), compressor_.retained(l));
-    }
-  };
+  for (const std::size_t l : change([&](std::size_t index) { return any_view_of(layer_at(index)); })) {
+    give_back(layer_at(l), compressor_.retained(l));
+  }
+}
+
+void PromptCompressor::compress(engine::LayerView& layer, const Observed& observed) {
   const compresskv::AnyObservation observation = observed.sums != nullptr
                                                      ? compresskv::AnyObservation(*observed.sums)
                                                      : compresskv::AnyObservation(observed.queries);
-  give_back_all(compressor_.arrive(index, views, observation));
-  if (index + 1 == compressor_.plan().shape().layers) {
-    give_back_all(compressor_.finish(views));
+  shrink(layer, [&](const auto& views) {
+    return compressor_.arrive(static_cast<std::size_t>(layer.layer), views, observation);
+  });
+  finish(layer);
+}
+
+void PromptCompressor::observe(engine::LayerView& layer, const compresskv::Stretch& stretch) {
+  compressor_.observe(static_cast<std::size_t>(layer.layer), any_view_of(layer), stretch, queries_of(layer));
+}
+
+void PromptCompressor::finish(engine::LayerView& layer) {
+  if (static_cast<std::size_t>(layer.layer) + 1 == compressor_.plan().shape().layers) {
+    shrink(layer, [&](const auto& views) { return compressor_.finish(views); });
   }
 }
 

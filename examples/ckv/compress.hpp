@@ -38,9 +38,21 @@ class PromptCompressor {
   /// earlier layers too.
   void compress(engine::LayerView& layer, const Observed& observed);
 
+  /// Whether the method is shown repeats of the context: `observe`, then `finish`, in place of `compress`.
+  bool repeats() const { return compressor_.plan().needs() == compresskv::Needs::repeats; }
+
+  /// Shows a layer that holds repeats of a stretch behind the context; their queries are the layer's.
+  void observe(engine::LayerView& layer, const compresskv::Stretch& stretch);
+
+  /// Where this is the last layer, all shrink that waited for it.
+  void finish(engine::LayerView& layer);
+
   const compresskv::Retained& retained(std::size_t layer) const { return compressor_.retained(layer); }
 
  private:
+  template <class Change>
+  void shrink(engine::LayerView& layer, Change&& change);
+
   engine::PoolExecutor executor_;  // before the compressor, which refers to it
   compresskv::AnyCompressor compressor_;
 };

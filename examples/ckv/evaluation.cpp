@@ -10,6 +10,7 @@
 #include "compress.hpp"
 #include "engine/error.hpp"
 #include "engine/sampler.hpp"
+#include "repeat.hpp"
 #include "terminal.hpp"
 
 namespace ckv {
@@ -30,6 +31,7 @@ class HeldInSmallEngine final : public HeldPrompt {
     const bool beside = prompt_->measure == Measure::attention_error;
     std::vector<engine::Sequence> sequences;
     std::vector<Outcome> outcomes;
+    auto repeated = evaluation_.repeat(read_, prompt_->tokens, ways);
     for (std::size_t i = 0; i < ways.size(); ++i) {
       progress(static_cast<double>(i) / static_cast<double>(ways.size()) / 3.0, "compressing");
       if (ways[i]->method == Method::full) {
@@ -40,7 +42,7 @@ class HeldInSmallEngine final : public HeldPrompt {
           sequences.push_back(read_.sequence.clone());
         }
       } else {
-        auto [sequence, outcome] = evaluation_.compress(read_, *ways[i], beside);
+        auto [sequence, outcome] = evaluation_.compress(read_, *ways[i], beside, std::move(repeated[i]));
         if (beside) {
           outcome.errors = evaluation_.attention_errors(*prompt_, sequence);
         } else {
@@ -150,8 +152,28 @@ compresskv::QueryWindow<float> Evaluation::queries_of(const ReadPrompt& prompt, 
               .query_heads = shape_.query_heads, .queries = prompt.window, .head_dim = shape_.head_dim}};
 }
 
+std::vector<std::unique_ptr<PromptCompressor>> Evaluation::repeat(
+    ReadPrompt& prompt, std::span<const TokenId> context, std::span<const Compression* const> ways) const {
+  std::vector<std::unique_ptr<PromptCompressor>> compressors(ways.size());
+  std::vector<PromptCompressor*> shown;
+  for (std::size_t i = 0; i < ways.size(); ++i) {
+    if (info(ways[i]->method).repeats) {
+      compressors[i] = make_compressor(*ways[i], shape_, loaded_->model.pool());
+      compressors[i]->begin(context.size());
+      shown.push_back(compressors[i].get());
+    }
+  }
+  if (!shown.empty()) {
+    const auto start = Clock::now();
+    repeat_context(*loaded_, prompt.sequence, context, shown);
+    prompt.repeat_ms = milliseconds_since(start);
+  }
+  return compressors;
+}
+
 std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, const Compression& how,
-                                                          bool beside) const {
+                                                          bool beside,
+                                                          std::unique_ptr<PromptCompressor> repeated) const {
   Outcome outcome;
   const std::size_t tokens = prompt.sequence.next_position();
   const bool by_sums = wants_all_queries(how.method);
@@ -165,11 +187,20 @@ std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, co
     prompt.sums_ms = milliseconds_since(start);
   }
   auto start = Clock::now();
-  const auto compressor = make_compressor(how, shape_, loaded_->model.pool());
-  compressor->begin(tokens);
+  const bool by_repeats = repeated != nullptr;
+  const auto compressor =
+      by_repeats ? std::move(repeated) : make_compressor(how, shape_, loaded_->model.pool());
+  if (!by_repeats) {
+    compressor->begin(tokens);
+  }
   outcome.compress_ms = milliseconds_since(start);
   engine::Sequence sequence = prompt.sequence.clone([&](engine::LayerView& layer) {
     start = Clock::now();
+    if (by_repeats) {
+      compressor->finish(beside ? layer.shadow() : layer);
+      outcome.compress_ms += milliseconds_since(start);
+      return;
+    }
     const auto index = static_cast<std::size_t>(layer.layer);
     std::optional<compresskv::AttentionSums> sums;
     if (by_sums) {
@@ -181,7 +212,8 @@ std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, co
                          {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
     outcome.compress_ms += milliseconds_since(start);
   });
-  outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0);
+  outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0) +
+                         (by_repeats ? prompt.repeat_ms : 0.0);
   outcome.kept.assign(shape_.layers, std::vector<std::size_t>(stretches));
   for (std::size_t layer = 0; layer < shape_.layers; ++layer) {
     for (std::size_t head = 0; head < shape_.kv_heads; ++head) {

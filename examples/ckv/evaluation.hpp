@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "compress.hpp"
 #include "engine/sequence.hpp"
 #include "method.hpp"
 #include "run.hpp"
@@ -83,6 +84,7 @@ struct ReadPrompt {
   std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
   double prefill_ms = 0.0;
   double sums_ms = 0.0;
+  double repeat_ms = 0.0;
 };
 
 class Evaluation {
@@ -95,10 +97,17 @@ class Evaluation {
   ReadPrompt read(std::span<const TokenId> prompt, std::size_t window,
                   const std::function<void(double)>& progress) const;
 
-  /// A copy of the prompt's cache that holds what the method keeps; `beside`: the whole cache, with what the
+  /// For each way the compressor of a method that has the context repeated, by one second pass for all of
+  /// them; none for the others. The pass's time is counted as each one's.
+  std::vector<std::unique_ptr<PromptCompressor>> repeat(ReadPrompt& prompt, std::span<const TokenId> context,
+                                                        std::span<const Compression* const> ways) const;
+
+  /// A copy of the prompt's cache that holds what the method keeps, by `repeated` where that has seen the
+  /// context's repeats; `beside`: the whole cache, with what the
   /// method keeps as its shadow.
   std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Compression& how,
-                                                bool beside = false) const;
+                                                bool beside = false,
+                                                std::unique_ptr<PromptCompressor> repeated = nullptr) const;
 
   std::size_t rows_of(const engine::Sequence& sequence) const;
 

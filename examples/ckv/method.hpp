@@ -39,7 +39,7 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends
+  std::size_t sinks = 4;         ///< of both blends and `kvzip`
   double model_share = 0.6;      ///< of both blends
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
@@ -57,7 +57,7 @@ constexpr bool wants_all_queries(Method method) { return method == Method::h2o; 
 /// Whether a layer shrinks again as later ones come.
 constexpr bool reaches_back(Method method) {
   return method == Method::cake || method == Method::carried || method == Method::model_wide ||
-         method == Method::blend || method == Method::blend_carried;
+         method == Method::blend || method == Method::blend_carried || info(method).repeats;
 }
 
 /// Names of all methods, as the command line takes them.

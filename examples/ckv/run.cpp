@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <array>
 #include <compresskv/io/calibration_files.hpp>
 #include <memory>
 #include <numeric>
@@ -11,6 +12,7 @@
 
 #include "compress.hpp"
 #include "engine/error.hpp"
+#include "repeat.hpp"
 #include "terminal.hpp"
 
 namespace ckv {
@@ -91,7 +93,7 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
       const auto on_layer = [&](engine::LayerView& layer) {
         began = Clock::now();
         const compresskv::QueryWindow<float> queries = recent ? recent->add(layer) : queries_of(layer);
-        if (compress) {
+        if (compress && !compressor->repeats()) {
           compressor->compress(layer, {.queries = queries});
         }
         result.compress_ms += milliseconds_since(began);
@@ -99,6 +101,13 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
       };
       sequence.prefill(chunk, {.window = observers, .on_layer = on_layer, .on_logits = {}});
     });
+    if (compressor->repeats()) {
+      const auto began = Clock::now();
+      PromptCompressor* const only = compressor.get();
+      repeat_context(loaded, sequence, prompt, {&only, 1});
+      sequence.revisit([&](engine::LayerView& layer) { compressor->finish(layer); });
+      result.compress_ms += milliseconds_since(began);
+    }
     for (std::size_t layer = 0; layer < static_cast<std::size_t>(config.layers); ++layer) {
       const compresskv::Retained& kept = compressor->retained(layer);
       next_position = kept.next_position();
@@ -259,6 +268,25 @@ std::string checked_text(std::string text, std::string_view from) {
     text.erase(0, 3);
   }
   return text;
+}
+
+std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& message) {
+  const std::array<engine::ChatMessage, 3> messages = {{{.role = "user", .content = "?"},
+                                                        {.role = "assistant", .content = "!"},
+                                                        {.role = "user", .content = message}}};
+  const std::string asked = loaded.lay_out(std::span(messages).first(1)).text();
+  const engine::PromptText all = loaded.lay_out(messages);
+  // Some templates write an answer with a blank before it.
+  const std::size_t answer = all.text().find('!', asked.size());
+  const bool goes_on = all.text().starts_with(asked) && answer != std::string::npos &&
+                       all.text().find_first_not_of(" \n", asked.size()) == answer;
+  if (!goes_on) {
+    throw engine::Error(
+        "the model's chat template writes a turn otherwise once there is another one; a task of two turns "
+        "needs "
+        "one that goes on");
+  }
+  return encode_prompt(loaded, all.substr(answer + 1));
 }
 
 RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,

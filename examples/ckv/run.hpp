@@ -146,6 +146,10 @@ inline std::vector<TokenId> encode_prompt(const ModelEngine& loaded, std::string
   return loaded.encode(text, true);
 }
 
+/// What the template writes between an answer and the next one. Throws engine::Error where it writes a turn
+/// otherwise once there is another one.
+std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& message);
+
 /// Greedy decoding up to the end token; `picked` hears of each token before it is fed.
 void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
                      const std::function<void(TokenId)>& picked);

@@ -253,26 +253,6 @@ TaskPrompt tracking(const ModelEngine& loaded, const Haystack& haystack, const P
   return {.tokens = encode_prompt(loaded, text), .expect = {number}};
 }
 
-/// What the template writes between an answer and the next one.
-std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& message) {
-  const std::array<engine::ChatMessage, 3> messages = {{{.role = "user", .content = "?"},
-                                                        {.role = "assistant", .content = "!"},
-                                                        {.role = "user", .content = message}}};
-  const std::string asked = loaded.lay_out(std::span(messages).first(1)).text();
-  const engine::PromptText all = loaded.lay_out(messages);
-  // Some templates write an answer with a blank before it.
-  const std::size_t answer = all.text().find('!', asked.size());
-  const bool goes_on = all.text().starts_with(asked) && answer != std::string::npos &&
-                       all.text().find_first_not_of(" \n", asked.size()) == answer;
-  if (!goes_on) {
-    throw engine::Error(
-        "the model's chat template writes a turn otherwise once there is another one; a task of two turns "
-        "needs "
-        "one that goes on");
-  }
-  return encode_prompt(loaded, all.substr(answer + 1));
-}
-
 TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 5};
   const std::vector<std::string> keys = draw_towns(draw, 2);

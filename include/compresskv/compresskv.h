@@ -79,7 +79,7 @@ typedef struct ckv_settings {
   size_t heads_per_layer;
   size_t window; /* 0: the method's own */
   ckv_pool pool;
-  size_t pool_width; /* 0: the method's own */
+  size_t pool_width;  /* 0: the method's own */
   uint64_t seed;      /* of random */
   float decay;        /* of carried and blend-carried */
   size_t hold_layers; /* of carried and blend-carried */
@@ -109,6 +109,8 @@ size_t ckv_plan_window(const ckv_plan* plan);
 /* Whether ckv_arrive needs an observation, and whether it may shrink layers before the one that arrives. */
 int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
+/* Whether the engine feeds the context once more (kvzip): ckv_observe in place of ckv_arrive. */
+int ckv_plan_repeats(const ckv_plan* plan);
 
 /* ---- what a layer holds ----------------------------------------------------------------------------- */
 
@@ -162,7 +164,7 @@ typedef struct ckv_kv {
 /* Fills *kv, in which all is 0 but struct_size, with what layer `layer` holds now. Write no field beyond
  * kv->struct_size. Anything but CKV_OK ends the call that asked, with that status.
  *
- * What *kv points to (head_rows, table, references) must live until ckv_arrive or ckv_finish returns: views
+ * What *kv points to (head_rows, table, references) must live until the call that asked returns: views
  * of several layers are held at once, so give each layer arrays of its own. The function returns: it neither
  * jumps out, nor ends its thread, nor calls with the same sequence. */
 typedef ckv_status (*ckv_views)(void* context, size_t layer, ckv_kv* kv);
@@ -223,6 +225,12 @@ ckv_status ckv_truncate(ckv_sequence* sequence, size_t position);
  * fails): shorten each to ckv_rows_kept. `observation` may be NULL where ckv_plan_needs_attention says so. */
 ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, void* context,
                       const ckv_observation* observation, const size_t** changed, size_t* count);
+/* Shows tokens that repeat the context's tokens `first` to `last` - 1, where ckv_plan_repeats says so: after
+ * the prefill, for each stretch in order and each layer, before ckv_finish. `views` gives the layer with the
+ * rows of the tokens fed behind those of the context, `observation` the queries of the last of them; the
+ * engine takes these rows back afterwards. */
+ckv_status ckv_observe(ckv_sequence* sequence, size_t layer, ckv_views views, void* context, size_t first,
+                       size_t last, const ckv_observation* observation);
 /* After the last layer; for most methods *count is 0. */
 ckv_status ckv_finish(ckv_sequence* sequence, ckv_views views, void* context, const size_t** changed,
                       size_t* count);

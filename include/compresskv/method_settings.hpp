@@ -37,6 +37,7 @@ enum class Method {
   model_wide,
   blend,
   blend_carried,
+  kvzip,
 };
 
 /// One row of the table of methods.
@@ -48,13 +49,14 @@ struct MethodInfo {
   bool needs_heads = false;   ///< a head ranking
   bool per_head = false;      ///< KV heads keep rows of their own
   bool needs_scores = false;  ///< raw head scores: a ranking is not enough
+  bool repeats = false;       ///< the engine feeds the context once more: `observe` in place of `arrive`
   std::size_t window = 8;     ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
   std::size_t pool_width = 5;
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 18> methods = {{
+inline constexpr std::array<MethodInfo, 19> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -109,6 +111,14 @@ inline constexpr std::array<MethodInfo, 18> methods = {{
      .window = 16,
      .pool = kernel::Pool::trailing,
      .pool_width = 9},
+    {.method = Method::kvzip,
+     .name = "kvzip",
+     .summary =
+         "what is looked at when the model repeats the context, all layers and KV heads sharing the rows",
+     .paper = "2505.23416",
+     .per_head = true,
+     .repeats = true,
+     .window = 1},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -152,8 +162,8 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of blend and blend-carried
-  double model_share = 0.6;                              ///< of both
+  std::size_t sinks = 4;                                 ///< of blend, blend-carried and kvzip
+  double model_share = 0.6;                              ///< of blend and blend-carried
 };
 
 }  // namespace compresskv

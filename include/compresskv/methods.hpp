@@ -15,6 +15,7 @@
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
+#include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
@@ -24,6 +25,7 @@
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
+#include "compresskv/select/whole_model.hpp"
 
 namespace compresskv {
 
@@ -120,6 +122,8 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                                     .pool = pool,
                                     .pool_width = pool_width}},
                select::SharedTopK{}, budgets);
+    case Method::kvzip:
+      return f(score::KvZip{{.sinks = settings.sinks, .window = window}}, select::WholeModel{}, budgets);
     case Method::compresskv:
     case Method::full:
       break;

@@ -407,6 +407,10 @@ int ckv_plan_reaches_back(const ckv_plan* plan) {
   return plan == nullptr || plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;
 }
 
+int ckv_plan_repeats(const ckv_plan* plan) {
+  return plan != nullptr && plan->plan.needs() == ckv::Needs::repeats ? 1 : 0;
+}
+
 ckv_status ckv_sequence_create(const ckv_plan* plan, ckv_sequence** sequence) {
   return guarded([&] {
     require_given(sequence, "sequence");
@@ -459,6 +463,19 @@ ckv_status ckv_arrive(ckv_sequence* sequence, size_t layer, ckv_views views, voi
       const std::span<const std::size_t> shrunk = sequence->compressor.arrive(layer, view, shown);
       *changed = shrunk.data();
       *count = shrunk.size();
+    });
+  });
+}
+
+ckv_status ckv_observe(ckv_sequence* sequence, size_t layer, ckv_views views, void* context, size_t first,
+                       size_t last, const ckv_observation* observation) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require(views != nullptr, "views is NULL: give a function that fills a ckv_kv");
+    const ckv::ModelShape& model = sequence->compressor.plan().shape();
+    with_observation(observation, model, [&](const auto& shown) {
+      sequence->compressor.observe(layer, asked(views, context, layer, model), {.first = first, .last = last},
+                                   shown);
     });
   });
 }

@@ -24,6 +24,8 @@
 #include <utility>
 #include <vector>
 
+#include "reference/arriving_methods.hpp"
+
 namespace {
 
 using namespace compresskv;
@@ -1225,7 +1227,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   settings.model_share = data.ConsumeIntegralInRange(0, 10) / 10.0;
   settings.sinks = data.ConsumeIntegralInRange<std::size_t>(0, 6);
   try {
-    with_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
+    reference::with_arriving_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
       const Plan plan{sizes.shape(), scorer, selector, allocator};
       Sizes own = sizes;
       own.window = plan.scorer().window();

@@ -8,7 +8,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { layers = 3, query_heads = 4, kv_heads = 2, head_dim = 32, tokens = 100, window = 8, budget = 24 };
+enum {
+  layers = 3,
+  query_heads = 4,
+  kv_heads = 2,
+  head_dim = 32,
+  tokens = 100,
+  window = 8,
+  budget = 24,
+  repeated = 12
+};
 enum { head_floats = tokens * head_dim, layer_floats = kv_heads * head_floats };
 
 static float keys[layers * layer_floats];
@@ -121,21 +130,33 @@ static void run_method(const char* method) {
   CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
   CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
   if (sequence == NULL) return;
+  const int repeats = ckv_plan_repeats(plan);
+  const size_t prompt = repeats ? tokens - repeated : tokens;
+  CHECK(repeats == (strcmp(method, "kvzip") == 0));
   ckv_plan_free(plan); /* the sequence goes on */
-  CHECK(ckv_begin(sequence, tokens, NULL) == CKV_OK);
+  CHECK(ckv_begin(sequence, prompt, NULL) == CKV_OK);
   for (size_t l = 0; l < layers; ++l) {
-    const ckv_observation shown = queries_of(l, tokens);
-    CHECK(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count) == CKV_OK);
-    shorten(sequence, changed, count, original);
+    const ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
+    if (repeats) { /* the last rows are those of tokens that repeat the others */
+      CHECK_FAILS(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+                  "call observe()");
+      CHECK(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown) == CKV_OK);
+      for (size_t h = 0; h < kv_heads; ++h) rows[l][h] = prompt; /* taken back */
+    } else {
+      CHECK_FAILS(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown), CKV_BAD_ARGUMENT,
+                  "does not ask for the context to be repeated");
+      CHECK(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count) == CKV_OK);
+      shorten(sequence, changed, count, original);
+    }
   }
   CHECK(ckv_finish(sequence, view_of, NULL, &changed, &count) == CKV_OK);
-  CHECK((count == layers) == (strcmp(method, "model-wide") == 0));
+  CHECK((count == layers) == (repeats || strcmp(method, "model-wide") == 0 || strcmp(method, "blend") == 0));
   shorten(sequence, changed, count, original);
   for (size_t l = 0; l < layers; ++l) {
     size_t position = 0;
     size_t held = 0;
-    CHECK(ckv_next_position(sequence, l, &position) == CKV_OK && position == tokens);
-    CHECK(ckv_held_rows(sequence, tokens + 3, l, 0, &held) == CKV_OK && held == rows[l][0] + 3);
+    CHECK(ckv_next_position(sequence, l, &position) == CKV_OK && position == prompt);
+    CHECK(ckv_held_rows(sequence, prompt + 3, l, 0, &held) == CKV_OK && held == rows[l][0] + 3);
     for (size_t h = 0; h < kv_heads; ++h) total += rows[l][h];
   }
   CHECK(total == (strcmp(method, "full") == 0 ? (size_t)(layers * kv_heads * tokens)
@@ -371,7 +392,7 @@ static void struct_sizes(void) {
   CHECK(shown.struct_size == sizeof(shown) && shown.data == NULL);
   ckv_settings_init_sized(NULL, 8);
   CHECK(ckv_plan_window(NULL) == 0 && ckv_plan_needs_attention(NULL) == 0 &&
-        ckv_plan_reaches_back(NULL) == 0);
+        ckv_plan_reaches_back(NULL) == 0 && ckv_plan_repeats(NULL) == 0);
   CHECK(ckv_memory_bytes(NULL) == 0);
 }
 
@@ -441,6 +462,7 @@ static void wrong_calls(void) {
               "sequence is NULL");
   CHECK_FAILS(ckv_arrive(sequence, 0, NULL, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
               "views, changed");
+  CHECK_FAILS(ckv_observe(sequence, 0, NULL, NULL, 0, 8, &shown), CKV_BAD_ARGUMENT, "views is NULL");
   CHECK_FAILS(ckv_rows_kept(sequence, 0, 999, &number), CKV_BAD_ARGUMENT, "kv_head is 999");
   rows[0][1] = tokens - 1;
   CHECK_FAILS(ckv_arrive(sequence, 0, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
@@ -482,7 +504,10 @@ int main(void) {
                                         "streaming",
                                         "random",
                                         "carried",
-                                        "model-wide"};
+                                        "model-wide",
+                                        "blend",
+                                        "blend-carried",
+                                        "kvzip"};
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);

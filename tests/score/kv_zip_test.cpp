@@ -499,8 +499,7 @@ TEST(KvZip, WhatIsMissingOrWrongIsNamedAndNothingChanges) {
   EXPECT_EQ(positions_of(compressor, model), positions_of(undisturbed, other));
   expect_error<ArgumentError>([&] { observe(0, 20, {0, 60}); }, {"begin_turn() starts the next turn"});
 
-  // Five rows a head are a sink each, four of them, and the window.
-  const std::vector<std::uint32_t> named{17, 33, 34};
+  const std::vector<std::uint32_t> named{17, 33, 34, 35, 36, 37, 38};
   const Plan narrow{model.shape, score::KvZip{}, select::WholeModel{},
                     budget::Uniform{Budget::tokens_per_layer(7)}};
   Compressor full{narrow};

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "reference/arriving_methods.hpp"
 #include "reference/scores.hpp"
 
 namespace compresskv {
@@ -62,26 +63,27 @@ class Kvpress : public testing::Test {
     const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity_),
                                   .window = window_,
                                   .pool_width = recorded_.at("pool_width").get<std::size_t>()};
-    with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
-      const Plan plan{shape_, scorer, selector, allocator};
-      Compressor compressor{plan};
-      compressor.begin(tokens_);
-      const auto scores = compressor.score(
-          0,
-          StridedKv<float>(keys_.data(), keys_.data(),
-                           {.kv_heads = shape_.kv_heads, .rows = tokens_, .head_dim = shape_.head_dim},
-                           layout::head_token_dim),
-          QueryWindow<float>(
-              queries_.data(),
-              {.query_heads = shape_.query_heads, .queries = tokens_, .head_dim = shape_.head_dim}));
-      for (std::size_t row = 0; row < scores.rows(); ++row) {
-        out.scores.emplace_back(scores.row(row).begin(), scores.row(row).end());
-      }
-      const Selection& selection = compressor.select(0, scores);
-      for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-        out.rows.emplace_back(selection.rows(head).begin(), selection.rows(head).end());
-      }
-    });
+    reference::with_arriving_method(
+        method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
+          const Plan plan{shape_, scorer, selector, allocator};
+          Compressor compressor{plan};
+          compressor.begin(tokens_);
+          const auto scores = compressor.score(
+              0,
+              StridedKv<float>(keys_.data(), keys_.data(),
+                               {.kv_heads = shape_.kv_heads, .rows = tokens_, .head_dim = shape_.head_dim},
+                               layout::head_token_dim),
+              QueryWindow<float>(
+                  queries_.data(),
+                  {.query_heads = shape_.query_heads, .queries = tokens_, .head_dim = shape_.head_dim}));
+          for (std::size_t row = 0; row < scores.rows(); ++row) {
+            out.scores.emplace_back(scores.row(row).begin(), scores.row(row).end());
+          }
+          const Selection& selection = compressor.select(0, scores);
+          for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+            out.rows.emplace_back(selection.rows(head).begin(), selection.rows(head).end());
+          }
+        });
     return out;
   }
 

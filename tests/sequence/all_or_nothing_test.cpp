@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/arriving_methods.hpp"
 #include "reference/errors.hpp"
 #include "reference/random.hpp"
 
@@ -268,11 +269,12 @@ MethodSettings settings() {
 template <class F>
 void for_each_method(F&& f) {
   for (const MethodInfo& method : methods) {
-    if (method.method != Method::full) {
+    if (method.method != Method::full && !method.repeats) {
       SCOPED_TRACE(std::string(method.name));
-      with_method(method.method, settings(), [&](auto scorer, auto selector, auto allocator) {
-        f(Plan{shape, scorer, selector, allocator});
-      });
+      reference::with_arriving_method(method.method, settings(),
+                                      [&](auto scorer, auto selector, auto allocator) {
+                                        f(Plan{shape, scorer, selector, allocator});
+                                      });
     }
   }
 }

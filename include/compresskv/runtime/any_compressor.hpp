@@ -18,6 +18,7 @@
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/stretch.hpp"
 #include "compresskv/kernel/rotary.hpp"
 #include "compresskv/method_settings.hpp"
 #include "compresskv/runtime/settings_of_layers.hpp"
@@ -92,6 +93,8 @@ class AnySequence {
   virtual const Retained& retained(std::size_t layer) const = 0;
   virtual std::span<const std::size_t> arrive(std::size_t layer, AnyViews views,
                                               const AnyObservation& observation, AnyReduce reduce) = 0;
+  virtual void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch,
+                       const AnyObservation& queries) = 0;
   virtual std::span<const std::size_t> finish(AnyViews views) = 0;
   virtual AnyScores score(std::size_t layer, const AnyKv* kv, const AnyObservation& observation) = 0;
   virtual const Selection& select(std::size_t layer, const AnyScores& scores) = 0;
@@ -246,6 +249,12 @@ class AnyCompressor {
   std::span<const std::size_t> arrive(std::size_t layer, AnyViews views,
                                       const AnyObservation& observation = {}, AnyReduce reduce = {}) {
     return sequence_->arrive(layer, views, observation, reduce);
+  }
+
+  /// Shows tokens that repeat a stretch of the context, where `plan().needs()` is `Needs::repeats`; `arrive`
+  /// is then not called. As `Compressor::observe`; ArgumentError for a method that does not ask for it.
+  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch, const AnyObservation& queries) {
+    sequence_->observe(layer, kv, stretch, queries);
   }
 
   /// All layers have arrived: those that waited for the last one shrink. Returns them; for most methods none

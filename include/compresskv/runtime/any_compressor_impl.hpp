@@ -55,6 +55,7 @@ class SharedByEngine {
 template <class P>
 class SequenceOf final : public AnySequence {
   using S = typename P::scorer_type;
+  static constexpr bool repeats = S::needs == Needs::repeats;
   static constexpr bool observes = S::needs == Needs::window_attention || S::needs == Needs::all_queries;
 
  public:
@@ -82,7 +83,9 @@ class SequenceOf final : public AnySequence {
     };
     return with_observation<std::span<const std::size_t>>(
         observation, [&](const auto& shown) -> std::span<const std::size_t> {
-          if constexpr (P::reach == Reach::own_layer) {
+          if constexpr (repeats) {
+            fail_of_repeats();
+          } else if constexpr (P::reach == Reach::own_layer) {
             compressor_.retained(layer);  // no view is asked for of a layer that is not there
             compressor_.compress(layer, views(layer), shown, reduced);
             own_layer_ = layer;
@@ -91,6 +94,19 @@ class SequenceOf final : public AnySequence {
             return compressor_.arrive(layer, views, shown, reduced);
           }
         });
+  }
+
+  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch,
+               const AnyObservation& queries) override {
+    if constexpr (repeats) {
+      const auto* shown = std::get_if<AnyQueries>(&queries.held());
+      require(shown != nullptr, "method ", info_->name,
+              " is shown what repeats the context by its queries: give a QueryWindow");
+      compressor_.observe(layer, kv, stretch, *shown);
+    } else {
+      fail<ArgumentError>("method ", info_->name,
+                          " does not ask for the context to be repeated: call arrive() for each layer");
+    }
   }
 
   std::span<const std::size_t> finish(AnyViews views) override {
@@ -104,8 +120,13 @@ class SequenceOf final : public AnySequence {
   AnyScores score(std::size_t layer, const AnyKv* kv, const AnyObservation& observation) override {
     require(info_->method != Method::full, "method full keeps every row: it has no scores");
     if (kv != nullptr) {
-      return with_observation<AnyScores>(
-          observation, [&](const auto& shown) { return AnyScores(compressor_.score(layer, *kv, shown)); });
+      return with_observation<AnyScores>(observation, [&](const auto& shown) -> AnyScores {
+        if constexpr (repeats) {
+          fail_of_repeats();
+        } else {
+          return AnyScores(compressor_.score(layer, *kv, shown));
+        }
+      });
     }
     return from_attention<AnyScores>(
         observation, [&](const auto& shown) { return AnyScores(compressor_.score(layer, shown)); });
@@ -115,7 +136,11 @@ class SequenceOf final : public AnySequence {
     require(scores.granularity() == S::granularity, "scores are those of ",
             scores.granularity() == Granularity::layer ? "a layer" : "KV heads", ", method ", info_->name,
             " selects by others: give the scores that score() filled");
-    return compressor_.select(layer, scores.as<S::granularity>());
+    if constexpr (repeats) {
+      fail_of_repeats();
+    } else {
+      return compressor_.select(layer, scores.as<S::granularity>());
+    }
   }
   const Selection& select(std::size_t layer, const AnyObservation& attention) override {
     return from_attention<const Selection&>(
@@ -153,10 +178,18 @@ class SequenceOf final : public AnySequence {
     }
   }
 
+  [[noreturn]] void fail_of_repeats() const {
+    fail<ArgumentError>("method ", info_->name,
+                        " is shown tokens that repeat the context: call observe() for each stretch and "
+                        "layer, then finish()");
+  }
+
   /// The same where no view is given.
   template <class R, class F>
   R from_attention(const AnyObservation& observation, F&& f) const {
-    if constexpr (S::needs == Needs::keys) {
+    if constexpr (repeats) {
+      fail_of_repeats();
+    } else if constexpr (S::needs == Needs::keys) {
       fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
     } else {
       return with_attention<R>(observation, f);

@@ -15,9 +15,10 @@
 namespace compresskv::select {
 
 /// Scores as 16 bits each, held for the whole model: non-negative half floats by their bits, which order as
-/// the numbers do. Above them all: what stays in any case.
+/// the numbers do. Above them all: what comes before any other (sinks), and what stays in any case.
 using Score16 = std::uint16_t;
 inline constexpr Score16 certain16 = 0xFFFF;
+inline constexpr Score16 first16 = 0xFFFE;
 
 /// All layers and KV heads share one budget: the best (layer, row, KV head) of the model stay, and the
 /// windows. Heads and layers then keep different numbers of rows.

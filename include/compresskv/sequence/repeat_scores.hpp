@@ -5,7 +5,6 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -124,8 +123,8 @@ class RepeatScores {
     seen_[layer] = (std::max)(seen_[layer], stretch.last);
   }
 
-  /// All has been repeated: what stays for sure is marked, and where the whole model is chosen from, where it
-  /// is cut. Throws ArgumentError naming what was not repeated, or where the budget is too small.
+  /// All has been repeated: sinks and what is protected are marked, and where the whole model is chosen from,
+  /// where it is cut. Throws ArgumentError naming what was not repeated, or where the budget is too small.
   template <class Pass>
   void choose(const State& state, Pass& pass) {
     std::size_t most = 0;
@@ -147,8 +146,8 @@ class RepeatScores {
     }
     if constexpr (whole_model) {
       detail::require(windows + certain <= most, "the model may keep ", most,
-                      " rows in all its KV heads, their windows, sinks and protected tokens are ",
-                      windows + certain, ": raise the budget, or protect fewer");
+                      " rows in all its KV heads, their windows and protected tokens are ", windows + certain,
+                      ": raise the budget, or protect fewer");
       cut_ = select::WholeModel::cut(most - windows, [&](auto&& visit) {
         for (std::size_t layer = 0; layer < turn_.layers; ++layer) {
           for (std::size_t head = 0; head < turn_.score_rows; ++head) {
@@ -174,8 +173,8 @@ class RepeatScores {
       for (std::size_t head = 0; head < turn_.score_rows; ++head) {
         const auto own = scores_of(layer, head, state);
         std::transform(own.begin(), own.end(), scores.row(head).begin(), [](Code code) {
-          return code == select::certain16 ? (std::numeric_limits<float>::max)()
-                                           : static_cast<float>(std::bit_cast<half>(code));
+          // Above all attention, and below what is protected, which the pass marks.
+          return code >= select::first16 ? 2.0F : static_cast<float>(std::bit_cast<half>(code));
         });
       }
       pass.select(state, layer, scores, capacity);
@@ -215,7 +214,7 @@ class RepeatScores {
     return codes_of(layer, head).first(rows - window_of(layer, head, state));
   }
 
-  /// Sinks and protected tokens of a layer stay for sure.
+  /// Protected tokens of a layer stay for sure, its sinks where there is room.
   template <class Pass>
   void mark(std::size_t layer, const State& state, Pass& pass) {
     rows_.resize(turn_.score_rows);
@@ -235,8 +234,8 @@ class RepeatScores {
       const std::span<Code> own = scores_of(layer, head, state);
       const std::size_t sinks =
           (std::min)(own.size(), state.layer(layer).rows_before(plan_->scorer().sinks(), head));
-      std::fill_n(own.begin(), sinks, select::certain16);
-      for (std::size_t t = sinks; t < own.size(); ++t) {
+      std::fill_n(own.begin(), sinks, select::first16);
+      for (std::size_t t = 0; t < own.size(); ++t) {
         own[t] = marks.row(head)[t] > 0.0F ? select::certain16 : own[t];
       }
     }
