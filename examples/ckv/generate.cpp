@@ -32,7 +32,7 @@ struct GenerateArguments {
   std::string prompt;
   std::filesystem::path prompt_file;
   std::string question;
-  std::string method = std::string(info(Method::compresskv).name);
+  std::string method = std::string(info(Method::blend).name);
   std::size_t rows = 0;
   double ratio = 0.0;
   std::uint64_t bytes = 0;
@@ -362,8 +362,8 @@ void add_generate(CLI::App& app) {
   command
       ->add_option(
           "--heads", arguments->heads,
-          "For the compresskv methods: head ranking or raw head scores, as `ckv calibrate` writes them; "
-          "default: those in --models-dir made from this model file, and their layer errors")
+          "Raw head scores, as `ckv calibrate` writes them; for the compresskv methods a ranking is enough; "
+          "default: those in --models-dir made from this model file, for compresskv with their layer errors")
       ->type_name("FILE");
   command
       ->add_option("--errors", arguments->errors,
@@ -408,8 +408,7 @@ void add_generate(CLI::App& app) {
       ->needs(json);
   command->footer(
       "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
-      "0.12\nA model without a calibration in --models-dir: add --heads M_head_idx.json --errors "
-      "M_layer_score.jsonl.");
+      "0.12\nA model without a calibration in --models-dir: add --heads M_head_scores.json.");
   command->callback([arguments] {
     arguments->cache.fill(compresskv::method_named(arguments->method).method);
     generate(*arguments);

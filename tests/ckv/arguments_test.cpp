@@ -255,9 +255,10 @@ TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
   const std::string is_none =
       " '" + text + "': is no JSON: give one of the files that `ckv calibrate` writes, ";
   const std::string wide = folder.write("wide.json", std::string("\xFF\xFE{\0\n\0", 6)).string();
-  refuse({"--heads", wide},
+  refuse({"--method", "compresskv", "--heads", wide},
          "--heads '" + wide + "': is UTF-16, by its byte-order mark, and not UTF-8: give one");
-  refuse({"--heads", text}, "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
+  refuse({"--method", "compresskv", "--heads", text},
+         "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
   refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
 }
 
@@ -266,7 +267,8 @@ TEST(Arguments, AByteOrderMarkMakesACalibrationNoText) {
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   const std::string heads = folder.write("heads.json", "\xEF\xBB\xBF {\"0\": [0]}").string();
   // What is wrong is the model alone.
-  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", heads},
+  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--method", "compresskv",
+                  "--heads", heads},
                  "broken.gguf");
   const std::string marked = folder
                                  .write("text.json",
@@ -431,6 +433,9 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   const auto with = [&](const Arguments& more) {
     Arguments all = start;
     all.insert(all.end(), more.begin(), more.end());
+    if (std::find(more.begin(), more.end(), "--method") == more.end()) {
+      all.insert(all.end(), {"--method", "compresskv"});
+    }
     const Outcome outcome = run_tool(all);
     EXPECT_EQ(outcome.code, 0) << outcome.err;
     return outcome.json();
@@ -454,7 +459,7 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   EXPECT_EQ(with({"--method", "snapkv"}).at("settings").at("heads"), Json());
   const Folder folder;
   Arguments elsewhere = start;
-  elsewhere.insert(elsewhere.end(), {"--models-dir", folder.path("none").string()});
+  elsewhere.insert(elsewhere.end(), {"--method", "compresskv", "--models-dir", folder.path("none").string()});
   expect_usage_error(elsewhere, "--method compresskv needs --heads: no calibration of this model in '" +
                                     folder.path("none").string());
 }

@@ -488,8 +488,8 @@ TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
 
   const auto generate = [&](const std::filesystem::path& heads) {
     return run_tool({"generate", "--model", model_path(), "--json", "--max-new-tokens", "4", "--prompt",
-                     read(haystack_).substr(0, 900), "--rows", "40", "--heads", heads.string(), "--errors",
-                     (path("out") / "tiny_layer_score.jsonl").string()});
+                     read(haystack_).substr(0, 900), "--rows", "40", "--method", "compresskv", "--heads",
+                     heads.string(), "--errors", (path("out") / "tiny_layer_score.jsonl").string()});
   };
   const Outcome answer = generate(path("out") / "tiny_head_idx.json");
   EXPECT_EQ(answer.code, 0) << answer.err;
