@@ -165,10 +165,8 @@ TEST(MethodsMemory, EveryMethodHoldsItsPromises) {
       const double share = share_held(row, c);
       if (c.shape.layers > 3) {  // scratch for one layer weighs nothing beside many
         // CAKE's scores of the rows that are kept, with 256 bytes a row and one KV head: docs/performance.md.
-        // With the numbers of rows of all layers Blend comes to 1.03 % there.
-        const bool known = std::string_view(c.name) == "small rows" &&
-                           (row.method == Method::cake || row.method == Method::blend);
-        EXPECT_LE(share, !known ? 0.01 : row.method == Method::cake ? 0.0115 : 0.0105);
+        const bool known = std::string_view(c.name) == "small rows" && row.method == Method::cake;
+        EXPECT_LE(share, known ? 0.0115 : 0.01);
         EXPECT_GT(share, 0.0001) << "a bound that means something";
         RecordProperty(std::string(c.name) + " " + std::string(row.name), std::to_string(share));
       }
