@@ -248,36 +248,44 @@ engine::PromptText hide(const ModelEngine& loaded, const Haystack& haystack, std
   }
 
   std::vector<std::size_t> ends;  // tokens of the haystack up to the end of each sentence
-  std::size_t count = 0;
   while (true) {
+    const std::size_t count = ends.empty() ? 0 : ends.back();
     if (skipped + ends.size() == sentences.size()) {
       throw engine::Error(fmt::format(
           "the haystack ends after {} tokens, {} are needed: give a longer text or a shorter length", count,
           tokens - bare));
     }
-    const std::string& sentence = sentences[skipped + ends.size()];
-    const std::size_t length = loaded.encode(" " + sentence, false).size();
+    const std::size_t length = loaded.encode(" " + sentences[skipped + ends.size()], false).size();
     if (bare + count + length > tokens) {
       break;
     }
-    count += length;
-    ends.push_back(count);
+    ends.push_back(count + length);
   }
 
-  for (std::size_t i = 0; i < facts.size(); ++i) {
-    const double wanted = facts[i].depth * static_cast<double>(count);
-    const auto above = std::find_if(ends.begin(), ends.end(),
-                                    [&](std::size_t end) { return static_cast<double>(end) > wanted; });
-    places[i].first = static_cast<std::size_t>(above - ends.begin());
-    // The sentence that reaches over the place goes to the nearer side.
-    if (above != ends.end()) {
-      const double from = above == ends.begin() ? 0.0 : static_cast<double>(*(above - 1));
-      places[i].first += static_cast<double>(*above) - wanted < wanted - from ? 1U : 0U;
+  // Tokens at the seams of the text may be others than those of its parts: what is too long loses a sentence.
+  while (true) {
+    const std::size_t count = ends.empty() ? 0 : ends.back();
+    places.clear();
+    for (const Hidden& hidden : facts) {
+      const double wanted = hidden.depth * static_cast<double>(count);
+      const auto above = std::find_if(ends.begin(), ends.end(),
+                                      [&](std::size_t end) { return static_cast<double>(end) > wanted; });
+      auto before = static_cast<std::size_t>(above - ends.begin());
+      // The sentence that reaches over the place goes to the nearer side.
+      if (above != ends.end()) {
+        const double from = above == ends.begin() ? 0.0 : static_cast<double>(*(above - 1));
+        before += static_cast<double>(*above) - wanted < wanted - from ? 1U : 0U;
+      }
+      places.emplace_back(before, hidden.fact);
     }
+    std::stable_sort(places.begin(), places.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    engine::PromptText text = text_of(sentences.subspan(skipped, ends.size()));
+    if (ends.empty() || encode_prompt(loaded, text).size() <= tokens) {
+      return text;
+    }
+    ends.pop_back();
   }
-  std::stable_sort(places.begin(), places.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  return text_of(sentences.subspan(skipped, ends.size()));
 }
 
 NeedlePrompt needle_prompt(const ModelEngine& loaded, const Haystack& haystack, const Needle& needle,
