@@ -221,13 +221,13 @@ TEST_F(LaterPrompts, LittleMemoryChangesNothing) {
       snapkv_at(0.3), {.method = ckv::Method::full}, compresskv_at(0.5), snapkv_at(0.1)};
   const std::size_t row_bytes = 2 * 64 * sizeof(float);
   for (const std::string task : {"later", "later-loss"}) {
-    const ckv::TaskPrompt made = prompt(task, 220, 6);
-    const std::vector<ckv::Outcome> at_once = outcomes_of(made, ways);
+    const ckv::TaskPrompt made = prompt(task, 200, 6);
+    const std::vector<ckv::Outcome> at_once = outcomes_of(made, ways, {.max_new_tokens = 4});
     // No two fit, or the first two and the last two, each once a question.
     for (const std::size_t bytes :
          {std::size_t{0}, made.copies() * made.tokens.size() * 90 * row_bytes * 7 / 5}) {
       const std::vector<ckv::Outcome> in_parts =
-          outcomes_of(made, ways, {.max_new_tokens = 16, .batch_bytes = bytes});
+          outcomes_of(made, ways, {.max_new_tokens = 4, .batch_bytes = bytes});
       ASSERT_EQ(in_parts.size(), ways.size());
       for (std::size_t i = 0; i < ways.size(); ++i) {
         EXPECT_EQ(in_parts[i].answers, at_once[i].answers) << task << i;
