@@ -284,6 +284,20 @@ Cell cell_of(const Json& record) {
           .budget = record.at("budget").dump()};
 }
 
+/// Of the questions that were asked, those answered rightly. Throws where the record says nothing of it.
+double share_right(const Json& record) {
+  const auto questions = record.find("questions");
+  if (questions == record.end()) {
+    return record.at("right").get<bool>() ? 1.0 : 0.0;
+  }
+  static_cast<void>(questions->at(0));  // one at least
+  std::size_t right = 0;
+  for (const Json& question : *questions) {
+    right += question.at("right").get<bool>() ? 1U : 0U;
+  }
+  return static_cast<double>(right) / static_cast<double>(questions->size());
+}
+
 /// A record's cell, as text. Throws where something is absent or of another kind that the summary wants.
 std::string key_of_cell(const Json& record) {
   const Cell cell = cell_of(record);
@@ -292,6 +306,7 @@ std::string key_of_cell(const Json& record) {
   }
   if (record.contains("right")) {
     record.at("right").get<bool>();
+    share_right(record);
   } else {
     record.at(record.contains("perplexity") ? "perplexity" : "error").get<double>();
   }
@@ -299,7 +314,8 @@ std::string key_of_cell(const Json& record) {
                      cell.method, cell.budget);
 }
 
-/// A prompt that the full cache answers wrongly says nothing about the methods.
+/// A prompt that the full cache answers wrongly says nothing about the methods, nor does one of whose
+/// questions it misses one.
 bool is_dropped(const Json& full_record) { return full_record.value("right", Json(true)) == Json(false); }
 
 class Grid {
@@ -404,7 +420,9 @@ class Grid {
     }
 
     const TaskPrompt prompt = task_prompt(task, *model_, *haystack_, place);
-    common["expect"] = prompt.expect;
+    if (prompt.later.empty()) {
+      common["expect"] = prompt.expect;
+    }
     if (!prompt.rule.kind.empty()) {
       common["rule"] = {{"kind", prompt.rule.kind}, {"says", prompt.rule.says}, {"never", prompt.rule.never}};
     }
@@ -475,9 +493,20 @@ class Grid {
       record["error"] = std::accumulate(outcome.errors.begin(), outcome.errors.end(), 0.0) /
                         static_cast<double>(outcome.errors.size());
       record["layer_errors"] = outcome.errors;
+    } else if (prompt.later.empty()) {
+      record["right"] = is_right(prompt, outcome.answers[0]);
+      record["answer"] = outcome.answers[0];
     } else {
-      record["right"] = is_right(prompt, outcome.answer);
-      record["answer"] = outcome.answer;
+      Json questions = Json::array();
+      bool all = true;
+      for (std::size_t i = 0; i < prompt.later.size(); ++i) {
+        const bool right = is_right(prompt, outcome.answers[i], i);
+        questions.push_back(
+            {{"expect", prompt.later[i].expect}, {"right", right}, {"answer", outcome.answers[i]}});
+        all = all && right;
+      }
+      record["right"] = all;
+      record["questions"] = questions;
     }
     if (!outcome.kept.empty()) {
       record["kept"] = outcome.kept;
@@ -522,7 +551,7 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     Sum& sum = sums[{cell.task, cell.length, cell.budget, cell.method}];
     ++sum.prompts;
     if (record.contains("right")) {
-      sum.value += record.at("right").get<bool>() ? 100.0 : 0.0;
+      sum.value += 100.0 * share_right(record);
       sum.unit = " %";
     } else {
       sum.value += record.value("perplexity", record.value("error", 0.0));
@@ -576,7 +605,9 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
   }
   fmt::print("\n");
-  print_text("result: answers that are right, perplexity, or relative error, as the task is");
+  print_text(
+      "result: answers that are right, also where a text is asked several questions, perplexity, or "
+      "relative error, as the task is");
   if (!variants.empty()) {
     print_text("Every method held the same bytes at each budget: checked.");
   }
