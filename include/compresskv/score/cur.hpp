@@ -36,8 +36,9 @@ struct CurOptions {
 /// all values of a block have length 0, its shares are 0. Sinks are positions.
 ///
 /// Paper: Sengupta et al., NeurIPS 2025 (arXiv 2509.15038), which multiplies keys and values by a random
-/// matrix first, to save time; its expectation is the length itself, and kvpress does without by default, as
-/// we do. Blocks are kvpress's. Both let recent tokens go; here the window stays. docs/method.md 3.15.
+/// matrix first. Squares of what comes out are on average those of the row, and kvpress does without by
+/// default, as we do. Blocks are kvpress's, which lets recent tokens go; here the window stays.
+/// docs/method.md 3.15.
 ///
 /// Throws ScoreError naming a key or value that is not finite, of the window too. Cost: all keys and values
 /// are read once; four floats for each row of a block, a KV head.
