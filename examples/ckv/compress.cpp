@@ -106,7 +106,10 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .model_heads = how.model_heads,
           .equal_weights = how.equal_weights,
           .sinks = how.sinks,
-          .model_share = how.model_share};
+          .model_share = how.model_share,
+          .lag = how.lag,
+          .block = how.block,
+          .chunk = how.chunk};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

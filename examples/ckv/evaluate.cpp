@@ -81,7 +81,7 @@ struct MethodOption {
   void (*set)(Compression& how, std::uint64_t number);
 };
 
-constexpr std::array<MethodOption, 10> method_options = {{
+constexpr std::array<MethodOption, 13> method_options = {{
     {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
     {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
     {"heads", "N", 1, most_tokens,
@@ -95,6 +95,9 @@ constexpr std::array<MethodOption, 10> method_options = {{
     {"share", "PERCENT", 0, 100,
      [](Compression& how, std::uint64_t number) { how.model_share = static_cast<double>(number) / 100.0; }},
     {"sinks", "N", 0, most_tokens, [](Compression& how, std::uint64_t number) { how.sinks = number; }},
+    {"lag", "ROWS", 2, most_tokens, [](Compression& how, std::uint64_t number) { how.lag = number; }},
+    {"block", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.block = number; }},
+    {"chunk", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.chunk = number; }},
 }};
 
 std::string method_option_help() {

@@ -39,8 +39,11 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends and `kvzip`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur` and `kvzip`
   double model_share = 0.6;      ///< of both blends
+  std::size_t lag = 128;         ///< of `lagkv`
+  std::size_t block = 16;        ///< of `cur`
+  std::size_t chunk = 20;        ///< of `chunkkv`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;

@@ -85,8 +85,11 @@ typedef struct ckv_settings {
   size_t hold_layers; /* of carried and blend-carried */
   size_t model_heads; /* of model-wide and blend */
   int equal_weights;  /* of carried and model-wide */
-  size_t sinks;       /* of blend and blend-carried: first positions that stay */
-  double model_share; /* of both: share of the rows that the whole model chooses, 0 to 1 */
+  size_t sinks;       /* of blend, blend-carried, lagkv and cur: first positions that stay */
+  double model_share; /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
+  size_t lag;         /* of lagkv: rows of a stretch */
+  size_t block;       /* of cur: rows that lengths are shared out among */
+  size_t chunk;       /* of chunkkv: positions of a chunk */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;

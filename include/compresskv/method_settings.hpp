@@ -31,6 +31,9 @@ enum class Method {
   tova,
   knorm,
   keydiff,
+  lagkv,
+  cur,
+  chunkkv,
   streaming,
   random,
   carried,
@@ -56,7 +59,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 19> methods = {{
+inline constexpr std::array<MethodInfo, 22> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -80,6 +83,10 @@ inline constexpr std::array<MethodInfo, 19> methods = {{
      .window = 1},
     {Method::knorm, "knorm", "keys of small length", "2406.11430", false, true},
     {Method::keydiff, "keydiff", "keys that differ from the others", "2504.15364", false, true},
+    {Method::lagkv, "lagkv", "in each stretch of text, what the next stretch does not foretell", "2504.04704",
+     false, true},
+    {Method::cur, "cur", "long keys with long values, beside those around them", "2509.15038", false, true},
+    {Method::chunkkv, "chunkkv", "as snapkv, whole chunks of neighbouring tokens", "2502.00299", false, true},
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
      "2309.17453"},
     {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
@@ -162,8 +169,11 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of blend, blend-carried and kvzip
-  double model_share = 0.6;                              ///< of blend and blend-carried
+  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur and kvzip
+  double model_share = 0.6;                              ///< of both blends
+  std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
+  std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among
+  std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
 };
 
 }  // namespace compresskv

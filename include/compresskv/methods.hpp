@@ -11,11 +11,14 @@
 #include "compresskv/score/blend_carried.hpp"
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
+#include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/cur.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
+#include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
@@ -81,6 +84,14 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
       return f(score::Knorm{{.window = window}}, select::GroupedTopK{}, budgets);
     case Method::keydiff:
       return f(score::KeyDiff{{.window = window}}, select::GroupedTopK{}, budgets);
+    case Method::lagkv:
+      return f(score::LagKv{{.sinks = settings.sinks, .lag = settings.lag, .window = window}},
+               select::GroupedTopK{}, budgets);
+    case Method::cur:
+      return f(score::Cur{{.sinks = settings.sinks, .block = settings.block, .window = window}},
+               select::GroupedTopK{}, budgets);
+    case Method::chunkkv:
+      return f(score::ChunkKv{snap(), {.chunk = settings.chunk}}, select::GroupedTopK{}, budgets);
     case Method::streaming:
       return f(score::StreamingLlm{{.window = window}}, select::SharedTopK{}, budgets);
     case Method::random:

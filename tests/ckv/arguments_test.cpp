@@ -179,6 +179,9 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
            {"pool=sum", "pool 'sum' is none: give avg, max or trailing"},
            {"share=101", "share '101' is no whole number from 0 to 100"},
            {"sinks=-1", "sinks '-1' is no whole number from 0 to 4"},
+           {"lag=1", "lag '1' is no whole number from 2 to 4294967295"},
+           {"block=0", "block '0'" + count},
+           {"chunk=0", "chunk '0'" + count},
            {"errors", "there are no layer errors; name them with --errors"},
            {"size=3", "'size=3' is not known; options are uniform,"}}) {
     expect_usage_error(evaluate("snapkv:" + option), "--methods snapkv:" + option + ": " + wrong);

@@ -526,7 +526,7 @@ TEST_F(LlamaCppTool, GeneratesWithEveryMethodOfEqualRows) {
   text += "How many nails are in box number 25?<|im_end|>\n<|im_start|>assistant\n";
   for (const std::string method :
        {"full", "snapkv", "compresskv", "model-wide", "carried", "tova", "streaming", "knorm", "keydiff",
-        "random", "compresskv-grouped", "blend", "blend-carried"}) {
+        "lagkv", "cur", "chunkkv", "random", "compresskv-grouped", "blend", "blend-carried"}) {
     Arguments arguments{"generate", "--engine",    "llama.cpp",        "--threads",
                         "1",        "--model",     model_path(),       "--raw",
                         "--prompt", text,          "--max-new-tokens", "8",

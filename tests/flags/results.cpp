@@ -143,6 +143,11 @@ void all_methods(const std::string& prefix, const Case& c) {
   run("keydiff", ckv::score::KeyDiff{}, grouped);
   run("knorm", ckv::score::Knorm{}, grouped);
   run("cake", ckv::score::Cake{}, grouped);
+  run("lagkv", ckv::score::LagKv{{.lag = 8, .ranked = false}}, grouped);
+  run("lagkv by ranks", ckv::score::LagKv{{.lag = 8}}, grouped);
+  run("cur", ckv::score::Cur{}, grouped);
+  run("chunkkv", ckv::score::ChunkKv{ckv::score::SnapKv{}}, grouped);
+  run("means of heads", ckv::score::HeadMean{ckv::score::Knorm{}}, shared);
   if constexpr (std::is_same_v<T, float>) {
     run("h2o", ckv::score::H2O{}, grouped);
     run("tova", ckv::score::Tova{}, shared);

@@ -752,7 +752,7 @@ class Driver {
         look(layer, in_model);
         break;
       case 9:
-        if constexpr (S::needs != Needs::keys) {
+        if constexpr (!reads_rows(S::needs)) {
           look_at_attention(layer, in_model);
         }
         break;
@@ -1226,6 +1226,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   settings.pool = static_cast<kernel::Pool>(data.ConsumeIntegralInRange(0, 2));
   settings.model_share = data.ConsumeIntegralInRange(0, 10) / 10.0;
   settings.sinks = data.ConsumeIntegralInRange<std::size_t>(0, 6);
+  settings.lag = data.ConsumeIntegralInRange<std::size_t>(2, 12);
+  settings.block = data.ConsumeIntegralInRange<std::size_t>(1, 20);
+  settings.chunk = data.ConsumeIntegralInRange<std::size_t>(1, 20);
   try {
     reference::with_arriving_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
       const Plan plan{sizes.shape(), scorer, selector, allocator};

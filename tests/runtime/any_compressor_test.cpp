@@ -288,6 +288,12 @@ TEST(AnyCompressor, SaysWhatDoesNotFit) {
   EXPECT_FALSE(asked);
   const auto read_only = [&](std::size_t layer) { return cache.view<const float>(layer); };
   EXPECT_SAYS(compressor.arrive(0, read_only), "the view's elements are const");
+  AnyCompressor cur{AnyPlan{shape, "cur", settings()}};
+  cur.begin(tokens);
+  EXPECT_EQ(cur.plan().needs(), Needs::keys_and_values);
+  EXPECT_SAYS(cur.select(0, AnyObservation(cache.observation(0))),
+              "method cur reads keys and values: give the layer's view as well");
+  EXPECT_SAYS(compressor.select(0, AnyObservation(cache.observation(0))), "method knorm reads the keys: ");
   AnyCompressor tova{AnyPlan{shape, "tova", settings()}};
   tova.begin(tokens);
   EXPECT_SAYS(tova.select(0, compressor.score(0, cache.view(0))), "scores are those of KV heads");

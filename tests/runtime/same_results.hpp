@@ -142,7 +142,8 @@ inline MethodSettings small_settings() {
       .scores = HeadScores(small_model.layers, small_model.query_heads, scores),
       .heads_per_layer = 2,
       .window = 8,
-      .model_heads = 4};
+      .model_heads = 4,
+      .lag = 16};
 }
 
 /// What happened to a model: its caches, and what each call said.

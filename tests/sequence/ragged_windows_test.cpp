@@ -133,6 +133,9 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   check(score::H2O{{.window = window}});
   check(score::Knorm{{.window = window}});
   check(score::KeyDiff{{.window = window}});
+  check(score::LagKv{{.lag = 6, .window = window}});
+  check(score::Cur{{.window = window}});
+  check(score::ChunkKv{score::SnapKv{{.window = window}}, {.chunk = 5}});
   check(score::Random{{.window = window}});
   check(score::GroupedRetrieval{HeadRanking{{{3, 2, 1, 0}}}, {.heads_per_layer = 2, .window = window}});
 }
