@@ -212,6 +212,8 @@ const char* shown_to(Needs needs) {
       return "| yes | the window's queries and keys |";
     case Needs::all_queries:
       return "| yes | all queries and keys |";
+    case Needs::repeats:
+      return "| no | queries of the context fed once more, keys |";
   }
   return "";
 }
