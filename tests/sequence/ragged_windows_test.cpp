@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "reference/queries.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -32,6 +33,7 @@ MethodSettings settings() {
   MethodSettings out{.budget = Budget::tokens_per_layer(capacity),
                      // Of group 0 none: its KV head falls back to the other's.
                      .heads = HeadRanking({{3, 2, 1, 0}}),
+                     .statistics = reference::query_statistics(shape),
                      .window = window};
   out.heads_per_layer = 2;
   return out;
@@ -132,6 +134,9 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   check(score::Knorm{{.window = window}});
   check(score::KeyDiff{{.window = window}});
   check(score::Random{{.window = window}});
+  check(score::ExpectedAttention{reference::query_statistics(shape), {.window = window}});
+  check(score::QFilter{reference::query_statistics(shape), {.window = window}});
+  check(score::TriAttention{reference::query_statistics(shape), {.window = window}});
   check(score::GroupedRetrieval{HeadRanking{{{3, 2, 1, 0}}}, {.heads_per_layer = 2, .window = window}});
 }
 

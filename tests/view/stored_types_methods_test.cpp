@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "reference/layer_case.hpp"
+#include "reference/queries.hpp"
 #include "reference/stored.hpp"
 
 namespace compresskv {
@@ -52,6 +53,10 @@ struct Memory {
     constexpr std::size_t elements = elements_per_unit<T>();
     return reference::element(keys[(head * rows + row) * units + e / elements], e % elements);
   }
+  float value(std::size_t head, std::size_t row, std::size_t e) const {
+    constexpr std::size_t elements = elements_per_unit<T>();
+    return reference::element(values[(head * rows + row) * units + e / elements], e % elements);
+  }
   /// All that belongs to a row.
   Bytes row(std::size_t head, std::size_t index) const {
     Bytes bytes;
@@ -89,6 +94,11 @@ struct Memory<AffineInt8> {
     const std::size_t at = head * rows + row;
     return parameters[0][at] * (static_cast<float>(data[at * head_dim + e]) - parameters[1][at]);
   }
+  float value(std::size_t head, std::size_t row, std::size_t e) const {
+    const std::size_t at = head * rows + row;
+    return parameters[2][at] *
+           (static_cast<float>(data[data.size() / 2 + at * head_dim + e]) - parameters[3][at]);
+  }
   Bytes row(std::size_t head, std::size_t index) const {
     const std::size_t at = head * rows + index;
     Bytes bytes;
@@ -107,6 +117,7 @@ Selection selected(Method method, const Layer<float>& layer, const V& view) {
   const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                 .heads = HeadRanking{layer.ranking},
                                 .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
+                                .statistics = reference::query_statistics(layer.shape),
                                 .model_heads = 4};
   Selection selection;
   with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
@@ -138,6 +149,7 @@ TYPED_TEST(StoredTypesMethods, KeepWhatTheyKeepOfTheDecodedCache) {
     for (std::size_t row = 0; row < rows; ++row) {
       for (std::size_t e = 0; e < head_dim; ++e) {
         layer.cache.keys[layer.cache.at(head, row, e)] = original.key(head, row, e);
+        layer.cache.values[layer.cache.at(head, row, e)] = original.value(head, row, e);
       }
     }
   }

@@ -14,9 +14,13 @@ enum class Granularity {
 enum class Needs {
   nothing,           ///< positions are enough
   keys,              ///< the keys in the cache
+  keys_and_values,   ///< keys and values in the cache
   window_attention,  ///< the window's queries with the keys, or the attention matrix itself
   all_queries,       ///< the attention of every query of the prompt
 };
+
+/// Whether a scorer reads the cache itself, and no query.
+constexpr bool reads_cache(Needs needs) { return needs == Needs::keys || needs == Needs::keys_and_values; }
 
 /// What a composition must have seen before a layer can shrink.
 enum class Reach {

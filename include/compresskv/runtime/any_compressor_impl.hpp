@@ -156,7 +156,7 @@ class SequenceOf final : public AnySequence {
   /// The same where no view is given.
   template <class R, class F>
   R from_attention(const AnyObservation& observation, F&& f) const {
-    if constexpr (S::needs == Needs::keys) {
+    if constexpr (reads_cache(S::needs)) {
       fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
     } else {
       return with_attention<R>(observation, f);

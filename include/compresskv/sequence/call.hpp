@@ -148,7 +148,7 @@ constexpr Fault of_views() {
 template <class P, class O>
 constexpr Fault of_observation() {
   constexpr Needs needs = P::scorer_type::needs;
-  return unless(needs == Needs::nothing || needs == Needs::keys || Observation<O>, Fault::no_observation);
+  return unless(needs == Needs::nothing || reads_cache(needs) || Observation<O>, Fault::no_observation);
 }
 
 template <class Reduce>
@@ -184,7 +184,7 @@ constexpr Fault score = first({of_view<V>(), of_observation<P, O>()});
 template <class P, class O>
 constexpr Fault attention = first({unless(!QueryObservation<O>, Fault::queries_alone),
                                    unless(KeylessObservation<O>, Fault::no_attention),
-                                   unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed)});
+                                   unless(!reads_cache(P::scorer_type::needs), Fault::keys_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});
