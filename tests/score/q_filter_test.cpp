@@ -100,7 +100,7 @@ TEST(QFilter, KeepsTheKeysThatQueriesPointTo) {
   // Nothing turns but the last two elements, and all queries are (3, 0, ...) there: of keys along the first
   // element the longest draws the attention, and one that points away the least.
   const ModelShape shape{.layers = 1, .query_heads = 1, .kv_heads = 1, .head_dim = 4};
-  QueryStatistics::Head head{.count = 5, .mean = {0.1F, 0.1F, 3.0F, 0.0F}, .modulus = {0.1415F}};
+  QueryStatistics::Head head{.count = 5, .mean = {0.1F, 0.1F, 3.0F, 0.0F}, .modulus = {0.14142136F}};
   head.covariance.assign(10, 0.0F);
   const QueryStatistics statistics(1, 1, 4, {.dims = 2}, {head});
   Layer<float> layer({.head_dim = 4, .rows = 30, .window = 2, .capacity = 6});

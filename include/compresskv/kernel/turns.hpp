@@ -1,9 +1,13 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
+#include <limits>
 #include <span>
 
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/rotary.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 
@@ -40,6 +44,17 @@ inline Turn mean_turn(double step, std::size_t first, std::size_t count) {
   return {length * middle.cosine, length * middle.sine};
 }
 
+/// A number as `T`, which is finite where the number is.
+template <class T>
+T narrowed(const double& number) {
+  if constexpr (std::same_as<T, double>) {
+    return number;
+  } else {
+    constexpr double most = (std::numeric_limits<T>::max)();
+    return static_cast<T>(compresskv::detail::is_finite(number) ? (std::clamp)(number, -most, most) : number);
+  }
+}
+
 /// Turns the pairs of a row of `row.size()` elements, pair `j` by `turns(j)`.
 template <class T, class Turns>
 void turn_pairs(const Rotary& rotary, std::span<T> row, Turns&& turns) {
@@ -49,8 +64,8 @@ void turn_pairs(const Rotary& rotary, std::span<T> row, Turns&& turns) {
     T& y = row[rotary.second(j, row.size())];
     const auto old_x = static_cast<double>(x);
     const auto old_y = static_cast<double>(y);
-    x = static_cast<T>(old_x * turn.cosine - old_y * turn.sine);
-    y = static_cast<T>(old_x * turn.sine + old_y * turn.cosine);
+    x = narrowed<T>(old_x * turn.cosine - old_y * turn.sine);
+    y = narrowed<T>(old_x * turn.sine + old_y * turn.cosine);
   }
 }
 

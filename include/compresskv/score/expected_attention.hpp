@@ -103,7 +103,7 @@ class ExpectedAttention
   }
 
   /// Logits of one query head, times log2(e), from row `first` on. A key that is not finite has no weight,
-  /// and makes its own score NaN; one of the window makes the first.
+  /// and makes its own score NaN; one of the window makes that of row `first`.
   template <class Kv, class O>
   void fill_logits(const kernel::LayerInput<Kv, O>& in, std::size_t kv_head,
                    const QueryStatistics::Head& query, std::size_t first, std::span<float> buffer,
@@ -137,8 +137,8 @@ class ExpectedAttention
                                 : kernel::wide_expected_logit(query, tile, i, static_cast<double>(scale));
         const bool finite = detail::is_finite(logit);
         logits[at] = finite ? logit * kernel::log2_e : detail::minus_infinity;
-        if (!finite && !row.empty()) {
-          row[at < row.size() ? at : 0] = std::numeric_limits<float>::quiet_NaN();
+        if (!finite && first < row.size()) {
+          row[at < row.size() ? at : first] = std::numeric_limits<float>::quiet_NaN();
         }
       }
     });
