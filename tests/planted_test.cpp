@@ -269,7 +269,9 @@ TEST(PlantedMethods, SeparateThoseThatLookFromThoseThatDoNot) {
         const bool blind = row.method == Method::streaming || row.method == Method::random;
         // H2O adds up attention: few queries come after the span of seed 4, so that earlier tokens have more.
         const bool late = row.method == Method::h2o && c.seed == 4;
-        if (blind || late) {
+        // Q-Filter takes the mean direction of a group, most of whose heads look at the lures.
+        const bool outvoted = row.method == Method::q_filter && c.group > 1;
+        if (blind || late || outvoted) {
           EXPECT_LE(kept, 0.2);
         } else {
           EXPECT_EQ(kept, 1.0);
