@@ -9,6 +9,7 @@
 #include <compresskv/methods.hpp>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -114,6 +115,20 @@ struct Case {
   std::size_t computed;  // layers that are scored
 };
 
+/// Of queries that are all alike, for methods that need some.
+std::optional<QueryStatistics> flat_statistics(const MethodInfo& method, const ModelShape& shape) {
+  if (!method.needs_statistics) {
+    return std::nullopt;
+  }
+  const QueryStatistics::Head head{
+      .count = 1,
+      .mean = std::vector<float>(shape.head_dim, 1.0F),
+      .modulus = std::vector<float>(shape.head_dim / 2, 1.4142135F),
+      .covariance = std::vector<float>(QueryStatistics::triangle(shape.head_dim), 0.0F)};
+  return QueryStatistics(shape.layers, shape.query_heads, shape.head_dim, {},
+                         std::vector<QueryStatistics::Head>(shape.layers * shape.query_heads, head));
+}
+
 /// What a method holds at most, as a share of the model's cache; and allocates nothing in its second
 /// sequence.
 double share_held(const MethodInfo& method, const Case& c) {
@@ -125,6 +140,7 @@ double share_held(const MethodInfo& method, const Case& c) {
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(c.shape.layers, heads)),
       .scores = HeadScores(c.shape.layers, c.shape.query_heads,
                            std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5})),
+      .statistics = flat_statistics(method, c.shape),
       .window = 8};
   std::vector<std::uint32_t> first(rows);
   std::iota(first.begin(), first.end(), 0U);

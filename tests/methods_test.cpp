@@ -15,6 +15,7 @@
 
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/queries.hpp"
 
 namespace compresskv {
 namespace {
@@ -29,6 +30,7 @@ MethodSettings settings_of(std::size_t rows) {
   return {.budget = Budget::tokens_per_layer(rows),
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
+          .statistics = reference::query_statistics(shape),
           .window = 8,
           .lag = 16};
 }
@@ -162,6 +164,10 @@ TEST(Methods, SayWhatTheyMiss) {
     if (row.needs_scores) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs raw head scores"});
+    }
+    if (row.needs_statistics) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs query statistics"});
     }
   }
 }

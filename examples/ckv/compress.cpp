@@ -94,6 +94,7 @@ compresskv::MethodSettings settings_of(const Compression& how) {
   return {.budget = how.budget.value(),
           .heads = how.heads,
           .scores = how.scores,
+          .statistics = how.statistics,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,

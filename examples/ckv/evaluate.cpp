@@ -55,6 +55,7 @@ struct EvaluateArguments {
   std::uint64_t seed = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path statistics;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
   std::size_t max_new_tokens = 32;
@@ -164,13 +165,17 @@ Compression parse_method(const std::string& text, const Compression& base,
   return how;
 }
 
-std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
+/// Of `all` those that need query statistics are left out where there are none.
+std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool has_statistics) {
   std::vector<std::string> names;
   for (const std::string& name : arguments.methods) {
     const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
     for (const std::string& method : more) {
       if (name == "all" && arguments.model.is_llama_cpp() &&
           !goes_with_llama_cpp(compresskv::method_named(method).method)) {
+        continue;
+      }
+      if (name == "all" && !has_statistics && compresskv::method_named(method).needs_statistics) {
         continue;
       }
       // The full cache always answers first.
@@ -182,12 +187,12 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
   return names;
 }
 
-/// Whether a method asked for weighs heads by their raw scores.
-bool wants_scores(const EvaluateArguments& arguments) {
-  const auto wanted = wanted_methods(arguments);
-  return std::any_of(wanted.begin(), wanted.end(), [](const std::string& text) {
+/// Whether a method asked for needs what this member of its row says.
+bool wants(const EvaluateArguments& arguments, bool has_statistics, bool MethodInfo::*what) {
+  const auto wanted = wanted_methods(arguments, has_statistics);
+  return std::any_of(wanted.begin(), wanted.end(), [&](const std::string& text) {
     return std::any_of(compresskv::methods.begin(), compresskv::methods.end(), [&](const MethodInfo& row) {
-      return row.needs_scores && row.name == text.substr(0, text.find(':'));
+      return row.*what && row.name == text.substr(0, text.find(':'));
     });
   });
 }
@@ -210,6 +215,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.scores.empty()) {
     base.scores = compresskv::io::load_head_scores(files.scores);
   }
+  if (!files.statistics.empty()) {
+    base.statistics = compresskv::io::load_query_statistics(files.statistics);
+  }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
     errors = compresskv::io::load_layer_errors(files.errors);
@@ -228,6 +236,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
           "DIR` makes one",
           method, arguments.models_dir.string(), arguments.model.model.string()));
     }
+    if (info(variant.how.method).needs_statistics && !base.statistics) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
+    }
     variants.push_back(std::move(variant));
   };
   for (const double ratio : arguments.ratios) {
@@ -235,7 +247,7 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
     }
   }
-  for (const std::string& method : wanted_methods(arguments)) {
+  for (const std::string& method : wanted_methods(arguments, base.statistics.has_value())) {
     for (const double ratio : arguments.ratios) {
       add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
     }
@@ -261,6 +273,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                    {"errors_sha256", file_digest(files.errors)},
                    {"scores_sha256", file_digest(files.scores)},
                    {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
+  if (!files.statistics.empty()) {
+    settings["statistics_sha256"] = file_digest(files.statistics);
+  }
   if (arguments.model.is_llama_cpp()) {
     settings["engine"] = arguments.model.engine;
   }
@@ -647,15 +662,24 @@ void evaluate(const EvaluateArguments& arguments) {
   check_once("--tasks", arguments.tasks);
   compresskv::io::detail::require_regular(arguments.model.model);
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
-  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
-  if (files.heads.empty()) {
-    if (const auto found = find_calibration(arguments.models_dir, sha256)) {
-      files.heads = found->heads;
-      files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
-      files.scores = found->scores;
-    }
-  } else if (wants_scores(arguments)) {
+  CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  const auto found = files.heads.empty() || files.statistics.empty()
+                         ? find_calibration(arguments.models_dir, sha256)
+                         : std::nullopt;
+  if (files.statistics.empty() && found) {
+    files.statistics = found->statistics;
+  }
+  if (files.heads.empty() && found) {
+    files.heads = found->heads;
+    files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
+    files.scores = found->scores;
+  } else if (!files.heads.empty() && wants(arguments, !files.statistics.empty(), &MethodInfo::needs_scores)) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
+  }
+  // What no method asks for is not looked at, and old records go on without it.
+  if (!wants(arguments, !files.statistics.empty(), &MethodInfo::needs_statistics)) {
+    files.statistics.clear();
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
@@ -722,6 +746,11 @@ void add_evaluate(CLI::App& app) {
       ->add_option(
           "--errors", arguments->errors,
           "Layer errors, by which the compresskv methods share their budget; default: as with --heads")
+      ->type_name("FILE");
+  command
+      ->add_option("--statistics", arguments->statistics,
+                   "Query statistics, for expected-attention, q-filter and triattention; default: as with "
+                   "--heads. `all` leaves these methods out where there are none")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

@@ -38,6 +38,7 @@ struct GenerateArguments {
   std::uint64_t bytes = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path statistics;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
@@ -112,12 +113,13 @@ Compression compression_of(const GenerateArguments& arguments) {
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
   if (how.method == Method::full) {
-    const std::array<std::pair<const char*, bool>, 5> unused = {
+    const std::array<std::pair<const char*, bool>, 6> unused = {
         {{"--rows", arguments.rows_option->count() > 0},
          {"--ratio", arguments.ratio_option->count() > 0},
          {"--bytes", arguments.bytes_option->count() > 0},
          {"--heads", !arguments.heads.empty()},
-         {"--errors", !arguments.errors.empty()}}};
+         {"--errors", !arguments.errors.empty()},
+         {"--statistics", !arguments.statistics.empty()}}};
     for (const auto& [option, given] : unused) {
       if (given) {
         throw UsageError(
@@ -130,10 +132,20 @@ Compression compression_of(const GenerateArguments& arguments) {
   return how;
 }
 
-/// The calibration to run with: the user's; for a method that needs heads, where none are given, the one made
-/// from this model file, with its layer errors unless others are given.
+/// The calibration to run with: the user's; for a method that needs heads or query statistics, where none are
+/// given, the one made from this model file, with its layer errors for heads unless others are given.
 CalibrationFiles calibration_of(const GenerateArguments& arguments, const MethodInfo& method) {
-  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  if (method.needs_statistics && files.statistics.empty()) {
+    const std::optional<CalibrationFiles> found =
+        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
+    if (!found || found->statistics.empty()) {
+      throw UsageError(fmt::format("--method {} {}", method.name,
+                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
+    }
+    files.statistics = found->statistics;
+  }
   if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
     return files;
   }
@@ -161,6 +173,9 @@ void load(const CalibrationFiles& files, const MethodInfo& method, Compression& 
   }
   if (method.needs_heads) {
     how.heads = compresskv::io::load_head_ranking(files.heads);
+  }
+  if (method.needs_statistics) {
+    how.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
   if (!files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
@@ -191,6 +206,7 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"budget", budget_json(arguments)},
           {"heads", file_json(files.heads)},
           {"errors", file_json(files.errors)},
+          {"statistics", file_json(files.statistics)},
           {"window", arguments.cache.window.value()},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
@@ -370,6 +386,11 @@ void add_generate(CLI::App& app) {
                    "Layer errors, by which layers share the budget; with --heads alone: every layer the "
                    "same. pyramidkv "
                    "and cake have budgets of their own")
+      ->type_name("FILE");
+  command
+      ->add_option("--statistics", arguments->statistics,
+                   "For expected-attention, q-filter and triattention: query statistics, as `ckv calibrate "
+                   "--statistics` writes them; default: those in --models-dir made from this model file")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

@@ -5,6 +5,7 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
+#include <compresskv/core/query_statistics.hpp>
 #include <compresskv/kernel/pool.hpp>
 #include <compresskv/method_settings.hpp>
 #include <cstddef>
@@ -22,9 +23,10 @@ using compresskv::MethodInfo;
 /// What is to be done to a cache at the end of prefill.
 struct Compression {
   Method method = Method::full;
-  std::optional<compresskv::Budget> budget = std::nullopt;      ///< for all methods but `full`
-  std::optional<compresskv::HeadRanking> heads = std::nullopt;  ///< for methods that need it
-  std::optional<compresskv::HeadScores> scores = std::nullopt;  ///< raw, for methods that need them
+  std::optional<compresskv::Budget> budget = std::nullopt;               ///< for all methods but `full`
+  std::optional<compresskv::HeadRanking> heads = std::nullopt;           ///< for methods that need it
+  std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
+  std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
   /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "compresskv/compresskv.h"
+#include "compresskv/io/query_statistics_file.hpp"
 #include "compresskv/runtime/any_compressor.hpp"
 #include "compresskv/view/attention_matrix.hpp"
 #include "compresskv/view/int8_kv.hpp"
@@ -179,6 +180,9 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
       layers.emplace_back(heads.begin(), heads.end());
     }
     settings.heads.emplace(std::move(layers));
+  }
+  if (c.query_statistics != nullptr) {
+    settings.statistics = ckv::io::load_query_statistics(c.query_statistics, shape);
   }
   if (c.layer_errors != nullptr) {
     settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),

@@ -194,11 +194,12 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
   const Folder folder;
   const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
-  const std::array<std::pair<const char*, std::string>, 5> budgets = {{{"--ratio", "0.5"},
+  const std::array<std::pair<const char*, std::string>, 6> budgets = {{{"--ratio", "0.5"},
                                                                        {"--rows", "9"},
                                                                        {"--bytes", "2MiB"},
                                                                        {"--heads", ranking},
-                                                                       {"--errors", ranking}}};
+                                                                       {"--errors", ranking},
+                                                                       {"--statistics", ranking}}};
   for (const auto& [option, value] : budgets) {
     expect_usage_error({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "full", option, value},
                        std::string(option) + " has no use with --method full, which keeps the whole cache");
@@ -238,9 +239,14 @@ TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   refuse(
       {"generate", "--model", model, "--prompt", "x", "--method", "snapkv", "--rows", "9", "--errors", none},
       "--errors");
+  refuse({"generate", "--model", model, "--prompt", "x", "--method", "q-filter", "--rows", "9",
+          "--statistics", none},
+         "--statistics");
   refuse({"demo", "--model", none}, "--model");
   refuse({"evaluate", "--model", none, "--ratios", "0.5", "--out", out}, "--model");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--heads", none}, "--heads");
+  refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--statistics", none},
+         "--statistics");
   refuse({"calibrate", "--model", none, "--out", out}, "--model");
   refuse({"calibrate", "--model", model, "--out", out, "--needle-file", none}, "--needle-file");
 }
@@ -465,6 +471,10 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   elsewhere.insert(elsewhere.end(), {"--method", "compresskv", "--models-dir", folder.path("none").string()});
   expect_usage_error(elsewhere, "--method compresskv needs --heads: no calibration of this model in '" +
                                     folder.path("none").string());
+  elsewhere.insert(elsewhere.end(), {"--method", "q-filter"});
+  expect_usage_error(elsewhere,
+                     "--method q-filter needs --statistics: no query statistics of this model in '" +
+                         folder.path("none").string());
 }
 
 TEST_F(ArgumentsWithModel, TablesKeepToTheWidthOfTheTerminal) {

@@ -1179,6 +1179,23 @@ class Driver {
   std::vector<std::size_t> least_;  // [layer that has arrived], rows that it cannot lose, where that matters
 };
 
+/// Of heads that all differ a little, whose queries are all alike.
+QueryStatistics statistics_of(const Sizes& sizes) {
+  std::vector<QueryStatistics::Head> heads;
+  for (std::size_t i = 0; i < sizes.layers * sizes.query_heads(); ++i) {
+    QueryStatistics::Head head{.count = 1};
+    for (std::size_t e = 0; e < sizes.head_dim; ++e) {
+      head.mean.push_back(noise(i, 0, 0, e));
+    }
+    for (std::size_t j = 0; j < sizes.head_dim / 2; ++j) {
+      head.modulus.push_back(std::hypot(head.mean[j], head.mean[j + sizes.head_dim / 2]));
+    }
+    head.covariance.assign(QueryStatistics::triangle(sizes.head_dim), 0.0F);
+    heads.push_back(std::move(head));
+  }
+  return {sizes.layers, sizes.query_heads(), sizes.head_dim, {}, std::move(heads)};
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
@@ -1215,6 +1232,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
                                              : Budget::tokens_per_layer(amount),
                           .heads = HeadRanking(ranking),
                           .scores = HeadScores(sizes.layers, heads, runs),
+                          .statistics = statistics_of(sizes),
                           .window = sizes.window};
   if (data.ConsumeBool()) {
     settings.errors = LayerErrors(errors, {});

@@ -13,6 +13,7 @@
 
 #include "reference/arriving_methods.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/queries.hpp"
 #include "reference/stored.hpp"
 
 namespace compresskv {
@@ -119,6 +120,7 @@ Selection selected(Method method, const Layer<float>& layer, const V& view) {
   const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                 .heads = HeadRanking{layer.ranking},
                                 .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
+                                .statistics = reference::query_statistics(layer.shape),
                                 .model_heads = 4,
                                 .lag = 16};
   Selection selection;
