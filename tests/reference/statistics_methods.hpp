@@ -109,7 +109,7 @@ struct Standing {
   std::size_t next_position = 0;
 };
 
-/// docs/method.md, 3.14; of sinks 0. `largest_mass` bounds the rounding of a logit.
+/// docs/method.md, 3.19; of sinks 0. `largest_mass` bounds the rounding of a logit.
 template <class L>
 ScoreRows expected_attention(const L& layer, const QueryStatistics& statistics, std::size_t in_layer,
                              const Standing& at, std::size_t future, double epsilon, double& largest_mass) {
@@ -156,7 +156,7 @@ ScoreRows expected_attention(const L& layer, const QueryStatistics& statistics, 
   return rows;
 }
 
-/// docs/method.md, 3.16, as the paper has it: by cosines of distances, of keys turned back to before their
+/// docs/method.md, 3.21, as the paper has it: by cosines of distances, of keys turned back to before their
 /// rotation. `positions[row]` are true positions.
 template <class L>
 ScoreRows tri_attention(const L& layer, const QueryStatistics& statistics, std::size_t in_layer,
