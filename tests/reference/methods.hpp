@@ -201,23 +201,27 @@ template <class L>
 ScoreRows cur(const L& layer, std::size_t sinks, std::size_t block) {
   ScoreRows scores(layer.sizes.kv_heads);
   for (std::size_t head = 0; head < scores.size(); ++head) {
-    const auto squared = [&](bool keys, std::size_t row) {
-      double sum = 0.0;
-      for (std::size_t dim = 0; dim < layer.shape.head_dim; ++dim) {
-        sum += element_of(layer, keys, head, row, dim) * element_of(layer, keys, head, row, dim);
+    const auto squares = [&](bool keys) {
+      std::vector<double> sums(layer.sizes.rows, 0.0);
+      for (std::size_t row = 0; row < sums.size(); ++row) {
+        for (std::size_t dim = 0; dim < layer.shape.head_dim; ++dim) {
+          sums[row] += element_of(layer, keys, head, row, dim) * element_of(layer, keys, head, row, dim);
+        }
       }
-      return sum;
+      return sums;
     };
-    const auto share = [&](bool keys, std::size_t row) {
+    const auto share = [&](const std::vector<double>& of, std::size_t row) {
       double sum = 0.0;
-      for (std::size_t other = 0; other < layer.sizes.rows; ++other) {
-        sum += other / block == row / block ? squared(keys, other) : 0.0;
+      for (std::size_t other = 0; other < of.size(); ++other) {
+        sum += other / block == row / block ? of[other] : 0.0;
       }
-      return sum == 0.0 ? 0.0 : squared(keys, row) / sum;
+      return sum == 0.0 ? 0.0 : of[row] / sum;
     };
+    const std::vector<double> keys = squares(true);
+    const std::vector<double> values = squares(false);
     double total = 0.0;
     for (std::size_t row = 0; row < layer.sizes.rows; ++row) {
-      const double score = share(true, row) * share(false, row);
+      const double score = share(keys, row) * share(values, row);
       total += score;
       if (row + layer.sizes.observed() < layer.sizes.rows) {
         scores[head].push_back(score);
