@@ -55,8 +55,9 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 7> names = {"--model",  "model",      "--prompt-file", "--heads",
-                                                     "--errors", "--haystack", "--needle-file"};
+  constexpr std::array<std::string_view, 8> names = {"--model",       "model",       "--prompt-file",
+                                                     "--heads",       "--errors",    "--haystack",
+                                                     "--needle-file", "--load-cache"};
   return std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }
 
