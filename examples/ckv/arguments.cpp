@@ -55,9 +55,9 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 8> names = {"--model",       "model",       "--prompt-file",
-                                                     "--heads",       "--errors",    "--haystack",
-                                                     "--needle-file", "--statistics"};
+  constexpr std::array<std::string_view, 9> names = {"--model",       "model",        "--prompt-file",
+                                                     "--heads",       "--errors",     "--haystack",
+                                                     "--needle-file", "--statistics", "--load-cache"};
   const bool is_flag = option.get_items_expected_max() == 0;  // as is --statistics of calibrate
   return !is_flag && std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }

@@ -7,6 +7,7 @@
 #include <compresskv/view/attention_matrix.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <cstddef>
+#include <iosfwd>
 #include <memory>
 #include <span>
 #include <vector>
@@ -48,6 +49,11 @@ class PromptCompressor {
   void finish(engine::LayerView& layer);
 
   const compresskv::Retained& retained(std::size_t layer) const { return compressor_.retained(layer); }
+  compresskv::Held held(std::size_t tokens) const { return compressor_.held(tokens); }
+
+  /// What it remembers between turns, as the library's AnyCompressor has it.
+  void save(std::ostream& out, const compresskv::MadeWith& made) const { compressor_.save(out, made); }
+  void load(std::istream& in, const compresskv::MadeWith& made) { compressor_.load(in, made); }
 
  private:
   template <class Change>

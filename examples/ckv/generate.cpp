@@ -6,18 +6,23 @@
 #include <compresskv/io/calibration_files.hpp>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "arguments.hpp"
 #include "commands.hpp"
+#include "engine/error.hpp"
 #include "engine/sha256.hpp"
 #include "run.hpp"
+#include "saved_context.hpp"
 #include "terminal.hpp"
 #include "usage_error.hpp"
 
@@ -48,26 +53,27 @@ struct GenerateArguments {
   bool raw = false;
   bool json = false;
   bool positions = false;
+  std::filesystem::path save_cache;
+  std::filesystem::path load_cache;
+  std::string budget;  ///< "rows", "ratio" or "bytes", as the option that was given; empty: none
 
   // Which of the options were given
-  const CLI::Option* prompt_option = nullptr;
-  const CLI::Option* rows_option = nullptr;
-  const CLI::Option* ratio_option = nullptr;
-  const CLI::Option* bytes_option = nullptr;
+  const CLI::App* command = nullptr;
+  bool given(const char* option) const { return command->get_option(option)->count() > 0; }
 };
 
 std::optional<compresskv::Budget> budget_of(const GenerateArguments& arguments) {
-  if (arguments.rows_option->count() > 0) {
+  if (arguments.budget == "rows") {
     return compresskv::Budget::tokens_per_layer(arguments.rows);
   }
-  if (arguments.ratio_option->count() > 0) {
+  if (arguments.budget == "ratio") {
     try {
       return compresskv::Budget::kept_ratio(arguments.ratio);
     } catch (const compresskv::ArgumentError& error) {
       throw UsageError(fmt::format("--ratio: {}", error.what()));
     }
   }
-  if (arguments.bytes_option->count() > 0) {
+  if (arguments.budget == "bytes") {
     return compresskv::Budget::bytes(arguments.bytes);
   }
   return std::nullopt;
@@ -114,9 +120,9 @@ Compression compression_of(const GenerateArguments& arguments) {
   }
   if (how.method == Method::full) {
     const std::array<std::pair<const char*, bool>, 6> unused = {
-        {{"--rows", arguments.rows_option->count() > 0},
-         {"--ratio", arguments.ratio_option->count() > 0},
-         {"--bytes", arguments.bytes_option->count() > 0},
+        {{"--rows", arguments.budget == "rows"},
+         {"--ratio", arguments.budget == "ratio"},
+         {"--bytes", arguments.budget == "bytes"},
          {"--heads", !arguments.heads.empty()},
          {"--errors", !arguments.errors.empty()},
          {"--statistics", !arguments.statistics.empty()}}};
@@ -183,13 +189,13 @@ void load(const CalibrationFiles& files, const MethodInfo& method, Compression& 
 }
 
 Json budget_json(const GenerateArguments& arguments) {
-  if (arguments.rows_option->count() > 0) {
+  if (arguments.budget == "rows") {
     return {{"rows", arguments.rows}};
   }
-  if (arguments.ratio_option->count() > 0) {
+  if (arguments.budget == "ratio") {
     return {{"ratio", arguments.ratio}};
   }
-  if (arguments.bytes_option->count() > 0) {
+  if (arguments.budget == "bytes") {
     return {{"bytes", arguments.bytes}};
   }
   return nullptr;
@@ -241,17 +247,22 @@ Json per_layer(const RunResult& result, Of&& of) {
   return layers;
 }
 
+/// `answered`: there is an answer, not a cache alone that was saved.
 Json result_json(const GenerateArguments& arguments, const CalibrationFiles& files, const ModelEngine& model,
-                 const std::vector<TokenId>& prompt, const RunResult& result) {
+                 const std::vector<TokenId>& prompt, const RunResult& result, bool answered = true) {
   Json out;
-  out["answer"] = result.answer;
+  if (answered) {
+    out["answer"] = result.answer;
+  }
   out["prompt_tokens"] = prompt.size();
   if (arguments.positions) {
     out["prompt_token_ids"] = prompt;
   }
-  out["answer_tokens"] = result.tokens.size();
-  if (arguments.positions) {
-    out["answer_token_ids"] = result.tokens;
+  if (answered) {
+    out["answer_tokens"] = result.tokens.size();
+    if (arguments.positions) {
+      out["answer_token_ids"] = result.tokens;
+    }
   }
   out["rows"] = per_layer(result, [](const std::vector<std::uint32_t>& list) { return Json(list.size()); });
   if (arguments.positions) {
@@ -260,10 +271,18 @@ Json result_json(const GenerateArguments& arguments, const CalibrationFiles& fil
   out["kv_bytes_full"] = result.kv_bytes_full;
   out["kv_bytes_kept"] = result.kv_bytes_kept;
   out["kv_bytes_peak"] = result.kv_bytes_peak;
-  out["rows_peak"] = result.rows_peak;
+  if (answered) {
+    out["rows_peak"] = result.rows_peak;
+  }
   out["prefill_ms"] = result.prefill_ms;
   out["compress_ms"] = result.compress_ms;
-  out["decode_tokens_per_second"] = result.decode_tokens_per_second();
+  if (answered) {
+    out["decode_tokens_per_second"] = result.decode_tokens_per_second();
+  }
+  if (!arguments.save_cache.empty() || !arguments.load_cache.empty()) {
+    out["cache"] =
+        arguments.save_cache.empty() ? arguments.load_cache.string() : arguments.save_cache.string();
+  }
   out["model_sha256"] = engine::sha256_of_file(arguments.model.model);
   out["settings"] = settings_json(arguments, files, model);
   return out;
@@ -287,33 +306,94 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
   }
 }
 
-void generate(const GenerateArguments& arguments) {
-  Compression how = compression_of(arguments);
-  const MethodInfo& method = info(how.method);
-  const std::string text =
-      arguments.prompt_option->count() > 0
-          ? checked_text(arguments.prompt, "--prompt")
-          : checked_text(read_text_file(arguments.prompt_file),
-                         fmt::format("--prompt-file '{}'", arguments.prompt_file.string()));
-  const std::string question = checked_text(arguments.question, "--question");
-  const CalibrationFiles files = calibration_of(arguments, method);
-  load(files, method, how);
-  const std::unique_ptr<ModelEngine> model =
-      load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
-  check_interrupt();
-  const std::vector<TokenId> prompt =
-      arguments.raw ? encode_prompt(*model, text)
-                    : encode_prompt(*model, chat_prompt(*model, message_text(text, question)));
-  if (how.method != Method::full) {
-    const compresskv::ModelShape shape = model->shape(arguments.cache.type());
-    check_calibration(files.heads, files.errors, shape);
-    check_budget(how, shape, prompt.size());
-  }
+/// Options whose value a saved cache says.
+constexpr std::array<const char*, 10> said_by_cache = {
+    "--method", "--rows",    "--ratio", "--bytes",           "--window",
+    "--pool",   "--kv-type", "--raw",   "--heads-per-layer", "--working-rows"};
 
-  const std::size_t chunks = arguments.prefill_chunk == 0
-                                 ? 1
-                                 : (prompt.size() + arguments.prefill_chunk - 1) / arguments.prefill_chunk;
-  Progress progress{"prefill", static_cast<double>(model->layers()) * static_cast<double>(chunks)};
+/// Throws UsageError where options do not go with a cache that is saved or loaded.
+void check_saving(const GenerateArguments& arguments) {
+  const bool saves = !arguments.save_cache.empty();
+  const bool loads = !arguments.load_cache.empty();
+  if (!saves && !loads) {
+    return;
+  }
+  const char* const option = saves ? "--save-cache" : "--load-cache";
+  check_engine(arguments.model.engine);
+  if (arguments.model.is_llama_cpp()) {
+    refuse_with_llama_cpp({{option, true}});
+  }
+  if (saves && loads) {
+    throw UsageError("--save-cache and --load-cache do not go together: a loaded cache is saved already");
+  }
+  if (saves && arguments.raw) {
+    throw UsageError(
+        "--save-cache does not go with --raw: what is asked later comes through the chat template");
+  }
+  if (saves && arguments.question.empty() && arguments.decode_every > 0) {
+    throw UsageError("--decode-every has no use with --save-cache alone: give it where the cache is asked");
+  }
+  if (loads && arguments.question.empty()) {
+    throw UsageError("--load-cache needs --question: what is asked of the text that was saved");
+  }
+  for (const char* const said : said_by_cache) {
+    if (loads && arguments.given(said)) {
+      throw UsageError(fmt::format("{} has no use with --load-cache, whose file says it: drop it", said));
+    }
+  }
+  if (loads && arguments.given("--prefill-chunk")) {
+    throw UsageError("--prefill-chunk has no use with --load-cache: the text was read already; drop it");
+  }
+  if (saves) {
+    check_writable("--save-cache", arguments.save_cache);
+  }
+}
+
+/// What decides what a cache holds, beside the method, its budget and its calibration.
+nlohmann::json saved_settings(const GenerateArguments& arguments) {
+  return {{"window", arguments.cache.window.value()},
+          {"heads_per_layer", arguments.cache.heads_per_layer},
+          {"pool", arguments.cache.pool},
+          {"kv_type", arguments.cache.kv_type},
+          {"prefill_chunk", arguments.working_rows == 0 ? 0 : arguments.prefill_chunk},
+          {"working_rows", arguments.working_rows}};
+}
+
+/// The arguments with which a cache was saved. Throws engine::Error where the file names none that there are.
+GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrigin& origin) {
+  GenerateArguments arguments = given;
+  try {
+    arguments.method = compresskv::method_named(origin.method).name;
+    if (!origin.budget.is_null()) {
+      arguments.budget =
+          origin.budget.is_object() && origin.budget.size() == 1 ? origin.budget.begin().key() : "";
+      arguments.rows = origin.budget.value("rows", arguments.rows);
+      arguments.ratio = origin.budget.value("ratio", arguments.ratio);
+      arguments.bytes = origin.budget.value("bytes", arguments.bytes);
+    }
+    const nlohmann::json& settings = origin.settings;
+    arguments.cache.window = settings.at("window").get<std::size_t>();
+    settings.at("heads_per_layer").get_to(arguments.cache.heads_per_layer);
+    settings.at("pool").get_to(arguments.cache.pool);
+    settings.at("kv_type").get_to(arguments.cache.kv_type);
+    settings.at("prefill_chunk").get_to(arguments.prefill_chunk);
+    settings.at("working_rows").get_to(arguments.working_rows);
+    arguments.cache.type();
+  } catch (const std::exception& error) {
+    throw engine::Error(fmt::format("{}: what it says of its origin cannot be used: {}",
+                                    given.load_cache.string(), error.what()));
+  }
+  if (arguments.heads.empty()) {
+    arguments.heads = origin.heads;
+  }
+  if (arguments.errors.empty()) {
+    arguments.errors = origin.errors;
+  }
+  return arguments;
+}
+
+/// What is seen of a run while it goes on.
+RunOptions shown_run(const GenerateArguments& arguments, Progress& progress) {
   RunOptions options{.kv_type = arguments.cache.type(),
                      .prefill_chunk = arguments.prefill_chunk,
                      .decode_every = arguments.decode_every,
@@ -327,15 +407,154 @@ void generate(const GenerateArguments& arguments) {
       flush_stdout();
     }
   };
-  const RunResult result = model->run(prompt, how, options);
-  progress.clear();
+  return options;
+}
+
+double layers_to_read(const GenerateArguments& arguments, const ModelEngine& model, std::size_t tokens) {
+  const std::size_t chunks =
+      arguments.prefill_chunk == 0 ? 1 : (tokens + arguments.prefill_chunk - 1) / arguments.prefill_chunk;
+  return static_cast<double>(model.layers()) * static_cast<double>(chunks);
+}
+
+void print_result(const GenerateArguments& arguments, const CalibrationFiles& files, const ModelEngine& model,
+                  const std::vector<TokenId>& prompt, const RunResult& result, bool answered = true) {
   if (arguments.json) {
     // An answer cut off by the token limit may end inside a character.
-    fmt::print("{}\n", result_json(arguments, files, *model, prompt, result)
+    fmt::print("{}\n", result_json(arguments, files, model, prompt, result, answered)
                            .dump(-1, ' ', false, Json::error_handler_t::replace));
-  } else {
+  } else if (answered) {
     fmt::print("\n");
+  } else {
+    fmt::print("{}: {} tokens, {} of {} bytes of cache\n", arguments.save_cache.string(), prompt.size(),
+               result.kv_bytes_kept, result.kv_bytes_full);
   }
+}
+
+/// Asks a context and prints what it answers.
+void ask_and_print(const GenerateArguments& arguments, const CalibrationFiles& files,
+                   const LoadedModel& model, const Compression& how, const std::string& text,
+                   Context& context, const RunOptions& options, Progress& progress) {
+  const std::vector<TokenId> rest = rest_of_chat(model, text, context.tokens, arguments.question);
+  if (arguments.decode_every > 0 && rest.size() + arguments.decode_every < window_of(how)) {
+    throw UsageError(fmt::format(
+        "--decode-every {} compresses again {} tokens behind the text, fewer than the window of {}: give at "
+        "least {}",
+        arguments.decode_every, rest.size() + arguments.decode_every, window_of(how),
+        window_of(how) - rest.size()));
+  }
+  std::vector<TokenId> prompt = context.tokens;
+  prompt.insert(prompt.end(), rest.begin(), rest.end());
+  const RunResult result = ask(model, context, rest, how, options);
+  progress.clear();
+  print_result(arguments, files, model, prompt, result);
+}
+
+std::filesystem::path from_anywhere(const std::filesystem::path& file) {
+  return file.empty() ? file : std::filesystem::absolute(file);
+}
+
+/// Reads and compresses a text, saves it, and where there is a question asks it.
+void save_and_ask(const GenerateArguments& arguments, const CalibrationFiles& files, const LoadedModel& model,
+                  const Compression& how, const std::string& text) {
+  const std::vector<TokenId> tokens = context_tokens(model, text);
+  if (how.method != Method::full) {
+    check_budget(how, model.shape(arguments.cache.type()), tokens.size());
+  }
+  if (!arguments.question.empty()) {
+    rest_of_chat(model, text, tokens, arguments.question);  // refuses before the work
+  }
+  Progress progress{"prefill", layers_to_read(arguments, model, tokens.size())};
+  const RunOptions options = shown_run(arguments, progress);
+  Context context = read_context(model, tokens, how, options);
+  const ContextOrigin origin{.model_sha256 = engine::sha256_of_file(arguments.model.model),
+                             .text = text,
+                             .tokens = tokens,
+                             .method = arguments.method,
+                             .budget = budget_json(arguments),
+                             .settings = saved_settings(arguments),
+                             .heads = from_anywhere(files.heads),
+                             .errors = from_anywhere(files.errors)};
+  write_text_file(arguments.save_cache, save_context(origin, model, how, context));
+  if (!arguments.question.empty()) {
+    ask_and_print(arguments, files, model, how, text, context, options, progress);
+    return;
+  }
+  progress.clear();
+  context.result.kv_bytes_full =
+      engine::Sequence::full_cache_bytes(model.model.config(), arguments.cache.type(), tokens.size());
+  context.result.kv_bytes_kept = context.sequence.cache_bytes();
+  context.result.kv_bytes_peak = context.sequence.prefill_peak_cache_bytes();
+  print_result(arguments, files, model, tokens, context.result, false);
+}
+
+/// Asks a text that was saved.
+void load_and_ask(const GenerateArguments& given) {
+  const SavedContext saved(given.load_cache, read_text_file(given.load_cache));
+  const ContextOrigin& origin = saved.origin();
+  const std::string sha256 = engine::sha256_of_file(given.model.model);
+  if (origin.model_sha256 != sha256) {
+    throw engine::Error(fmt::format(
+        "{}: is a cache of another model file, whose SHA-256 begins {}; that of {} begins {}: give "
+        "the model that it was saved with, or save it again",
+        given.load_cache.string(), origin.model_sha256.substr(0, 16), given.model.model.string(),
+        sha256.substr(0, 16)));
+  }
+  const GenerateArguments arguments = arguments_of(given, origin);
+  Compression how = compression_of(arguments);
+  const MethodInfo& method = info(how.method);
+  const CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  load(files, method, how);
+  const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+  check_interrupt();
+  if (how.method != Method::full) {
+    check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
+  }
+  Context context = saved.restore(model, how, arguments.cache.type(), files.heads, files.errors);
+  Progress progress{"prefill", static_cast<double>(model.layers())};
+  ask_and_print(arguments, files, model, how, origin.text, context, shown_run(arguments, progress), progress);
+}
+
+void generate(const GenerateArguments& arguments) {
+  check_saving(arguments);
+  if (!arguments.load_cache.empty()) {
+    load_and_ask(arguments);
+    return;
+  }
+  Compression how = compression_of(arguments);
+  const MethodInfo& method = info(how.method);
+  const std::string text =
+      arguments.given("--prompt")
+          ? checked_text(arguments.prompt, "--prompt")
+          : checked_text(read_text_file(arguments.prompt_file),
+                         fmt::format("--prompt-file '{}'", arguments.prompt_file.string()));
+  const std::string question = checked_text(arguments.question, "--question");
+  const CalibrationFiles files = calibration_of(arguments, method);
+  load(files, method, how);
+  if (!arguments.save_cache.empty()) {
+    const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+    check_interrupt();
+    if (how.method != Method::full) {
+      check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
+    }
+    save_and_ask(arguments, files, model, how, text);
+    return;
+  }
+  const std::unique_ptr<ModelEngine> model =
+      load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
+  check_interrupt();
+  const std::vector<TokenId> prompt =
+      arguments.raw ? encode_prompt(*model, text)
+                    : encode_prompt(*model, chat_prompt(*model, message_text(text, question)));
+  if (how.method != Method::full) {
+    const compresskv::ModelShape shape = model->shape(arguments.cache.type());
+    check_calibration(files.heads, files.errors, shape);
+    check_budget(how, shape, prompt.size());
+  }
+
+  Progress progress{"prefill", layers_to_read(arguments, *model, prompt.size())};
+  const RunResult result = model->run(prompt, how, shown_run(arguments, progress));
+  progress.clear();
+  print_result(arguments, files, *model, prompt, result);
 }
 
 }  // namespace
@@ -346,8 +565,12 @@ void add_generate(CLI::App& app) {
   arguments->model.add_to(*command);
 
   CLI::Option_group* text = command->add_option_group("Prompt", "One of these");
-  arguments->prompt_option = text->add_option("--prompt", arguments->prompt, "The text itself");
+  text->add_option("--prompt", arguments->prompt, "The text itself");
   text->add_option("--prompt-file", arguments->prompt_file, "A file that holds the text")->type_name("FILE");
+  text->add_option("--load-cache", arguments->load_cache,
+                   "A text that --save-cache has read and compressed: it is asked --question; method, budget "
+                   "and element type are those of the file")
+      ->type_name("FILE");
   text->require_option(1);
   CLI::Option* question = command->add_option(
       "--question", arguments->question,
@@ -365,14 +588,11 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   CLI::Option_group* budget = command->add_option_group(
       "Budget", "How much to keep, window included: one of these; `full` takes none");
-  arguments->rows_option =
-      budget->add_option("--rows", arguments->rows, "Rows a layer, on average")->check(CLI::PositiveNumber);
-  arguments->ratio_option =
-      budget->add_option("--ratio", arguments->ratio, "Share of the prompt that is kept, in (0, 1]");
-  arguments->bytes_option = budget
-                                ->add_option("--bytes", arguments->bytes,
-                                             "Bytes of keys and values over all layers; 2MiB, 500kB, ...")
-                                ->transform(byte_count());
+  budget->add_option("--rows", arguments->rows, "Rows a layer, on average")->check(CLI::PositiveNumber);
+  budget->add_option("--ratio", arguments->ratio, "Share of the prompt that is kept, in (0, 1]");
+  budget
+      ->add_option("--bytes", arguments->bytes, "Bytes of keys and values over all layers; 2MiB, 500kB, ...")
+      ->transform(byte_count());
   budget->require_option(0, 1);
 
   command
@@ -409,6 +629,11 @@ void add_generate(CLI::App& app) {
       ->add_option("--decode-every", arguments->decode_every,
                    "For long answers: compress to the budget again after so many generated tokens")
       ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--save-cache", arguments->save_cache,
+                   "Compress the text before --question is read, and write its cache to this file, for "
+                   "--load-cache; without a question nothing is answered")
+      ->type_name("FILE");
   arguments->cache.add_to(*command);
   command->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest answer")
       ->check(CLI::PositiveNumber)
@@ -430,7 +655,13 @@ void add_generate(CLI::App& app) {
   command->footer(
       "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
       "0.12\nA model without a calibration in --models-dir: add --heads M_head_scores.json.");
+  arguments->command = command;
   command->callback([arguments] {
+    for (const char* const name : {"rows", "ratio", "bytes"}) {
+      if (arguments->given(("--" + std::string(name)).c_str())) {
+        arguments->budget = name;
+      }
+    }
     arguments->cache.fill(compresskv::method_named(arguments->method).method);
     generate(*arguments);
   });

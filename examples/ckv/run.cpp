@@ -20,15 +20,6 @@ namespace {
 
 using Positions = std::vector<std::vector<std::uint32_t>>;  // [list][row]
 
-Positions positions_of(const compresskv::Retained& kept, std::size_t kv_heads) {
-  Positions lists(kept.shared() ? 1 : kv_heads);
-  for (std::size_t head = 0; head < lists.size(); ++head) {
-    const auto positions = kept.positions(head);
-    lists[head].assign(positions.begin(), positions.end());
-  }
-  return lists;
-}
-
 /// What compresses a sequence, and shows it how the last tokens looked at the cache.
 struct Compressing {
   std::unique_ptr<PromptCompressor> compressor;  ///< none: the full cache
@@ -111,7 +102,7 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
     for (std::size_t layer = 0; layer < static_cast<std::size_t>(config.layers); ++layer) {
       const compresskv::Retained& kept = compressor->retained(layer);
       next_position = kept.next_position();
-      result.kept.push_back(positions_of(kept, static_cast<std::size_t>(config.kv_heads)));
+      result.kept.push_back(positions_of(kept));
     }
     result.compress_ms += sequence.shrink_time().count();
   }
@@ -120,6 +111,15 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
 }
 
 }  // namespace
+
+std::vector<std::vector<std::uint32_t>> positions_of(const compresskv::Retained& kept) {
+  Positions lists(kept.lists());
+  for (std::size_t head = 0; head < lists.size(); ++head) {
+    const auto& positions = kept.positions(head);
+    lists[head].assign(positions.begin(), positions.end());
+  }
+  return lists;
+}
 
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
@@ -296,16 +296,14 @@ std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& mes
   return encode_prompt(loaded, all.substr(answer + 1));
 }
 
-RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
-              const RunOptions& options) {
+namespace {
+
+/// Decodes from `position` on, and fills what `result` says about it and the cache of `tokens` tokens.
+void decode(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t tokens, std::size_t position,
+            PromptCompressor* compressor, std::optional<RecentQueries>& recent, const RunOptions& options,
+            RunResult& result) {
   const engine::ModelConfig& config = loaded.model.config();
-  engine::Sequence sequence{loaded.model, {.kv_type = options.kv_type}};
-  RunResult result;
-  Compressing compressing;
-  std::size_t position = prefill(loaded, sequence, prompt, how, options, compressing, result);
-  auto& compressor = compressing.compressor;
-  auto& recent = compressing.recent;
-  const std::size_t every = compressor ? options.decode_every : 0;
+  const std::size_t every = compressor != nullptr ? options.decode_every : 0;
   if (every > 0) {
     sequence.hooks().queries = [&](int layer, std::span<const float> queries) {
       recent->add(layer, queries);
@@ -326,7 +324,7 @@ RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const 
       result.kv_bytes_kept += row_bytes * sequence.rows(layer, head);
     }
   }
-  result.kv_bytes_full = engine::Sequence::full_cache_bytes(config, options.kv_type, prompt.size());
+  result.kv_bytes_full = engine::Sequence::full_cache_bytes(config, options.kv_type, tokens);
   result.kv_bytes_peak = sequence.prefill_peak_cache_bytes();
 
   engine::Sampler sampler{options.sampling};
@@ -365,6 +363,98 @@ RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const 
   }
   result.decode_ms = milliseconds_since(start);
   say(text.finish());
+}
+
+}  // namespace
+
+RunResult run(const LoadedModel& loaded, std::span<const TokenId> prompt, const Compression& how,
+              const RunOptions& options) {
+  engine::Sequence sequence{loaded.model, {.kv_type = options.kv_type}};
+  RunResult result;
+  Compressing compressing;
+  const std::size_t position = prefill(loaded, sequence, prompt, how, options, compressing, result);
+  decode(loaded, sequence, prompt.size(), position, compressing.compressor.get(), compressing.recent, options,
+         result);
+  return result;
+}
+
+Context::Context(engine::Sequence of, std::span<const TokenId> read)
+    : sequence(std::move(of)), tokens(read.begin(), read.end()) {}
+Context::Context(Context&&) noexcept = default;
+Context::~Context() = default;
+
+std::vector<TokenId> context_tokens(const ModelEngine& loaded, const std::string& text) {
+  constexpr std::string_view blanks = " \t\r\n";
+  if (text.find_first_not_of(blanks) == std::string::npos) {
+    throw engine::Error("the text is blank; give one that is asked about");
+  }
+  const engine::PromptText chat = loaded.chat_prompt(message_text(text, "?"));
+  std::size_t question = chat.size();
+  while (question > 0 && !(chat.is_outside(question - 1) && chat.text()[question - 1] == '?')) {
+    --question;
+  }
+  const std::size_t last =
+      question < 2 ? std::string::npos : chat.text().find_last_not_of(blanks, question - 2);
+  if (last == std::string::npos) {
+    throw engine::Error("the model's chat template does not write what the user says as it is");
+  }
+  std::vector<TokenId> tokens = encode_prompt(loaded, chat.substr(0, last + 1));
+  // A token may reach over the end of the text: there the context ends before it.
+  const std::vector<TokenId> whole = encode_prompt(loaded, chat);
+  tokens.erase(std::ranges::mismatch(tokens, whole).in1, tokens.end());
+  if (tokens.empty()) {
+    throw engine::Error("no token of the text is the same whatever follows it; give a longer one");
+  }
+  return tokens;
+}
+
+std::vector<TokenId> rest_of_chat(const ModelEngine& loaded, const std::string& text,
+                                  std::span<const TokenId> context, const std::string& question) {
+  const std::vector<TokenId> whole = encode_prompt(loaded, chat_prompt(loaded, message_text(text, question)));
+  if (whole.size() <= context.size() ||
+      !std::ranges::equal(context, std::span(whole).first(context.size()))) {
+    throw engine::Error(
+        "with this question the text before it has other tokens than those that were read; begin it with a "
+        "word");
+  }
+  return {whole.begin() + static_cast<std::ptrdiff_t>(context.size()), whole.end()};
+}
+
+Context read_context(const LoadedModel& loaded, std::span<const TokenId> tokens, const Compression& how,
+                     const RunOptions& options) {
+  Context context{engine::Sequence{loaded.model, {.kv_type = options.kv_type}}, tokens};
+  RunOptions reading = options;
+  reading.decode_every = 0;
+  Compressing compressing;
+  prefill(loaded, context.sequence, context.tokens, how, reading, compressing, context.result);
+  context.compressor = std::move(compressing.compressor);
+  return context;
+}
+
+RunResult ask(const LoadedModel& loaded, Context& context, std::span<const TokenId> rest,
+              const Compression& how, const RunOptions& options) {
+  RunResult result = std::move(context.result);
+  const auto start = Clock::now();
+  // A later compression is observed by what was read and said since: other queries are not kept.
+  std::optional<RecentQueries> recent;
+  engine::PrefillOptions reading;
+  if (options.decode_every > 0) {
+    recent.emplace(loaded.model.config(), window_of(how));
+    reading.window = window_of(how);
+    reading.on_layer = [&](const engine::LayerView& layer) { recent->add(layer); };
+  }
+  context.sequence.prefill(rest, reading);
+  check_interrupt();
+  const std::size_t position = context.sequence.next_position();
+  for (Positions& lists : result.kept) {
+    for (std::vector<std::uint32_t>& list : lists) {
+      for (std::size_t at = context.tokens.size(); at < position; ++at) {
+        list.push_back(static_cast<std::uint32_t>(at));
+      }
+    }
+  }
+  result.prefill_ms += milliseconds_since(start);
+  decode(loaded, context.sequence, position, position, context.compressor.get(), recent, options, result);
   return result;
 }
 

@@ -107,6 +107,9 @@ class RecentQueries {
   std::vector<compresskv::RecentQueries<float>> layers_;
 };
 
+/// Positions of a layer's rows: one list where all KV heads share it, else one a KV head.
+std::vector<std::vector<std::uint32_t>> positions_of(const compresskv::Retained& kept);
+
 /// The layer holds what the library has kept of it; the rest of its memory goes back.
 void give_back(engine::LayerView& layer, const compresskv::Retained& kept);
 
@@ -156,6 +159,38 @@ std::vector<TokenId> next_turn(const ModelEngine& loaded, const std::string& mes
 /// Greedy decoding up to the end token; `picked` hears of each token before it is fed.
 void decode_greedily(const LoadedModel& loaded, engine::Sequence& sequence, std::size_t max_new_tokens,
                      const std::function<void(TokenId)>& picked);
+
+class PromptCompressor;
+
+/// A text that was read and compressed before its question is known.
+struct Context {
+  engine::Sequence sequence;
+  std::unique_ptr<PromptCompressor> compressor;  ///< none: the full cache
+  std::vector<TokenId> tokens;
+  RunResult result;  ///< what reading it took, and what it kept
+
+  Context(engine::Sequence of, std::span<const TokenId> read);
+  Context(Context&&) noexcept;
+  ~Context();
+};
+
+/// Tokens of the template's head and a user's text: as many as are the same whatever question follows it.
+/// Throws engine::Error where the text is blank.
+std::vector<TokenId> context_tokens(const ModelEngine& loaded, const std::string& text);
+
+/// What follows them: the question, the end of the user's turn and the assistant's head. Both together are
+/// the tokens of the whole chat. Throws engine::Error where they are not, whatever follows.
+std::vector<TokenId> rest_of_chat(const ModelEngine& loaded, const std::string& text,
+                                  std::span<const TokenId> context, const std::string& question);
+
+/// Reads a text and compresses each layer as soon as it is done. Throws as `run`.
+Context read_context(const LoadedModel& loaded, std::span<const TokenId> tokens, const Compression& how,
+                     const RunOptions& options);
+
+/// Reads what follows the text at its true positions and decodes until the model ends its answer. The context
+/// has then gone on, and is of no more use. Throws as `run`.
+RunResult ask(const LoadedModel& loaded, Context& context, std::span<const TokenId> rest,
+              const Compression& how, const RunOptions& options);
 
 /// Reads the prompt, compresses each layer as soon as it is done, and decodes until the model ends its
 /// answer. In chunks, that is with the last one; with `working_rows` also with each before. With

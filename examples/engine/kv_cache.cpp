@@ -88,6 +88,15 @@ void LayerCache::truncate(std::span<const std::size_t> rows) {
   std::ranges::copy(rows, rows_.begin());
 }
 
+void LayerCache::resize(std::span<const std::size_t> rows, CacheMeter& meter) {
+  if (rows.size() != rows_.size()) {
+    throw Error(fmt::format("{} lengths for {} KV heads; give one each", rows.size(), rows_.size()));
+  }
+  extend(*std::ranges::max_element(rows), meter);
+  truncate(rows);
+  fit(meter);
+}
+
 void LayerCache::fit(CacheMeter& meter) {
   if (allocated_ != rows_) relocate(rows_, meter);
 }

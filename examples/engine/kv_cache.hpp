@@ -94,6 +94,9 @@ class LayerCache {
   /// than there are.
   void truncate(std::span<const std::size_t> rows);
 
+  /// Holds so many rows of each KV head, [kv_heads], those beyond what it held uninitialised, and no room.
+  void resize(std::span<const std::size_t> rows, CacheMeter& meter);
+
   /// Gives all room back, without a second copy at any time.
   void fit(CacheMeter& meter);
 

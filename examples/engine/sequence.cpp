@@ -208,6 +208,34 @@ Sequence Sequence::clone(const std::function<void(LayerView&)>& on_layer) const 
   return copy;
 }
 
+void Sequence::restore(std::vector<LayerCache> caches, std::size_t next_position) {
+  const ModelConfig& c = model_->config();
+  if (caches.size() != static_cast<std::size_t>(c.layers)) {
+    throw Error(
+        fmt::format("restore: there are {} caches for {} layers; give one each", caches.size(), c.layers));
+  }
+  for (std::size_t l = 0; l < caches.size(); ++l) {
+    const LayerCache& cache = caches[l];
+    if (cache.type() != options_.kv_type || cache.kv_heads() != c.kv_heads ||
+        cache.head_dim() != c.head_dim) {
+      throw Error(fmt::format(
+          "restore: the cache of layer {} has {} KV heads of {} elements of {}, the sequence {} of {} of {}",
+          l, cache.kv_heads(), cache.head_dim(), kv_type_name(cache.type()), c.kv_heads, c.head_dim,
+          kv_type_name(options_.kv_type)));
+    }
+  }
+  if (next_position == 0 || next_position > c.context) {
+    throw Error(fmt::format("restore: next_position is {}, must be from 1 to the model's context of {}",
+                            next_position, c.context));
+  }
+  clear();
+  caches_ = std::move(caches);
+  for (const LayerCache& cache : caches_) meter_.change(0, cache.bytes());
+  next_position_ = next_position;
+  contiguous_from_ = next_position;
+  prefill_peak_ = meter_.peak;
+}
+
 void Sequence::revisit(const std::function<void(LayerView&)>& on_layer) {
   if (next_position_ == 0) throw Error("revisit: the sequence is empty; call prefill first");
   check_no_shadow("revisit");

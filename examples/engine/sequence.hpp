@@ -175,6 +175,12 @@ class Sequence {
   /// compress. Throws Error where a layer has a shadow.
   Sequence clone(const std::function<void(LayerView&)>& on_layer) const;
 
+  /// Takes up where another sequence stood whose caches were written down: `caches` has one a layer, and the
+  /// sequence goes on at `next_position`. What is fed next gives the bits that it would have given there.
+  /// There are no logits before. Throws Error, and changes nothing, where the caches are not of this model
+  /// and element type, or the position is 0 or beyond the context.
+  void restore(std::vector<LayerCache> caches, std::size_t next_position);
+
   /// Shows every layer again, as prefill does but without queries, so that a cache may shrink while an answer
   /// grows long; what each layer gives up is freed before the next one is shown. Throws Error where there is
   /// no prefill or a layer has a shadow. Where `on_layer` throws, the whole sequence is empty again.

@@ -15,6 +15,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/made_with.hpp"
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"

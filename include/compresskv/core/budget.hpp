@@ -1,6 +1,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +30,17 @@ class Budget {
 
   /// Bytes of keys and values over all layers of one sequence. Needs `ModelShape::kv_row_bytes`.
   static Budget bytes(std::uint64_t total) { return Budget{Unit::bytes, 0.0, total}; }
+
+  /// The budget as a text that is no other budget's: "256 rows a layer", "0.12 of the prompt", "1048576
+  /// bytes".
+  std::string text() const {
+    if (unit_ != Unit::ratio) {
+      return std::to_string(amount_) + (unit_ == Unit::tokens ? " rows a layer" : " bytes");
+    }
+    std::array<char, 32> digits;  // as many as tell it from its neighbours
+    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), share_);
+    return std::string(digits.data(), end.ptr) + " of the prompt";
+  }
 
   /// Mean rows a layer, window included, for a prompt of `prompt_tokens`; at most `prompt_tokens`, where it
   /// means that nothing is evicted. Throws ArgumentError when tokens or bytes give fewer rows than the

@@ -34,7 +34,7 @@ class ScoreError : public Error {
   using Error::Error;
 };
 
-/// A calibration file cannot be read, written or understood.
+/// A calibration file or a saved sequence cannot be read, written or understood.
 class FileError : public Error {
  public:
   using Error::Error;

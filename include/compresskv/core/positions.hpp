@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <iterator>
 #include <optional>
+#include <span>
+#include <utility>
 #include <vector>
 
 namespace compresskv {
@@ -109,6 +111,25 @@ class PositionSet {
       return std::nullopt;
     }
     return rows_before(position);
+  }
+
+  /// Bit p % 64 of word p / 64 says whether position p is a member.
+  std::span<const std::uint64_t> words() const { return words_; }
+
+  /// Takes the members from such words.
+  void assign_words(std::vector<std::uint64_t> words) {
+    std::vector<std::uint32_t> before;
+    before.reserve((words.size() + words_per_count - 1) / words_per_count);
+    std::size_t size = 0;
+    for (std::size_t word = 0; word < words.size(); ++word) {
+      if (word % words_per_count == 0) {
+        before.push_back(static_cast<std::uint32_t>(size));
+      }
+      size += static_cast<std::size_t>(std::popcount(words[word]));
+    }
+    words_ = std::move(words);
+    before_ = std::move(before);
+    size_ = size;
   }
 
   /// Makes room for positions below `limit`, so that adding them does not allocate.

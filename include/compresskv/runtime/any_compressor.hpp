@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <iosfwd>
 #include <memory>
 #include <optional>
 #include <span>
@@ -12,6 +13,7 @@
 #include "compresskv/core/any_executor.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/function_ref.hpp"
+#include "compresskv/core/made_with.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/retained.hpp"
@@ -104,6 +106,8 @@ class AnySequence {
                                  const AnyKv& target) = 0;
   virtual const Retained& rerotate(std::size_t layer, const AnyKv& kv, const kernel::Rotary& rotary) = 0;
   virtual std::size_t memory_bytes() const = 0;
+  virtual void save(std::ostream& out, const MadeWith& made) const = 0;
+  virtual void load(std::istream& in, const MadeWith& made) = 0;
 
  protected:
   AnySequence(const AnySequence&) = default;
@@ -291,6 +295,11 @@ class AnyCompressor {
   const Retained& rerotate(std::size_t layer, const AnyKv& kv, const kernel::Rotary& rotary) {
     return sequence_->rerotate(layer, kv, rotary);
   }
+
+  /// Writes what the sequence remembers to a stream, takes it up again. As `Compressor` has them; the
+  /// method's name is given, and `made.method` says what else of its settings is to be told apart.
+  void save(std::ostream& out, const MadeWith& made = {}) const { sequence_->save(out, made); }
+  void load(std::istream& in, const MadeWith& made = {}) { sequence_->load(in, made); }
 
   /// Bytes of scratch and of positions held by this compressor now.
   std::size_t memory_bytes() const { return sequence_->memory_bytes(); }

@@ -2,8 +2,11 @@
 
 #include <cstddef>
 #include <functional>
+#include <istream>
 #include <memory>
+#include <ostream>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -12,6 +15,7 @@
 #include "compresskv/budget/uniform.hpp"
 #include "compresskv/compressor.hpp"
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/made_with.hpp"
 #include "compresskv/methods.hpp"
 #include "compresskv/plan.hpp"
 #include "compresskv/runtime/any_compressor.hpp"
@@ -156,9 +160,25 @@ class SequenceOf final : public AnySequence {
   const Retained& rerotate(std::size_t layer, const AnyKv& kv, const kernel::Rotary& rotary) override {
     return compressor_.rerotate(layer, kv, rotary);
   }
+  void save(std::ostream& out, const MadeWith& made) const override {
+    const std::string method = named(made);
+    compressor_.save(out, {.method = method, .calibration = made.calibration});
+  }
+  void load(std::istream& in, const MadeWith& made) override {
+    const std::string method = named(made);
+    compressor_.load(in, {.method = method, .calibration = made.calibration});
+  }
   std::size_t memory_bytes() const override { return compressor_.memory_bytes(); }
 
  private:
+  std::string named(const MadeWith& made) const {
+    std::string method(info_->name);
+    if (!made.method.empty()) {
+      method.append(", ").append(made.method);
+    }
+    return method;
+  }
+
   static constexpr bool takes_sums = !std::same_as<S, score::Cake>;
 
   /// Calls `f` with what the scorer is to be shown, by its type. What it does not look at is left out, so

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 
 #include "compresskv/core/error.hpp"
 
@@ -32,6 +33,12 @@ class Arrivals {
         !over_,
         "the layers of this turn have all arrived: begin_turn() starts the next turn, begin() the "
         "next sequence");
+  }
+  /// Between turns alone, where nothing travels.
+  void check_save(std::string_view method) const {
+    detail::require(over_, "method ", method,
+                    " is in the middle of a turn: save() comes once the last layer has arrived, or after "
+                    "finish()");
   }
   void check_next(std::size_t layer) const {
     check_turn();

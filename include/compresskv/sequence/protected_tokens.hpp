@@ -10,6 +10,7 @@
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/core/scores.hpp"
+#include "compresskv/sequence/saved_bytes.hpp"
 
 namespace compresskv::sequence {
 
@@ -58,6 +59,28 @@ class ProtectedTokens {
       for_each(layer, row, scores.tokens(row),
                [&](std::size_t token) { scores.row(row)[token] = (std::numeric_limits<float>::max)(); });
     }
+  }
+
+  void save(SavedWriter& out) const {
+    out.number(first_);
+    out.number(last_from_);
+    out.number(listed_.size());
+    for (const std::uint32_t position : listed_) {
+      out.number(position, 4);
+    }
+  }
+  /// Throws FileError.
+  static ProtectedTokens read(SavedReader& in) {
+    ProtectedTokens read;
+    read.first_ = in.number("protected tokens");
+    read.last_from_ = in.number("protected tokens");
+    read.listed_.resize(in.count("protected tokens", 4));
+    for (std::size_t i = 0; i < read.listed_.size(); ++i) {
+      read.listed_[i] = static_cast<std::uint32_t>(in.number("protected tokens", 4));
+      require_saved(i == 0 || read.listed_[i] > read.listed_[i - 1],
+                    "its protected positions do not ascend: it is damaged");
+    }
+    return read;
   }
 
   std::size_t memory_bytes() const {

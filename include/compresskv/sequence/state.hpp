@@ -1,15 +1,20 @@
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/positions.hpp"
 #include "compresskv/core/protection.hpp"
 #include "compresskv/core/retained.hpp"
 #include "compresskv/sequence/protected_tokens.hpp"
+#include "compresskv/sequence/saved_bytes.hpp"
 
 namespace compresskv::sequence {
 
@@ -164,6 +169,59 @@ class State {
     }
   }
 
+  /// Writes down all of it. A turn must have started.
+  void save(SavedWriter& out) const {
+    check_layer(0);
+    out.number(turned_ ? 1 : 0, 1);
+    protected_.save(out);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const Retained& layer = layers_[l];
+      out.number(capacities_[l]);
+      out.number(layer.announced_, 4);
+      out.number(layer.next_position_, 4);
+      out.number(layer.bytes_freed_);
+      out.number(layer.shared() ? 1 : 0, 1);
+      for (std::size_t list = 0; list < layer.lists_; ++list) {
+        save(layer.sets_[list], out);
+      }
+    }
+  }
+  /// The state of the same model that was saved, checked: nothing that a sequence could not have come to.
+  /// Throws FileError.
+  State read(SavedReader& in) const {
+    State read(layers_.size(), kv_heads_);
+    read.turned_ = in.flag("rotation");
+    read.protected_ = ProtectedTokens::read(in);
+    read.capacities_.resize(layers_.size());
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      Retained& layer = read.layers_[l];
+      read.capacities_[l] = in.number("capacities");
+      layer.announced_ = in.number("tokens", 4);
+      layer.next_position_ = in.number("next position", 4);
+      layer.bytes_freed_ = in.number("bytes freed");
+      const bool shared = in.flag("shared positions");
+      layer.lists_ = shared ? 1 : kv_heads_;
+      require_saved(shared || kv_heads_ > 1, "layer ", l,
+                    " has one KV head that shares its positions with none: it is damaged");
+      require_saved(layer.next_position_ <= layer.announced_, "layer ", l, " has seen ", layer.next_position_,
+                    " tokens of ", layer.announced_, ": it is damaged");
+      require_saved(read.turned_ || layer.announced_ == read.layers_[0].announced_, "layer ", l, " has ",
+                    layer.announced_, " tokens, layer 0 ", read.layers_[0].announced_, ": it is damaged");
+      layer.sets_.resize(layer.lists_);
+      for (PositionSet& set : layer.sets_) {
+        set = positions(layer.next_position_, in);
+      }
+    }
+    return read;
+  }
+  /// Becomes what was read; references to layers stay valid.
+  void adopt(State&& read) noexcept {
+    std::move(read.layers_.begin(), read.layers_.end(), layers_.begin());
+    capacities_ = std::move(read.capacities_);
+    protected_ = std::move(read.protected_);
+    turned_ = read.turned_;
+  }
+
   std::size_t memory_bytes() const {
     std::size_t total = protected_.memory_bytes();
     for (const Retained& layer : layers_) {
@@ -173,6 +231,32 @@ class State {
   }
 
  private:
+  /// A set of positions as it is held, without what is empty behind its last member.
+  static void save(const PositionSet& set, SavedWriter& out) {
+    auto words = set.words();
+    while (!words.empty() && words.back() == 0) {
+      words = words.first(words.size() - 1);
+    }
+    out.number(words.size());
+    for (const std::uint64_t word : words) {
+      out.number(word);
+    }
+  }
+  static PositionSet positions(std::size_t end, SavedReader& in) {
+    std::vector<std::uint64_t> words(in.count("positions", 8));
+    for (std::uint64_t& word : words) {
+      word = in.number("positions");
+    }
+    require_saved(words.empty() || words.back() != 0, "its positions end in nothing: it is damaged");
+    const std::size_t behind_last =
+        words.empty() ? 0 : words.size() * 64 - static_cast<std::size_t>(std::countl_zero(words.back()));
+    require_saved(behind_last <= end, "has a row at position ", behind_last - 1, ", the layer has seen ", end,
+                  " tokens: it is damaged");
+    PositionSet set;
+    set.assign_words(std::move(words));
+    return set;
+  }
+
   void start(std::size_t tokens, const Protection& protection) noexcept {
     adopt_capacities();
     protected_.start(tokens, protection);
