@@ -16,7 +16,7 @@ namespace {
 static_assert(score::Scorer<score::Cake> && score::Scorer<score::Carried> &&
               score::Scorer<score::GroupedRetrieval>);
 static_assert(score::Scorer<score::H2O> && score::Scorer<score::KeyDiff> && score::Scorer<score::Knorm>);
-static_assert(score::Scorer<score::ModelWide> && score::Scorer<score::Random> &&
+static_assert(score::Scorer<score::ModelWide> && score::Scorer<score::Random> && score::Scorer<score::RKv> &&
               score::Scorer<score::SemanticRetrieval>);
 static_assert(score::Scorer<score::SnapKv> && score::Scorer<score::StreamingLlm> &&
               score::Scorer<score::Tova>);

@@ -43,6 +43,7 @@
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/model_wide.hpp"
+#include "compresskv/score/r_kv.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"

@@ -38,6 +38,7 @@ enum class Method {
   blend,
   blend_carried,
   kvzip,
+  rkv,
 };
 
 /// One row of the table of methods.
@@ -56,7 +57,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 19> methods = {{
+inline constexpr std::array<MethodInfo, 20> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -119,6 +120,13 @@ inline constexpr std::array<MethodInfo, 19> methods = {{
      .per_head = true,
      .repeats = true,
      .window = 1},
+    {.method = Method::rkv,
+     .name = "rkv",
+     .summary = "what is looked at, less what the keys say more than once: for long generations",
+     .paper = "2505.24133",
+     .per_head = true,
+     .pool = kernel::Pool::max,
+     .pool_width = 7},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -164,6 +172,8 @@ struct MethodSettings {
   bool equal_weights = false;                            ///< of carried and model-wide
   std::size_t sinks = 4;                                 ///< of blend, blend-carried and kvzip
   double model_share = 0.6;                              ///< of blend and blend-carried
+  float lambda = 0.07F;                                  ///< of rkv: weight of attention
+  float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
 };
 
 }  // namespace compresskv

@@ -17,6 +17,7 @@
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/model_wide.hpp"
+#include "compresskv/score/r_kv.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"
@@ -124,6 +125,13 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::SharedTopK{}, budgets);
     case Method::kvzip:
       return f(score::KvZip{{.sinks = settings.sinks, .window = window}}, select::WholeModel{}, budgets);
+    case Method::rkv:
+      return f(score::RKv{{.lambda = settings.lambda,
+                           .threshold = settings.threshold,
+                           .window = window,
+                           .pool = pool,
+                           .pool_width = pool_width}},
+               select::GroupedTopK{}, budgets);
     case Method::compresskv:
     case Method::full:
       break;

@@ -401,7 +401,10 @@ void ckv_plan_free(ckv_plan* plan) { delete plan; }
 size_t ckv_plan_window(const ckv_plan* plan) { return plan == nullptr ? 0 : plan->plan.window(); }
 int ckv_plan_needs_attention(const ckv_plan* plan) {
   const ckv::Needs needs = plan == nullptr ? ckv::Needs::nothing : plan->plan.needs();
-  return needs == ckv::Needs::window_attention || needs == ckv::Needs::all_queries ? 1 : 0;
+  return needs == ckv::Needs::window_attention || needs == ckv::Needs::window_queries ||
+                 needs == ckv::Needs::all_queries
+             ? 1
+             : 0;
 }
 int ckv_plan_reaches_back(const ckv_plan* plan) {
   return plan == nullptr || plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;

@@ -142,6 +142,7 @@ void all_methods(const std::string& prefix, const Case& c) {
   run("snapkv", ckv::score::SnapKv{{.pool_width = 3}}, ckv::select::Adaptive{});
   run("keydiff", ckv::score::KeyDiff{}, grouped);
   run("knorm", ckv::score::Knorm{}, grouped);
+  run("rkv", ckv::score::RKv{}, grouped);
   run("cake", ckv::score::Cake{}, grouped);
   if constexpr (std::is_same_v<T, float>) {
     run("h2o", ckv::score::H2O{}, grouped);

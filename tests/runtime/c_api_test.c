@@ -507,7 +507,8 @@ int main(void) {
                                         "model-wide",
                                         "blend",
                                         "blend-carried",
-                                        "kvzip"};
+                                        "kvzip",
+                                        "rkv"};
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);

@@ -133,6 +133,7 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   check(score::H2O{{.window = window}});
   check(score::Knorm{{.window = window}});
   check(score::KeyDiff{{.window = window}});
+  check(score::RKv{{.window = window}});
   check(score::Random{{.window = window}});
   check(score::GroupedRetrieval{HeadRanking{{{3, 2, 1, 0}}}, {.heads_per_layer = 2, .window = window}});
 }

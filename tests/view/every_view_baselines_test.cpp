@@ -67,6 +67,14 @@ struct KeyDiff {
   }
 };
 
+struct RKv {
+  static constexpr const char* name = "RKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::RKv{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
 struct RandomRows {
   static constexpr const char* name = "RandomRows";
   static auto plan(const Layer<float>& layer) {
@@ -78,7 +86,7 @@ struct RandomRows {
 template <class M>
 struct EveryViewOfBaselines : testing::Test {};
 using EveryViewOfBaselinesMethods =
-    testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, RandomRows>;
+    testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, RKv, RandomRows>;
 TYPED_TEST_SUITE(EveryViewOfBaselines, EveryViewOfBaselinesMethods, reference::MethodNames);
 
 TYPED_TEST(EveryViewOfBaselines, GivesThePlainCachesResult) {

@@ -15,6 +15,7 @@ enum class Needs {
   nothing,           ///< positions are enough
   keys,              ///< the keys in the cache
   window_attention,  ///< the window's queries with the keys, or the attention matrix itself
+  window_queries,    ///< the window's queries with the keys: attention computed already does not do
   all_queries,       ///< the attention of every query of the prompt
   repeats,           ///< the queries of tokens that repeat the context: `Compressor::observe`
 };

@@ -24,6 +24,20 @@ void for_each_key(const V& kv, std::size_t kv_head, float* buffer, Visit&& visit
   }
 }
 
+/// Decodes the key of one row to `head_dim` float32. Cost: a look at each run before it.
+template <KvView V>
+void read_key(const V& kv, std::size_t kv_head, std::size_t row, float* out) {
+  std::size_t begin = 0;
+  for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
+    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    if (row < begin + run.rows) {
+      with_element(run, [&](const auto& keys) { decode_row(keys, row - begin, kv.head_dim(), out); });
+      return;
+    }
+    begin += run.rows;
+  }
+}
+
 /// Euclidean length of a decoded key. Sums in float64, in order.
 inline double key_norm(const float* key, std::size_t head_dim) {
   double sum = 0.0;

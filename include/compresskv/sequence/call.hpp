@@ -44,6 +44,7 @@ enum class Fault {
   partial_view,
   no_observation,
   no_attention,
+  no_queries,
   queries_alone,
   keys_needed,
   rows_differ,
@@ -90,6 +91,9 @@ consteval bool fits() {
   static_assert(fault != no_attention,
                 "select() takes the scores that score() filled, with this plan's granularity, or attention: "
                 "an AttentionMatrix or AttentionSums");
+  static_assert(fault != no_queries,
+                "this scorer compares logits, which attention no longer shows: give it the window's queries, "
+                "a QueryWindow");
   static_assert(fault != queries_alone,
                 "queries need the keys: give the layer's view as well, to score() or compress()");
   static_assert(fault != keys_needed,
@@ -158,7 +162,9 @@ constexpr Fault of_views() {
 template <class P, class O>
 constexpr Fault of_observation() {
   constexpr Needs needs = P::scorer_type::needs;
-  return unless(needs == Needs::nothing || needs == Needs::keys || Observation<O>, Fault::no_observation);
+  return first(
+      {unless(needs == Needs::nothing || needs == Needs::keys || Observation<O>, Fault::no_observation),
+       unless(needs != Needs::window_queries || QueryObservation<O>, Fault::no_queries)});
 }
 
 template <class Reduce>
@@ -202,7 +208,9 @@ constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>
 template <class P, class O>
 constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
                                    unless(KeylessObservation<O>, Fault::no_attention),
-                                   unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed)});
+                                   unless(P::scorer_type::needs != Needs::keys &&
+                                              P::scorer_type::needs != Needs::window_queries,
+                                          Fault::keys_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});
