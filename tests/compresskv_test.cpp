@@ -19,7 +19,7 @@ static_assert(score::Scorer<score::ChunkKv<score::SnapKv>> && score::Scorer<scor
               score::Scorer<score::HeadMean<score::SnapKv>> && score::Scorer<score::LagKv>);
 static_assert(score::Scorer<score::H2O> && score::Scorer<score::KeyDiff> && score::Scorer<score::Knorm>);
 static_assert(score::Scorer<score::ExpectedAttention> && score::Scorer<score::QFilter> &&
-              score::Scorer<score::TriAttention>);
+              score::Scorer<score::TriAttention> && score::Scorer<score::RKv>);
 static_assert(score::Scorer<score::ModelWide> && score::Scorer<score::Random> &&
               score::Scorer<score::SemanticRetrieval>);
 static_assert(score::Scorer<score::SnapKv> && score::Scorer<score::StreamingLlm> &&

@@ -215,6 +215,7 @@ const char* shown_to(Needs needs) {
     case Needs::keys_and_values:
       return "| no | keys, values |";
     case Needs::window_attention:
+    case Needs::window_queries:
       return "| yes | the window's queries and keys |";
     case Needs::all_queries:
       return "| yes | all queries and keys |";

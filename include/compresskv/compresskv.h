@@ -111,7 +111,8 @@ ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv
 void ckv_plan_free(ckv_plan* plan);
 /* Queries of each layer that observe and whose rows are always kept. */
 size_t ckv_plan_window(const ckv_plan* plan);
-/* Whether ckv_arrive needs an observation, and whether it may shrink layers before the one that arrives. */
+/* Whether ckv_arrive needs an observation (of rkv: queries), and whether it may shrink layers before the one that
+ * arrives. */
 int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
 /* Whether the engine feeds the context once more (kvzip): ckv_observe in place of ckv_arrive. */

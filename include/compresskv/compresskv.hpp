@@ -52,6 +52,7 @@
 #include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/q_filter.hpp"
+#include "compresskv/score/r_kv.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"

@@ -46,6 +46,7 @@ enum class Method {
   expected_attention_adaptive,
   q_filter,
   triattention,
+  rkv,
 };
 
 /// One row of the table of methods.
@@ -65,7 +66,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 26> methods = {{
+inline constexpr std::array<MethodInfo, 27> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -156,6 +157,13 @@ inline constexpr std::array<MethodInfo, 26> methods = {{
      .paper = "2604.04921",
      .per_head = true,
      .needs_statistics = true},
+    {.method = Method::rkv,
+     .name = "rkv",
+     .summary = "what is looked at, less what the keys say more than once: for long generations",
+     .paper = "2505.24133",
+     .per_head = true,
+     .pool = kernel::Pool::max,
+     .pool_width = 7},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -205,6 +213,8 @@ struct MethodSettings {
   std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
   std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among
   std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
+  float lambda = 0.07F;                                  ///< of rkv: weight of attention
+  float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
 };
 
 }  // namespace compresskv

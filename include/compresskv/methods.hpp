@@ -22,6 +22,7 @@
 #include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/q_filter.hpp"
+#include "compresskv/score/r_kv.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"
@@ -151,6 +152,13 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
       return f(score::QFilter{*settings.statistics, {.window = window}}, select::GroupedTopK{}, budgets);
     case Method::triattention:
       return f(score::TriAttention{*settings.statistics, {.window = window}}, select::GroupedTopK{}, budgets);
+    case Method::rkv:
+      return f(score::RKv{{.lambda = settings.lambda,
+                           .threshold = settings.threshold,
+                           .window = window,
+                           .pool = pool,
+                           .pool_width = pool_width}},
+               select::GroupedTopK{}, budgets);
     case Method::compresskv:
     case Method::full:
       break;

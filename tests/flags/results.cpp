@@ -154,6 +154,7 @@ void all_methods(const std::string& prefix, const Case& c) {
   run("snapkv", ckv::score::SnapKv{{.pool_width = 3}}, ckv::select::Adaptive{});
   run("keydiff", ckv::score::KeyDiff{}, grouped);
   run("knorm", ckv::score::Knorm{}, grouped);
+  run("rkv", ckv::score::RKv{}, grouped);
   run("cake", ckv::score::Cake{}, grouped);
   run("lagkv", ckv::score::LagKv{{.lag = 8, .ranked = false}}, grouped);
   run("lagkv by ranks", ckv::score::LagKv{{.lag = 8}}, grouped);

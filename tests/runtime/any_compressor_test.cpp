@@ -265,6 +265,13 @@ TEST(AnyCompressor, TakesWhatShowsTheWindow) {
   AnyCompressor cake{AnyPlan{shape, "cake", settings()}};
   cake.begin(tokens);
   EXPECT_SAYS(cake.arrive(0, views, sums), "method cake needs the window's rows apart");
+  AnyCompressor rkv{AnyPlan{shape, "rkv", settings()}};
+  EXPECT_EQ(rkv.plan().needs(), Needs::window_queries);
+  rkv.begin(tokens);
+  EXPECT_SAYS(rkv.arrive(0, views), "method rkv compares logits");
+  EXPECT_SAYS(rkv.arrive(0, views, matrix), "give the window's queries, a QueryWindow");
+  EXPECT_SAYS(rkv.score(0, cache.view(0), sums), "method rkv compares logits");
+  EXPECT_SAYS(rkv.select(0, matrix), "method rkv reads the keys");
   AnyCompressor knorm{AnyPlan{shape, "knorm", settings()}};
   knorm.begin(tokens);
   EXPECT_SAYS(knorm.select(2, sums), "method knorm reads the keys");

@@ -571,7 +571,8 @@ int main(void) {
                                         "expected-attention",
                                         "expected-attention-adaptive",
                                         "q-filter",
-                                        "triattention"};
+                                        "triattention",
+                                        "rkv"};
   write_statistics();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;

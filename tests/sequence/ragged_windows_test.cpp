@@ -138,6 +138,7 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   check(score::LagKv{{.lag = 6, .window = window}});
   check(score::Cur{{.window = window}});
   check(score::ChunkKv{score::SnapKv{{.window = window}}, {.chunk = 5}});
+  check(score::RKv{{.window = window}});
   check(score::Random{{.window = window}});
   check(score::ExpectedAttention{reference::query_statistics(shape), {.window = window}});
   check(score::QFilter{reference::query_statistics(shape), {.window = window}});

@@ -67,6 +67,14 @@ struct KeyDiff {
   }
 };
 
+struct RKv {
+  static constexpr const char* name = "RKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::RKv{{.window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
 struct LagKv {
   static constexpr const char* name = "LagKv";
   static auto plan(const Layer<float>& layer) {
@@ -110,8 +118,8 @@ struct RandomRows {
 
 template <class M>
 struct EveryViewOfBaselines : testing::Test {};
-using EveryViewOfBaselinesMethods =
-    testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, LagKv, Cur, ChunkKv, HeadMean, RandomRows>;
+using EveryViewOfBaselinesMethods = testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, LagKv, Cur,
+                                                   ChunkKv, HeadMean, RKv, RandomRows>;
 TYPED_TEST_SUITE(EveryViewOfBaselines, EveryViewOfBaselinesMethods, reference::MethodNames);
 
 TYPED_TEST(EveryViewOfBaselines, GivesThePlainCachesResult) {

@@ -16,13 +16,14 @@ enum class Needs {
   keys,              ///< the keys in the cache
   keys_and_values,   ///< both as they stand in the cache, and no query
   window_attention,  ///< the window's queries with the keys, or the attention matrix itself
+  window_queries,    ///< the window's queries with the keys: attention computed already does not do
   all_queries,       ///< the attention of every query of the prompt
   repeats,           ///< the queries of tokens that repeat the context: `Compressor::observe`
 };
 
 /// Whether a scorer must be shown queries or attention.
 constexpr bool observes(Needs needs) {
-  return needs == Needs::window_attention || needs == Needs::all_queries;
+  return needs == Needs::window_attention || needs == Needs::window_queries || needs == Needs::all_queries;
 }
 /// Whether attention alone cannot take the place of the layer's view.
 constexpr bool reads_rows(Needs needs) { return needs == Needs::keys || needs == Needs::keys_and_values; }

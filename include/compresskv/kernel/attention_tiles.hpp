@@ -23,9 +23,9 @@ namespace compresskv::kernel {
 
 namespace detail {
 
-/// Logits of rows [first, first + count) of one KV head, across its runs.
+/// Logits of rows [first, first + count) of one KV head, across its runs: of row r at `out[r - first]`.
 template <KvView V>
-void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
+void logits_of_tile(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
                     const PackedQueries& queries, float scale, float* buffer, float* out,
                     std::size_t out_stride) {
   std::size_t begin = 0;
@@ -35,11 +35,19 @@ void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::si
     const std::size_t to = (std::min)(first + count, begin + run.rows);
     if (from < to) {
       with_element(run, [&](const auto& keys) {
-        logits(keys, from - begin, to - from, queries, scale, buffer, out + from, out_stride);
+        logits(keys, from - begin, to - from, queries, scale, buffer, out + (from - first), out_stride);
       });
     }
     begin += run.rows;
   }
+}
+
+/// The same, of row r at `out[r]`.
+template <KvView V>
+void logits_of_rows(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
+                    const PackedQueries& queries, float scale, float* buffer, float* out,
+                    std::size_t out_stride) {
+  logits_of_tile(kv, kv_head, first, count, queries, scale, buffer, out + first, out_stride);
 }
 
 /// Merges the softmax of a row's tiles. Each sum becomes the factor that turns the values of its tile into

@@ -38,11 +38,10 @@ struct GroupSize {
   std::size_t queries_per_pass = 1;  ///< of all these heads
 };
 
-/// `sums` is how many arrays of one float a row each head has beside its logits, `key_buffer` how many floats
-/// each tile has for its keys.
-inline GroupSize group_size(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
-                            std::size_t window, std::size_t sums, std::size_t key_buffer,
-                            std::size_t held_bytes) {
+/// Floats that a layer's scorer may hold for itself. `key_buffer` is how many floats each tile has for its
+/// keys.
+inline std::size_t spare_floats(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
+                                std::size_t key_buffer, std::size_t held_bytes) {
   // A twentieth of the 1 % is for what does not grow with the rows.
   const std::size_t allowed = rows * shape.layers * shape.kv_heads * row_bytes / 2000 * 19;
   // Scores and selection of each KV head, one head's pooled scores, 1.1 bits of position for each row, KV
@@ -50,8 +49,15 @@ inline GroupSize group_size(const ModelShape& shape, std::size_t row_bytes, std:
   const std::size_t others = (2 * shape.kv_heads + 1) * rows * sizeof(float) +
                              (shape.layers + 1) * shape.kv_heads * rows * 11 / 80 +
                              tile_count(rows) * key_buffer * sizeof(float) + held_bytes;
+  return allowed <= others ? 0 : (allowed - others) / sizeof(float);
+}
+
+/// `sums` is how many arrays of one float a row each head has beside its logits; the rest as `spare_floats`.
+inline GroupSize group_size(const ModelShape& shape, std::size_t row_bytes, std::size_t rows,
+                            std::size_t window, std::size_t sums, std::size_t key_buffer,
+                            std::size_t held_bytes) {
   const std::size_t arrays =
-      allowed <= others ? 0 : (allowed - others) / (logits_stride(rows) * sizeof(float));
+      spare_floats(shape, row_bytes, rows, key_buffer, held_bytes) / logits_stride(rows);
   const std::size_t heads = arrays / (window + sums);
   if (heads > 0) {
     return {.heads = heads, .queries_per_pass = heads * window};

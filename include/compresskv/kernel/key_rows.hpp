@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/kernel/row_reader.hpp"
 #include "compresskv/view/kv_view.hpp"
 
@@ -13,6 +14,20 @@ namespace compresskv::kernel {
 template <KvView V, class Visit>
 void for_each_key(const V& kv, std::size_t kv_head, float* buffer, Visit&& visit) {
   RowReader<Part::keys, V>(kv, kv_head, buffer).read_to(kv.rows(kv_head), visit);
+}
+
+/// Decodes the key of one row to `head_dim` float32. Cost: a look at each run before it.
+template <KvView V>
+void read_key(const V& kv, std::size_t kv_head, std::size_t row, float* out) {
+  std::size_t begin = 0;
+  for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
+    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    if (row < begin + run.rows) {
+      with_element(run, [&](const auto& keys) { decode_row(keys, row - begin, kv.head_dim(), out); });
+      return;
+    }
+    begin += run.rows;
+  }
 }
 
 /// Square of a decoded row's Euclidean length. Sums in float64, in order.

@@ -60,6 +60,7 @@ template <class P>
 class SequenceOf final : public AnySequence {
   using S = typename P::scorer_type;
   static constexpr bool repeats = S::needs == Needs::repeats;
+  static constexpr bool by_queries = S::needs == Needs::window_queries;
 
  public:
   SequenceOf(const MethodInfo& info, const P& plan, AnyExecutor executor)
@@ -191,9 +192,16 @@ class SequenceOf final : public AnySequence {
       if (const auto* queries = std::get_if<AnyQueries>(&observation.held())) {
         return f(*queries);
       }
-      require(!std::holds_alternative<std::monostate>(observation.held()), "method ", info_->name,
-              " needs the window's attention: give a QueryWindow, an AttentionMatrix or another Observation");
-      return with_attention<R>(observation, f);
+      if constexpr (by_queries) {
+        fail<ArgumentError>("method ", info_->name,
+                            " compares logits, which attention no longer shows: give the window's queries, a "
+                            "QueryWindow");
+      } else {
+        require(
+            !std::holds_alternative<std::monostate>(observation.held()), "method ", info_->name,
+            " needs the window's attention: give a QueryWindow, an AttentionMatrix or another Observation");
+        return with_attention<R>(observation, f);
+      }
     }
   }
 
@@ -208,6 +216,8 @@ class SequenceOf final : public AnySequence {
   R from_attention(const AnyObservation& observation, F&& f) const {
     if constexpr (repeats) {
       fail_of_repeats();
+    } else if constexpr (by_queries) {
+      fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
     } else if constexpr (reads_rows(S::needs)) {
       fail<ArgumentError>("method ", info_->name,
                           S::needs == Needs::keys ? " reads the keys" : " reads keys and values",

@@ -31,8 +31,9 @@ struct PooledWindow {
 /// Throws ArgumentError for no window, or an even pooling width where `options` has one.
 template <Needs N>
 void check_window(const auto& options) {
-  detail::require(options.window > 0, "window is 0: at least the last ",
-                  N == Needs::window_attention ? "query must observe" : "token must stay");
+  detail::require(
+      options.window > 0, "window is 0: at least the last ",
+      N == Needs::window_attention || N == Needs::window_queries ? "query must observe" : "token must stay");
   if constexpr (requires { options.pool_width; }) {
     kernel::check_pool_width(options.pool_width);
   }

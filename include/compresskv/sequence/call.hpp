@@ -44,6 +44,7 @@ enum class Fault {
   partial_view,
   no_observation,
   no_attention,
+  no_queries,
   queries_alone,
   keys_needed,
   values_needed,
@@ -91,6 +92,9 @@ consteval bool fits() {
   static_assert(fault != no_attention,
                 "select() takes the scores that score() filled, with this plan's granularity, or attention: "
                 "an AttentionMatrix or AttentionSums");
+  static_assert(fault != no_queries,
+                "this scorer compares logits, which attention no longer shows: give it the window's queries, "
+                "a QueryWindow");
   static_assert(fault != queries_alone,
                 "queries need the keys: give the layer's view as well, to score() or compress()");
   static_assert(fault != keys_needed,
@@ -160,7 +164,9 @@ constexpr Fault of_views() {
 
 template <class P, class O>
 constexpr Fault of_observation() {
-  return unless(!observes(P::scorer_type::needs) || Observation<O>, Fault::no_observation);
+  constexpr Needs needs = P::scorer_type::needs;
+  return first({unless(!observes(needs) || Observation<O>, Fault::no_observation),
+                unless(needs != Needs::window_queries || QueryObservation<O>, Fault::no_queries)});
 }
 
 template <class Reduce>
@@ -202,11 +208,12 @@ constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>
 
 /// Scores or a selection from attention alone.
 template <class P, class O>
-constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
-                                   unless(KeylessObservation<O>, Fault::no_attention),
-                                   unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed),
-                                   unless(P::scorer_type::needs != Needs::keys_and_values,
-                                          Fault::values_needed)});
+constexpr Fault attention =
+    first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
+           unless(KeylessObservation<O>, Fault::no_attention),
+           unless(P::scorer_type::needs != Needs::keys && P::scorer_type::needs != Needs::window_queries,
+                  Fault::keys_needed),
+           unless(P::scorer_type::needs != Needs::keys_and_values, Fault::values_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});

@@ -232,7 +232,9 @@ class Sequence {
   const llama_model* model() const { return llama_get_model(place_.context); }
   llama_memory_t memory() const { return llama_get_memory(place_.context); }
   static bool is_empty(const Place& place) { return detail::is_empty(place); }
-  bool wants_queries() const { return plan().needs() == Needs::window_attention; }
+  bool wants_queries() const {
+    return plan().needs() == Needs::window_attention || plan().needs() == Needs::window_queries;
+  }
 
   /// Whether some layers have a window: where that is not known yet, whether the model's family has.
   bool slides() const {
