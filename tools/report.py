@@ -24,7 +24,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", "KV MiB", "compress ms"]
-LABELS = {"perplexity": "loss of what follows, nats a token", "error": "relative error of attention outputs"}
+LABELS = {
+    "perplexity": "loss of what follows, nats a token",
+    "long-loss": "loss of 1,024 tokens on a budget, nats a token",
+    "error": "relative error of attention outputs",
+}
 
 
 def place(record):
@@ -100,7 +104,7 @@ def score(record):
     """Per cent where a question was asked, else what was measured: perplexities as losses, whose mean means something."""
     if "right" in record:
         return 100.0 * record["right"]
-    return np.log(record["perplexity"]) if record["task"] == "perplexity" else record["error"]
+    return np.log(record["perplexity"]) if "perplexity" in record else record["error"]
 
 
 def interval(values, draws, generator):

@@ -328,8 +328,8 @@ TaskPrompt ruled(const ModelEngine& loaded, const Haystack& haystack, const Prom
 }
 
 /// A stretch of the text itself, and what follows it.
+template <std::size_t continuation>
 TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
-  constexpr std::size_t continuation = 64;
   Draw draw{place, 6};
   const auto sentences = haystack.sentences();
   std::string text;
@@ -363,7 +363,7 @@ struct TaskInfo {
   Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 9> tasks = {{
+constexpr std::array<TaskInfo, 10> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
     {"keys", "four facts alike about different things, one of which is asked for", several_keys},
     {"values", "two facts about one thing, both asked for", several_values},
@@ -372,8 +372,10 @@ constexpr std::array<TaskInfo, 9> tasks = {{
     {"turns", "a second question, about another fact, once the cache was compressed for the first",
      two_turns},
     {"rules", "a rule of the system message in front of a long text: the answer follows it", ruled},
-    {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text, Measure::perplexity},
-    {"error", "relative error of each layer's attention output over them", plain_text,
+    {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text<64>, Measure::perplexity},
+    {"long-loss", "perplexity of the 1024 that follow it, the cache cut to its budget again every 128 tokens",
+     plain_text<1024>, Measure::long_loss},
+    {"error", "relative error of each layer's attention output over the first 64", plain_text<64>,
      Measure::attention_error},
 }};
 
