@@ -25,8 +25,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", "KV MiB", "compress ms"]
-LABELS = {"perplexity": "loss of what follows, nats a token", "later-loss": "loss of the passage quoted, nats a token",
-          "error": "relative error of attention outputs"}
+LABELS = {
+    "perplexity": "loss of what follows, nats a token",
+    "later-loss": "loss of the passage quoted, nats a token",
+    "long-loss": "loss of 1,024 tokens on a budget, nats a token",
+    "error": "relative error of attention outputs",
+}
 ASKED = {"rules": "rule followed, %", "later": "single questions right, %", "later-many": "single questions right, %"}
 
 

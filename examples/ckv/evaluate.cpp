@@ -652,6 +652,20 @@ void evaluate(const EvaluateArguments& arguments) {
       }
     }
   }
+  const auto long_loss = std::find_if(arguments.tasks.begin(), arguments.tasks.end(), [](const auto& task) {
+    return measure_of(task) == Measure::long_loss;
+  });
+  if (long_loss != arguments.tasks.end()) {
+    if (arguments.model.is_llama_cpp()) {
+      needs_small_engine(fmt::format("--tasks {}", *long_loss),
+                         "a cache that is compressed again and again as it grows");
+    }
+    if (!arguments.ratios.empty()) {
+      throw UsageError(
+          fmt::format("--tasks {} does not go with --ratios: a share would grow with the text; give --tokens",
+                      *long_loss));
+    }
+  }
   if (arguments.ratios.empty() && arguments.tokens.empty()) {
     throw UsageError("no budget: give --ratios, --tokens or both");
   }
@@ -682,6 +696,15 @@ void evaluate(const EvaluateArguments& arguments) {
     files.statistics.clear();
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
+  for (const Variant& variant : variants) {
+    const std::string_view why = why_not_while_decoding(variant.how.method);
+    if (long_loss != arguments.tasks.end() && !why.empty()) {
+      throw UsageError(
+          fmt::format("--tasks {} compresses each layer again by the last queries, which --methods {} does "
+                      "not, as it {}: drop one",
+                      *long_loss, variant.method, why));
+    }
+  }
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
   const std::unique_ptr<ModelEngine> model =
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);

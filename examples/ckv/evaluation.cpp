@@ -32,6 +32,7 @@ class HeldInSmallEngine final : public HeldPrompt {
     const bool beside = prompt_->measure == Measure::attention_error;
     std::vector<engine::Sequence> sequences;  // that have not answered yet
     std::vector<Outcome> outcomes;
+    std::vector<std::unique_ptr<PromptCompressor>> compressors(ways.size());
     std::size_t answered = 0;  // outcomes
     const auto show = [&](std::string_view what) {
       const double compressed = static_cast<double>(outcomes.size() - answered) / 3.0;
@@ -39,7 +40,7 @@ class HeldInSmallEngine final : public HeldPrompt {
     };
     const auto answer = [&] {
       show("answering");
-      finish(sequences, std::span(outcomes).subspan(answered));
+      finish(sequences, std::span(outcomes).subspan(answered), std::span(compressors).subspan(answered));
       sequences.clear();
       answered = outcomes.size();
     };
@@ -55,7 +56,9 @@ class HeldInSmallEngine final : public HeldPrompt {
         }
         outcomes.push_back(std::move(outcome));
       } else {
-        auto [sequence, outcome] = evaluation_.compress(read_, *ways[i], beside, std::move(repeated[i]));
+        auto [sequence, outcome] =
+            evaluation_.compress(read_, *ways[i], beside, std::move(repeated[i]),
+                                 prompt_->measure == Measure::long_loss ? &compressors[i] : nullptr);
         if (beside) {
           outcome.errors = evaluation_.attention_errors(*prompt_, sequence);
         } else {
@@ -89,13 +92,17 @@ class HeldInSmallEngine final : public HeldPrompt {
   }
 
   /// Answers, or what is measured instead.
-  void finish(std::span<engine::Sequence> sequences, std::span<Outcome> outcomes) const {
+  void finish(std::span<engine::Sequence> sequences, std::span<Outcome> outcomes,
+              std::span<const std::unique_ptr<PromptCompressor>> compressors) const {
     std::vector<engine::Sequence*> batch;
     for (engine::Sequence& sequence : sequences) {
       batch.push_back(&sequence);
     }
-    if (prompt_->measure == Measure::perplexity) {
-      const std::vector<double> values = evaluation_.perplexities(*prompt_, batch);
+    if (prompt_->measure != Measure::none) {
+      const std::vector<double> values =
+          prompt_->measure == Measure::long_loss
+              ? evaluation_.perplexities_on_budgets(*prompt_, batch, compressors)
+              : evaluation_.perplexities(*prompt_, batch);
       for (std::size_t i = 0; i < outcomes.size(); ++i) {
         outcomes[i].perplexity = values[i * prompt_->copies()];
       }
@@ -205,7 +212,8 @@ std::vector<std::unique_ptr<PromptCompressor>> Evaluation::repeat(
 
 std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, const Compression& how,
                                                           bool beside,
-                                                          std::unique_ptr<PromptCompressor> repeated) const {
+                                                          std::unique_ptr<PromptCompressor> repeated,
+                                                          std::unique_ptr<PromptCompressor>* goes_on) const {
   Outcome outcome;
   const std::size_t tokens = prompt.sequence.next_position();
   const bool by_sums = wants_all_queries(how.method);
@@ -220,8 +228,7 @@ std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, co
   }
   auto start = Clock::now();
   const bool by_repeats = repeated != nullptr;
-  const auto compressor =
-      by_repeats ? std::move(repeated) : make_compressor(how, shape_, loaded_->model.pool());
+  auto compressor = by_repeats ? std::move(repeated) : make_compressor(how, shape_, loaded_->model.pool());
   if (!by_repeats) {
     compressor->begin(tokens);
   }
@@ -258,6 +265,9 @@ std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, co
   if (!beside && outcome.rows != rows_of(sequence)) {
     throw engine::Error(fmt::format("{} says that it keeps {} rows, the cache holds {}",
                                     info(how.method).name, outcome.rows, rows_of(sequence)));
+  }
+  if (goes_on != nullptr) {
+    *goes_on = std::move(compressor);
   }
   return {std::move(sequence), outcome};
 }
@@ -344,6 +354,37 @@ std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,
   });
   for (double& sum : sums) {
     sum = std::exp(sum / static_cast<double>(prompt.continuation.size()));
+  }
+  return sums;
+}
+
+std::vector<double> Evaluation::perplexities_on_budgets(
+    const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
+    std::span<const std::unique_ptr<PromptCompressor>> compressors) const {
+  std::vector<RecentQueries> recent;  // [sequence], of a whole step
+  for (engine::Sequence* const sequence : sequences) {
+    recent.emplace_back(loaded_->model.config(), long_loss_step);
+    sequence->hooks().queries = [&recent, i = recent.size() - 1](int layer, std::span<const float> queries) {
+      recent[i].add(layer, queries);
+    };
+  }
+  std::vector<double> sums(sequences.size(), 0.0);
+  std::size_t fed = 0;
+  feed(prompt, sequences, [&](TokenId token) {
+    for (std::size_t i = 0; i < sequences.size(); ++i) {
+      sums[i] += surprise(sequences[i]->logits(), token);
+      if (fed > 0 && fed % long_loss_step == 0 && compressors[i] != nullptr) {
+        compressors[i]->begin_turn(sequences[i]->next_position());
+        sequences[i]->revisit([&](engine::LayerView& layer) {
+          compressors[i]->compress(layer, {.queries = recent[i].view(layer.layer)});
+        });
+      }
+    }
+    ++fed;
+  });
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    sequences[i]->hooks().queries = {};
+    sums[i] = std::exp(sums[i] / static_cast<double>(prompt.continuation.size()));
   }
   return sums;
 }

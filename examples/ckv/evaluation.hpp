@@ -108,10 +108,11 @@ class Evaluation {
 
   /// A copy of the prompt's cache that holds what the method keeps, by `repeated` where that has seen the
   /// context's repeats; `beside`: the whole cache, with what the
-  /// method keeps as its shadow.
+  /// method keeps as its shadow. `goes_on` is given the compressor, to compress the copy again.
   std::pair<engine::Sequence, Outcome> compress(ReadPrompt& prompt, const Compression& how,
                                                 bool beside = false,
-                                                std::unique_ptr<PromptCompressor> repeated = nullptr) const;
+                                                std::unique_ptr<PromptCompressor> repeated = nullptr,
+                                                std::unique_ptr<PromptCompressor>* goes_on = nullptr) const;
 
   std::size_t rows_of(const engine::Sequence& sequence) const;
 
@@ -124,6 +125,12 @@ class Evaluation {
   /// Perplexity of each sequence over what the text goes on with.
   std::vector<double> perplexities(const TaskPrompt& prompt,
                                    std::span<engine::Sequence* const> sequences) const;
+
+  /// The same where each sequence's compressor, if it has one, cuts the cache to its budget again after every
+  /// `long_loss_step` tokens.
+  std::vector<double> perplexities_on_budgets(
+      const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
+      std::span<const std::unique_ptr<PromptCompressor>> compressors) const;
 
   /// || full - kept || / || full || of each layer's attention output, mean over what the text goes on with.
   std::vector<double> attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const;

@@ -103,12 +103,12 @@ Compression compression_of(const GenerateArguments& arguments) {
         "drop one",
         how.working_rows, method.name));
   }
-  if (arguments.decode_every > 0 &&
-      (how.method == Method::full || reaches_back(how.method) || wants_all_queries(how.method))) {
-    throw UsageError(fmt::format(
-        "--decode-every {} compresses each layer again by the last queries, which --method {} does not: drop "
-        "one",
-        arguments.decode_every, method.name));
+  if (const std::string_view why = why_not_while_decoding(how.method);
+      arguments.decode_every > 0 && !why.empty()) {
+    throw UsageError(
+        fmt::format("--decode-every {} compresses each layer again by the last queries, which --method {} "
+                    "does not, as it {}: drop one",
+                    arguments.decode_every, method.name, why));
   }
   if (how.working_rows > 0 && how.working_rows < window_of(how)) {
     throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace ckv {
@@ -63,6 +64,20 @@ constexpr bool wants_all_queries(Method method) { return method == Method::h2o; 
 constexpr bool reaches_back(Method method) {
   return method == Method::cake || method == Method::carried || method == Method::model_wide ||
          method == Method::blend || method == Method::blend_carried || info(method).repeats;
+}
+
+/// Why a method does not compress again while the answer grows; empty where it does.
+constexpr std::string_view why_not_while_decoding(Method method) {
+  if (method == Method::full) {
+    return "keeps every row";
+  }
+  if (info(method).repeats) {
+    return "feeds the whole context once more";
+  }
+  if (wants_all_queries(method)) {
+    return "wants the queries of all tokens";
+  }
+  return reaches_back(method) ? "cuts a layer only when others have come" : "";
 }
 
 /// Names of all methods, as the command line takes them.

@@ -429,8 +429,8 @@ TaskPrompt quoted_later(const ModelEngine& loaded, const Haystack& haystack, con
 }
 
 /// A stretch of the text itself, and what follows it.
+template <std::size_t continuation>
 TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
-  constexpr std::size_t continuation = continuation_tokens;
   Draw draw{place, 6};
   const auto sentences = haystack.sentences();
   std::string text;
@@ -464,7 +464,7 @@ struct TaskInfo {
   Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 12> tasks = {{
+constexpr std::array<TaskInfo, 13> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
     {"keys", "four facts alike about different things, one of which is asked for", several_keys},
     {"values", "two facts about one thing, both asked for", several_values},
@@ -478,9 +478,12 @@ constexpr std::array<TaskInfo, 12> tasks = {{
     {"later-many", "the same with four facts alike, three of which are asked for", later_of_many},
     {"later-loss", "perplexity of 64 tokens of the text, quoted once it was compressed", quoted_later,
      Measure::perplexity},
-    {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text, Measure::perplexity},
-    {"error", "relative error of each layer's attention output over them", plain_text,
-     Measure::attention_error},
+    {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text<continuation_tokens>,
+     Measure::perplexity},
+    {"long-loss", "perplexity of the 1024 that follow it, the cache cut to its budget again every 128 tokens",
+     plain_text<1024>, Measure::long_loss},
+    {"error", "relative error of each layer's attention output over the first 64",
+     plain_text<continuation_tokens>, Measure::attention_error},
 }};
 
 }  // namespace

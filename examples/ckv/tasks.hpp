@@ -22,7 +22,10 @@ struct PromptPlace {
 };
 
 /// Where a task measures: what.
-enum class Measure { none, perplexity, attention_error };
+enum class Measure { none, perplexity, long_loss, attention_error };
+
+/// Tokens of `Measure::long_loss` after which the cache is cut to its budget again.
+inline constexpr std::size_t long_loss_step = 128;
 
 /// What follows a text that was compressed before anyone knew of it.
 struct Later {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runs.hpp"
@@ -50,8 +51,8 @@ TEST_F(DecodingOnABudget, HoldsAThousandTokensInItsRowsAndNMore) {
 }
 
 TEST_F(DecodingOnABudget, EveryDecoderKeepsIt) {
-  for (const ckv::Method method :
-       {ckv::Method::snapkv, ckv::Method::streaming, ckv::Method::compresskv, ckv::Method::tova}) {
+  for (const ckv::Method method : {ckv::Method::snapkv, ckv::Method::streaming, ckv::Method::compresskv,
+                                   ckv::Method::tova, ckv::Method::rkv}) {
     const ckv::RunResult result = write(method, 80);
     EXPECT_LE(result.rows_peak, rows + every) << ckv::info(method).name;
     EXPECT_EQ(result.kept[0][0].size(), rows);
@@ -78,12 +79,19 @@ TEST_F(DecodingOnABudget, IsAnOptionOfGenerate) {
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_EQ(outcome.json().at("rows_peak"), 20);
   EXPECT_EQ(outcome.json().at("settings").at("decode_every"), 4);
-  for (const char* method : {"full", "cake", "h2o"}) {
+  EXPECT_EQ(with({"--method", "rkv", "--rows", "16", "--decode-every", "4"}).json().at("rows_peak"), 20);
+  const std::vector<std::pair<const char*, const char*>> refused = {
+      {"full", "keeps every row"},
+      {"cake", "cuts a layer only when others have come"},
+      {"blend-carried", "cuts a layer only when others have come"},
+      {"kvzip", "feeds the whole context once more"},
+      {"h2o", "wants the queries of all tokens"}};
+  for (const auto& [method, why] : refused) {
     const Outcome wrong = with({"--method", method, "--rows", "16", "--decode-every", "4"});
     EXPECT_EQ(wrong.code, 2) << method;
     EXPECT_NE(wrong.err.find(std::string("--decode-every 4 compresses each layer again by the last queries, "
                                          "which --method ") +
-                             method + " does not"),
+                             method + " does not, as it " + why + ": drop one"),
               std::string::npos)
         << wrong.err;
   }
