@@ -105,7 +105,7 @@ static const ckv_model model = {layers, query_heads, kv_heads, head_dim, 0};
 static const char* const statistics_file = "c_api_test_statistics.bin";
 
 /* Adds the `bytes` lowest bytes of a number, as the file of query statistics has them. */
-static void put(FILE* file, uint64_t number, unsigned bytes, uint64_t* hash) {
+static void add_bytes(FILE* file, uint64_t number, unsigned bytes, uint64_t* hash) {
   for (unsigned i = 0; i < bytes; ++i) {
     const unsigned char byte = (unsigned char)(number >> (8U * i) & 0xFFU);
     *hash = (*hash ^ byte) * 0x100000001b3U;
@@ -113,10 +113,10 @@ static void put(FILE* file, uint64_t number, unsigned bytes, uint64_t* hash) {
   }
 }
 
-static void put_float(FILE* file, float number, uint64_t* hash) {
+static void add_float(FILE* file, float number, uint64_t* hash) {
   uint32_t bits;
   memcpy(&bits, &number, sizeof(bits));
-  put(file, bits, 4, hash);
+  add_bytes(file, bits, 4, hash);
 }
 
 /* Query statistics by the form that is written down: of heads whose queries are all alike. */
@@ -129,26 +129,26 @@ static void write_statistics(void) {
   FILE* const file = fopen(statistics_file, "wb");
   CHECK(file != NULL);
   if (file == NULL) return;
-  for (size_t i = 0; i < 8; ++i) put(file, (unsigned char)magic[i], 1, &hash);
-  for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); ++i) put(file, numbers[i], 4, &hash);
+  for (size_t i = 0; i < 8; ++i) add_bytes(file, (unsigned char)magic[i], 1, &hash);
+  for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); ++i) add_bytes(file, numbers[i], 4, &hash);
   for (size_t i = 0; i < 2; ++i) {
     uint64_t bits;
     memcpy(&bits, &rotation[i], sizeof(bits));
-    put(file, bits, 8, &hash);
+    add_bytes(file, bits, 8, &hash);
   }
   for (size_t h = 0; h < (size_t)layers * query_heads; ++h) {
     float mean[head_dim];
-    put(file, 1, 8, &hash);
+    add_bytes(file, 1, 8, &hash);
     for (size_t e = 0; e < head_dim; ++e) {
       mean[e] = next_number();
-      put_float(file, mean[e], &hash);
+      add_float(file, mean[e], &hash);
     }
     for (size_t j = 0; j < head_dim / 2; ++j) {
-      put_float(file, sqrtf(mean[j] * mean[j] + mean[j + head_dim / 2] * mean[j + head_dim / 2]), &hash);
+      add_float(file, sqrtf(mean[j] * mean[j] + mean[j + head_dim / 2] * mean[j + head_dim / 2]), &hash);
     }
-    for (size_t i = 0; i < (size_t)head_dim * (head_dim + 1) / 2; ++i) put_float(file, 0.0F, &hash);
+    for (size_t i = 0; i < (size_t)head_dim * (head_dim + 1) / 2; ++i) add_float(file, 0.0F, &hash);
   }
-  put(file, hash, 8, &unused);
+  add_bytes(file, hash, 8, &unused);
   CHECK(fclose(file) == 0);
 }
 
