@@ -15,7 +15,11 @@ namespace {
 
 static_assert(score::Scorer<score::Cake> && score::Scorer<score::Carried> &&
               score::Scorer<score::GroupedRetrieval>);
+static_assert(score::Scorer<score::ChunkKv<score::SnapKv>> && score::Scorer<score::Cur> &&
+              score::Scorer<score::HeadMean<score::SnapKv>> && score::Scorer<score::LagKv>);
 static_assert(score::Scorer<score::H2O> && score::Scorer<score::KeyDiff> && score::Scorer<score::Knorm>);
+static_assert(score::Scorer<score::ExpectedAttention> && score::Scorer<score::QFilter> &&
+              score::Scorer<score::TriAttention>);
 static_assert(score::Scorer<score::ModelWide> && score::Scorer<score::Random> &&
               score::Scorer<score::SemanticRetrieval>);
 static_assert(score::Scorer<score::SnapKv> && score::Scorer<score::StreamingLlm> &&

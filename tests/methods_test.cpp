@@ -10,10 +10,12 @@
 #include <numeric>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/queries.hpp"
 
 namespace compresskv {
 namespace {
@@ -28,7 +30,9 @@ MethodSettings settings_of(std::size_t rows) {
   return {.budget = Budget::tokens_per_layer(rows),
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
-          .window = 8};
+          .statistics = reference::query_statistics(shape),
+          .window = 8,
+          .lag = 16};
 }
 
 TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
@@ -53,6 +57,11 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
   const MethodSettings library;
   EXPECT_EQ(blend.shares.sinks, library.sinks);
   EXPECT_EQ(blend.shares.model_share, library.model_share);
+  EXPECT_EQ(score::LagKv::Options{}.sinks, library.sinks);
+  EXPECT_EQ(score::LagKv::Options{}.lag, library.lag);
+  EXPECT_EQ(score::Cur::Options{}.sinks, library.sinks);
+  EXPECT_EQ(score::Cur::Options{}.block, library.block);
+  EXPECT_EQ(score::ChunkKvOptions{}.chunk, library.chunk);
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.
@@ -156,7 +165,63 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs raw head scores"});
     }
+    if (row.needs_statistics) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs query statistics"});
+    }
   }
+}
+
+/// What a method is made from reaches its scorer.
+TEST(Methods, TakeOptionsOfTheirOwn) {
+  MethodSettings settings = settings_of(40);
+  settings.sinks = 7;
+  settings.block = 3;
+  settings.chunk = 11;
+  settings.lag = 1;
+  const auto look = [](const auto& scorer, const auto&, const auto&) {
+    if constexpr (requires { scorer.options().block; }) {
+      EXPECT_EQ(scorer.options().block, 3U);
+      EXPECT_EQ(scorer.options().sinks, 7U);
+    } else if constexpr (requires { scorer.options().chunk; }) {
+      EXPECT_EQ(scorer.options().chunk, 11U);
+      EXPECT_EQ(scorer.scorer().options().window, 8U);
+    } else if constexpr (requires { scorer.options().lag; }) {
+      EXPECT_EQ(scorer.options().lag, 33U);
+      EXPECT_EQ(scorer.options().sinks, 7U);
+    } else {
+      ADD_FAILURE() << "another scorer";
+    }
+  };
+  expect_error<ArgumentError>([&] { with_method(Method::lagkv, settings, look); },
+                              {"lag is 1", "at least 2"});
+  settings.lag = 33;
+  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv}) {
+    with_method(method, settings, look);
+  }
+  settings.block = 0;
+  expect_error<ArgumentError>([&] { with_method(Method::cur, settings, look); }, {"block is 0"});
+  settings.chunk = 0;
+  expect_error<ArgumentError>([&] { with_method(Method::chunkkv, settings, look); }, {"chunk is 0"});
+}
+
+/// As the guide's table says it.
+const char* shown_to(Needs needs) {
+  switch (needs) {
+    case Needs::nothing:
+      return "| no | nothing |";
+    case Needs::keys:
+      return "| no | keys |";
+    case Needs::keys_and_values:
+      return "| no | keys, values |";
+    case Needs::window_attention:
+      return "| yes | the window's queries and keys |";
+    case Needs::all_queries:
+      return "| yes | all queries and keys |";
+    case Needs::repeats:
+      return "| no | queries of the context fed once more, keys |";
+  }
+  return "";
 }
 
 TEST(Methods, StandInTheGuide) {
@@ -167,6 +232,14 @@ TEST(Methods, StandInTheGuide) {
     EXPECT_NE(page.find("| `" + std::string(row.name) + "` | " + std::string(row.summary) + " |"),
               std::string::npos)
         << row.name << ": give it a row in docs/methods.md";
+    if (row.method != Method::full) {
+      const std::size_t begin = page.find("| `" + std::string(row.name) + "` | ");
+      const std::string line = page.substr(begin, page.find('\n', begin) - begin);
+      with_method(row.method, settings_of(40), [&](const auto& scorer, const auto&, const auto&) {
+        const std::string shown = shown_to(std::remove_cvref_t<decltype(scorer)>::needs);
+        EXPECT_NE(line.find(shown), std::string::npos) << row.name << " has no " << shown;
+      });
+    }
     if (!row.paper.empty()) {
       EXPECT_NE(page.find("arxiv.org/abs/" + std::string(row.paper)), std::string::npos) << row.name;
     }

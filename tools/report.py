@@ -4,7 +4,8 @@
 Writes into DIR: report.md and report.html (a table a task and length: mean, 95 % bootstrap interval, share of what the
 full cache reaches, KV bytes, ms), accuracy against budget, and for each method length x depth and which tokens each layer
 kept of one prompt, as PNG and SVG.
-Only prompts that the full cache answers are counted. Needs numpy and matplotlib; never needed to build or use the library.
+Only prompts that the full cache answers are counted; where a text is asked several questions, those whose every question it
+answers. Needs numpy and matplotlib; never needed to build or use the library.
 
     tools/report.py results.jsonl report
     tools/report.py results.jsonl report --methods compresskv,snapkv --draws 2000
@@ -24,7 +25,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLUMNS = ["budget", "method", "prompts", "result", "95 % interval", "of full", "KV MiB", "compress ms"]
-LABELS = {"perplexity": "loss of what follows, nats a token", "error": "relative error of attention outputs"}
+LABELS = {"perplexity": "loss of what follows, nats a token", "later-loss": "loss of the passage quoted, nats a token",
+          "error": "relative error of attention outputs"}
+ASKED = {"rules": "rule followed, %", "later": "single questions right, %", "later-many": "single questions right, %"}
 
 
 def place(record):
@@ -93,18 +96,20 @@ def budget_key(budget):
 
 
 def label(task):
-    return LABELS.get(task, "rule followed, %" if task == "rules" else "right, %")
+    return LABELS.get(task) or ASKED.get(task, "right, %")
 
 
 def score(record):
-    """Per cent where a question was asked, else what was measured: perplexities as losses, whose mean means something."""
+    """Per cent where questions were asked, else what was measured: perplexities as losses, whose mean means something."""
+    if "questions" in record:
+        return 100.0 * sum(question["right"] for question in record["questions"]) / len(record["questions"])
     if "right" in record:
         return 100.0 * record["right"]
-    return np.log(record["perplexity"]) if record["task"] == "perplexity" else record["error"]
+    return np.log(record["perplexity"]) if "perplexity" in record else record["error"]
 
 
 def interval(values, draws, generator):
-    """95 % of the means of so many samples drawn with replacement."""
+    """95 % of the means of so many samples drawn with replacement. One value a prompt: questions to one text are drawn together."""
     means = generator.choice(values, (draws, len(values))).mean(axis=1)
     return np.percentile(means, [2.5, 97.5])
 
@@ -143,8 +148,8 @@ def tables(records, draws):
 def settings_text(header):
     settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items() if value is not None)
     return (f"Model {header['model']} (SHA-256 {header['model_sha256']}), version {header['version']}, code path "
-            f"{header['code_path']}; {settings}. Prompts that the full cache answers wrongly are dropped; every method held "
-            f"the same bytes at each budget.")
+            f"{header['code_path']}; {settings}. Prompts that the full cache answers wrongly are dropped, also for one "
+            f"question of several; every method held the same bytes at each budget.")
 
 
 def markdown(header, parts, pictures):

@@ -55,10 +55,11 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 8> names = {"--model",       "model",       "--prompt-file",
-                                                     "--heads",       "--errors",    "--haystack",
-                                                     "--needle-file", "--load-cache"};
-  return std::find(names.begin(), names.end(), option.get_name()) != names.end();
+  constexpr std::array<std::string_view, 9> names = {"--model",       "model",        "--prompt-file",
+                                                     "--heads",       "--errors",     "--haystack",
+                                                     "--needle-file", "--statistics", "--load-cache"};
+  const bool is_flag = option.get_items_expected_max() == 0;  // as is --statistics of calibrate
+  return !is_flag && std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }
 
 /// What is wrong with what lies at a path. A prompt may come through a pipe; the others are read twice. One
@@ -315,7 +316,11 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
         const std::string name = text("model");
         CalibrationFiles made{.heads = folder.path() / (name + "_head_idx.json"),
                               .errors = folder.path() / (name + "_layer_score.jsonl"),
-                              .scores = folder.path() / (name + "_head_scores.json")};
+                              .scores = folder.path() / (name + "_head_scores.json"),
+                              .statistics = folder.path() / (name + "_query_statistics.bin")};
+        if (!fs::exists(made.statistics, failure)) {
+          made.statistics.clear();
+        }
         if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured
           made.errors.clear();
         }

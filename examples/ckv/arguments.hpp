@@ -85,7 +85,8 @@ struct CacheArguments {
 struct CalibrationFiles {
   std::filesystem::path heads;
   std::filesystem::path errors;
-  std::filesystem::path scores = {};  ///< raw, of each head
+  std::filesystem::path scores = {};      ///< raw, of each head
+  std::filesystem::path statistics = {};  ///< of queries; empty where they were not measured
 };
 
 /// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot

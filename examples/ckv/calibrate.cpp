@@ -52,6 +52,7 @@ struct CalibrateArguments {
   std::size_t texts = 5;
   std::size_t jobs = 1;
   bool curves = false;
+  bool statistics = false;
   std::vector<std::size_t> ablate_heads;  // ascending; empty: no ablation
   std::size_t ablate_length = 512;
   std::size_t ablate_prompts = 40;
@@ -67,6 +68,7 @@ struct CalibrateArguments {
 constexpr std::size_t own_needles = 4;    // of the tool's, where no number is given
 constexpr std::size_t curve_prompts = 4;  // of each data set
 constexpr std::size_t ablation_draws = 5;
+constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths
 const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 
 // ---- what is asked for ----
@@ -389,6 +391,24 @@ class CalibrationWork {
   double done_ = 0.0;                 // tokens
 };
 
+/// Query statistics, in a process of its own, as this one may have to fork again. What they came to.
+Json measure_statistics(const CalibrateArguments& arguments, const std::filesystem::path& file) {
+  const std::size_t longest = *std::max_element(arguments.lengths.begin(), arguments.lengths.end());
+  Json told;
+  const auto start = [&] {
+    const auto calibration = std::make_shared<PromptCalibration>(arguments.settings, arguments.model.model,
+                                                                 arguments.model.threads);
+    return [&, calibration](std::size_t, const Take& hand_on) {
+      hand_on(calibration->measure_statistics(longest, statistics_texts, file));
+    };
+  };
+  share_out(
+      1, 1, start, [&](const Json& record) { told = record; }, [](std::size_t) {});
+  told["texts"] = statistics_texts;
+  told["length"] = longest;
+  return told;
+}
+
 // ---- what is told about it ----
 
 /// "SmolLM2-135M-Instruct" of "SmolLM2-135M-Instruct.Q4_1.gguf"; dots inside a name like "3.1" stay.
@@ -424,6 +444,9 @@ std::string command_text(const CalibrateArguments& arguments) {
   }
   if (arguments.curves) {
     text += " --curves";
+  }
+  if (arguments.statistics) {
+    text += " --statistics";
   }
   if (arguments.ablates()) {
     text += fmt::format(" --ablate {} --ablate-length {} --ablate-prompts {}",
@@ -600,7 +623,10 @@ void calibrate(CalibrateArguments& arguments) {
   const auto file = [&](const char* ending) { return arguments.out / (name + ending); };
   const compresskv::HeadScores scores = work.scores().scores(arguments.kind());
   const std::optional<compresskv::LayerErrors> errors = work.errors();
-  const Json told = calibration_json(arguments, name, sha256, records, work);
+  Json told = calibration_json(arguments, name, sha256, records, work);
+  if (arguments.statistics) {
+    told["query_statistics"] = measure_statistics(arguments, file("_query_statistics.bin"));
+  }
   compresskv::io::save_head_scores(file("_head_scores.json"), scores);
   compresskv::io::save_head_scores(file("_classic_scores.json"),
                                    work.scores().scores(HeadScoreKind::classic));
@@ -613,9 +639,10 @@ void calibrate(CalibrateArguments& arguments) {
   print_summary(arguments, work, scores, errors, told);
   fmt::print("\n");
   print_text(fmt::format(
-      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}calibration.json, "
+      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}calibration.json, "
       "records.jsonl",
-      arguments.out.string(), name, errors ? "_layer_score.jsonl, " : ""));
+      arguments.out.string(), name, errors ? "_layer_score.jsonl, " : "",
+      arguments.statistics ? "_query_statistics.bin, " : ""));
 }
 
 /// Throws UsageError where an option was given that needs the small engine.
@@ -629,6 +656,7 @@ void refuse_what_needs_small_engine(const CLI::App& command) {
   };
   refuse({"--texts", "--error-rows", "--curves", "--window", "--heads-per-layer", "--pool"},
          "what a layer loses by eviction (layer errors)");
+  refuse({"--statistics"}, "queries and how they were rotated (query statistics)");
   refuse({"--ablate"}, "a model without some of its heads (masks)");
 }
 
@@ -694,6 +722,11 @@ void add_calibrate(CLI::App& app) {
                     fmt::format("Measure layers at capacities of 16, 32, 64, ... rows, too, on {} prompts of "
                                 "each data set",
                                 curve_prompts));
+  command->add_flag("--statistics", arguments->statistics,
+                    fmt::format("Measure how each head's queries are spread, too, over {} stretches of the "
+                                "haystack of the longest length: NAME_query_statistics.bin, for "
+                                "expected-attention, q-filter and triattention",
+                                statistics_texts));
   CLI::Option* ablate =
       command
           ->add_option("--ablate", arguments->ablate_heads,
@@ -726,10 +759,11 @@ void add_calibrate(CLI::App& app) {
       "Writes NAME_head_idx.json (ranking), NAME_head_scores.json and NAME_classic_scores.json (a score a "
       "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
       "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
-      "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, --texts "
+      "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, "
+      "--statistics, --texts "
       "and --error-rows may be added to a folder later.\n--engine llama.cpp finds the heads of any model "
       "that it "
-      "runs; layer errors and masks need the small engine.");
+      "runs; layer errors, masks and query statistics need the small engine.");
   command->callback([arguments, command] {
     check_engine(arguments->model.engine);
     if (arguments->model.is_llama_cpp()) {

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <compresskv/calibrate/eviction_error_accumulator.hpp>
 #include <compresskv/calibrate/head_score_accumulator.hpp>
+#include <compresskv/calibrate/query_statistics_accumulator.hpp>
 #include <compresskv/calibrate/rouge1_recall.hpp>
+#include <compresskv/core/rotary.hpp>
+#include <compresskv/io/query_statistics_file.hpp>
 #include <map>
 #include <utility>
 
@@ -23,6 +26,62 @@ constexpr std::size_t text_steps = 32;  // that a stretch of text goes on
 Json merged(Json key, Json more) {
   key.update(more);
   return key;
+}
+
+/// The model's rotary embedding as the library has it.
+struct RotaryOfModel {
+  explicit RotaryOfModel(const engine::Model& model) {
+    const engine::ModelConfig& config = model.config();
+    rotary.base = config.rope_base;
+    rotary.dims = static_cast<std::size_t>(config.rope_dimensions);
+    rotary.pairing = compresskv::RotaryPairing::interleaved;
+    if (config.rope_scaling == "linear") {
+      rotary.position_scale = 1.0 / config.rope_factor;
+    }
+    // What base and linear scaling do not say: Llama 3.1's divisors, YaRN's.
+    const auto head_dim = static_cast<std::size_t>(config.head_dim);
+    bool plain = true;
+    for (std::size_t j = 0; j < rotary.pairs(head_dim); ++j) {
+      const auto factor = static_cast<float>(rotary.step(j, head_dim) / model.rope_frequencies()[j]);
+      factors.push_back(factor);
+      plain = plain && factor == 1.0F;
+    }
+    if (!plain) {
+      rotary.frequency_factors = factors;
+    }
+  }
+  RotaryOfModel(const RotaryOfModel&) = delete;
+  RotaryOfModel& operator=(const RotaryOfModel&) = delete;
+  ~RotaryOfModel() = default;
+
+  std::vector<float> factors;
+  compresskv::Rotary rotary;
+};
+
+/// How far the keys of the first layer contradict the rotary embedding at most: those of equal tokens, the
+/// first and the last of each in the text, are equal before rotation.
+double rotary_contradiction(const engine::LayerView& layer, std::span<const TokenId> tokens,
+                            const compresskv::Rotary& rotary) {
+  const auto head_dim = static_cast<std::size_t>(layer.head_dim);
+  const auto key = [&](std::size_t head, std::size_t position) {
+    return std::span<const float>(layer.keys<float>() + (head * layer.allocated_rows + position) * head_dim,
+                                  head_dim);
+  };
+  std::map<TokenId, std::size_t> first;
+  std::map<TokenId, std::size_t> last;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    first.try_emplace(tokens[i], i);
+    last[tokens[i]] = i;
+  }
+  double largest = 0.0;
+  for (const auto& [token, position] : first) {
+    for (std::size_t head = 0; last[token] > position && head < static_cast<std::size_t>(layer.kv_heads);
+         ++head) {
+      largest = std::max(largest, calibrate::rotary_contradiction(rotary, key(head, position), position,
+                                                                  key(head, last[token]), last[token]));
+    }
+  }
+  return largest;
 }
 
 }  // namespace
@@ -91,8 +150,9 @@ PromptCalibration::PromptCalibration(const CalibrationSettings& settings, const 
 const LoadedModel& PromptCalibration::small() const {
   const auto* loaded = dynamic_cast<const LoadedModel*>(loaded_.get());
   if (loaded == nullptr) {
-    throw engine::Error(fmt::format("layer errors and masks need the small engine, the model is loaded in {}",
-                                    loaded_->engine_name()));
+    throw engine::Error(fmt::format(
+        "layer errors, masks and query statistics need the small engine, the model is loaded in {}",
+        loaded_->engine_name()));
   }
   return *loaded;
 }
@@ -171,6 +231,39 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
     }
     hand_on(merged(errors_key(rows, prompt.data_set, prompt.run), {{"steps", steps}, {"errors", sums}}));
   }
+}
+
+Json PromptCalibration::measure_statistics(std::size_t length, std::size_t texts,
+                                           const std::filesystem::path& file) const {
+  constexpr std::size_t first_tokens = 4;      // which attend otherwise than all others
+  constexpr double most_contradiction = 1e-2;  // rounding gives less than 1e-4, another base about 1
+  const LoadedModel& loaded = small();
+  const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
+  const RotaryOfModel of_model{loaded.model};
+  calibrate::QueryStatisticsAccumulator statistics{shape.layers, shape.query_heads, shape.head_dim,
+                                                   of_model.rotary};
+  double contradiction = 0.0;
+  for (std::size_t text = 0; text < texts; ++text) {
+    const std::vector<TokenId> tokens =
+        task_prompt("perplexity", loaded, haystack_, {.length = length, .index = text}).tokens;
+    engine::Sequence sequence{loaded.model};
+    const auto on_layer = [&](engine::LayerView& layer) {
+      if (layer.layer == 0) {
+        contradiction = std::max(contradiction, rotary_contradiction(layer, tokens, of_model.rotary));
+      }
+      statistics.add_queries(static_cast<std::size_t>(layer.layer), queries_of(layer), 0,
+                             std::min(first_tokens, tokens.size() - 1));
+    };
+    sequence.prefill(tokens, {.window = tokens.size(), .on_layer = on_layer, .on_logits = {}});
+  }
+  if (!(contradiction < most_contradiction)) {
+    throw engine::Error(
+        fmt::format("keys of equal tokens differ by {:.3g} of their length once turned back by the model's "
+                    "rotary embedding: the query statistics would be wrong",
+                    contradiction));
+  }
+  compresskv::io::save_query_statistics(file, statistics.statistics());
+  return {{"queries", statistics.count(0, 0)}, {"rotary_contradiction", contradiction}};
 }
 
 void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

@@ -88,6 +88,11 @@ class PromptCalibration {
   void measure_errors(const ErrorPrompt& prompt, const compresskv::HeadRanking& ranking,
                       std::span<const std::size_t> budgets, const Take& hand_on) const;
 
+  /// How the queries of every head are spread over `texts` stretches of the haystack of `length` tokens,
+  /// without the first 4 of each, into `file`; what it came to. Throws engine::Error where the first layer's
+  /// keys of equal tokens contradict the rotary embedding that is written down, and compresskv::FileError.
+  Json measure_statistics(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
+
   /// Whether each of these masks leaves a needle prompt's answer right; a record each. The prompts are those
   /// of the task "needle", by `run`. Ends where the answer is wrong with nothing masked.
   void ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

@@ -94,6 +94,7 @@ compresskv::MethodSettings settings_of(const Compression& how) {
   return {.budget = how.budget.value(),
           .heads = how.heads,
           .scores = how.scores,
+          .statistics = how.statistics,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,
@@ -106,7 +107,10 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .model_heads = how.model_heads,
           .equal_weights = how.equal_weights,
           .sinks = how.sinks,
-          .model_share = how.model_share};
+          .model_share = how.model_share,
+          .lag = how.lag,
+          .block = how.block,
+          .chunk = how.chunk};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

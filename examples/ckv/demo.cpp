@@ -60,9 +60,15 @@ Compression compression_of(const DemoArguments& arguments, const std::string& sh
           arguments.models_dir.string(), arguments.model.model.string()));
     }
     files.heads = found->heads;
+    files.scores = found->scores;
     files.errors = files.errors.empty() ? found->errors : files.errors;
   }
   Compression how{.method = Method::compresskv, .heads = compresskv::io::load_head_ranking(files.heads)};
+  try {
+    how.scores = compresskv::io::load_head_scores(files.scores.empty() ? files.heads : files.scores);
+  } catch (const compresskv::FileError&) {
+    // A bare ranking is enough for all but the blend, which the demo then leaves out.
+  }
   if (!uniform && !files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
   }
@@ -195,7 +201,10 @@ void demo(const DemoArguments& arguments) {
   }
 
   std::vector<std::pair<Method, double>> todo = {{Method::full, 1.0}};
-  for (const Method method : {Method::compresskv, Method::streaming}) {
+  for (const Method method : {Method::blend, Method::compresskv, Method::streaming}) {
+    if (info(method).needs_scores && !compresskv_way.scores) {
+      continue;
+    }
     for (const double ratio : arguments.ratios) {
       todo.emplace_back(method, ratio);
     }

@@ -55,6 +55,7 @@ struct EvaluateArguments {
   std::uint64_t seed = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path statistics;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
   std::size_t max_new_tokens = 32;
@@ -81,7 +82,7 @@ struct MethodOption {
   void (*set)(Compression& how, std::uint64_t number);
 };
 
-constexpr std::array<MethodOption, 10> method_options = {{
+constexpr std::array<MethodOption, 13> method_options = {{
     {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
     {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
     {"heads", "N", 1, most_tokens,
@@ -95,6 +96,9 @@ constexpr std::array<MethodOption, 10> method_options = {{
     {"share", "PERCENT", 0, 100,
      [](Compression& how, std::uint64_t number) { how.model_share = static_cast<double>(number) / 100.0; }},
     {"sinks", "N", 0, most_tokens, [](Compression& how, std::uint64_t number) { how.sinks = number; }},
+    {"lag", "ROWS", 2, most_tokens, [](Compression& how, std::uint64_t number) { how.lag = number; }},
+    {"block", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.block = number; }},
+    {"chunk", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.chunk = number; }},
 }};
 
 std::string method_option_help() {
@@ -161,13 +165,17 @@ Compression parse_method(const std::string& text, const Compression& base,
   return how;
 }
 
-std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
+/// Of `all` those that need query statistics are left out where there are none.
+std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool has_statistics) {
   std::vector<std::string> names;
   for (const std::string& name : arguments.methods) {
     const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
     for (const std::string& method : more) {
       if (name == "all" && arguments.model.is_llama_cpp() &&
           !goes_with_llama_cpp(compresskv::method_named(method).method)) {
+        continue;
+      }
+      if (name == "all" && !has_statistics && compresskv::method_named(method).needs_statistics) {
         continue;
       }
       // The full cache always answers first.
@@ -179,12 +187,12 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments) {
   return names;
 }
 
-/// Whether a method asked for weighs heads by their raw scores.
-bool wants_scores(const EvaluateArguments& arguments) {
-  const auto wanted = wanted_methods(arguments);
-  return std::any_of(wanted.begin(), wanted.end(), [](const std::string& text) {
+/// Whether a method asked for needs what this member of its row says.
+bool wants(const EvaluateArguments& arguments, bool has_statistics, bool MethodInfo::*what) {
+  const auto wanted = wanted_methods(arguments, has_statistics);
+  return std::any_of(wanted.begin(), wanted.end(), [&](const std::string& text) {
     return std::any_of(compresskv::methods.begin(), compresskv::methods.end(), [&](const MethodInfo& row) {
-      return row.needs_scores && row.name == text.substr(0, text.find(':'));
+      return row.*what && row.name == text.substr(0, text.find(':'));
     });
   });
 }
@@ -207,6 +215,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.scores.empty()) {
     base.scores = compresskv::io::load_head_scores(files.scores);
   }
+  if (!files.statistics.empty()) {
+    base.statistics = compresskv::io::load_query_statistics(files.statistics);
+  }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
     errors = compresskv::io::load_layer_errors(files.errors);
@@ -225,6 +236,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
           "DIR` makes one",
           method, arguments.models_dir.string(), arguments.model.model.string()));
     }
+    if (info(variant.how.method).needs_statistics && !base.statistics) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
+    }
     variants.push_back(std::move(variant));
   };
   for (const double ratio : arguments.ratios) {
@@ -232,7 +247,7 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
     }
   }
-  for (const std::string& method : wanted_methods(arguments)) {
+  for (const std::string& method : wanted_methods(arguments, base.statistics.has_value())) {
     for (const double ratio : arguments.ratios) {
       add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
     }
@@ -258,6 +273,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                    {"errors_sha256", file_digest(files.errors)},
                    {"scores_sha256", file_digest(files.scores)},
                    {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
+  if (!files.statistics.empty()) {
+    settings["statistics_sha256"] = file_digest(files.statistics);
+  }
   if (arguments.model.is_llama_cpp()) {
     settings["engine"] = arguments.model.engine;
   }
@@ -284,6 +302,20 @@ Cell cell_of(const Json& record) {
           .budget = record.at("budget").dump()};
 }
 
+/// Of the questions that were asked, those answered rightly. Throws where the record says nothing of it.
+double share_right(const Json& record) {
+  const auto questions = record.find("questions");
+  if (questions == record.end()) {
+    return record.at("right").get<bool>() ? 1.0 : 0.0;
+  }
+  static_cast<void>(questions->at(0));  // one at least
+  std::size_t right = 0;
+  for (const Json& question : *questions) {
+    right += question.at("right").get<bool>() ? 1U : 0U;
+  }
+  return static_cast<double>(right) / static_cast<double>(questions->size());
+}
+
 /// A record's cell, as text. Throws where something is absent or of another kind that the summary wants.
 std::string key_of_cell(const Json& record) {
   const Cell cell = cell_of(record);
@@ -292,6 +324,7 @@ std::string key_of_cell(const Json& record) {
   }
   if (record.contains("right")) {
     record.at("right").get<bool>();
+    share_right(record);
   } else {
     record.at(record.contains("perplexity") ? "perplexity" : "error").get<double>();
   }
@@ -299,7 +332,8 @@ std::string key_of_cell(const Json& record) {
                      cell.method, cell.budget);
 }
 
-/// A prompt that the full cache answers wrongly says nothing about the methods.
+/// A prompt that the full cache answers wrongly says nothing about the methods, nor does one of whose
+/// questions it misses one.
 bool is_dropped(const Json& full_record) { return full_record.value("right", Json(true)) == Json(false); }
 
 class Grid {
@@ -404,7 +438,9 @@ class Grid {
     }
 
     const TaskPrompt prompt = task_prompt(task, *model_, *haystack_, place);
-    common["expect"] = prompt.expect;
+    if (prompt.later.empty()) {
+      common["expect"] = prompt.expect;
+    }
     if (!prompt.rule.kind.empty()) {
       common["rule"] = {{"kind", prompt.rule.kind}, {"says", prompt.rule.says}, {"never", prompt.rule.never}};
     }
@@ -475,9 +511,20 @@ class Grid {
       record["error"] = std::accumulate(outcome.errors.begin(), outcome.errors.end(), 0.0) /
                         static_cast<double>(outcome.errors.size());
       record["layer_errors"] = outcome.errors;
+    } else if (prompt.later.empty()) {
+      record["right"] = is_right(prompt, outcome.answers[0]);
+      record["answer"] = outcome.answers[0];
     } else {
-      record["right"] = is_right(prompt, outcome.answer);
-      record["answer"] = outcome.answer;
+      Json questions = Json::array();
+      bool all = true;
+      for (std::size_t i = 0; i < prompt.later.size(); ++i) {
+        const bool right = is_right(prompt, outcome.answers[i], i);
+        questions.push_back(
+            {{"expect", prompt.later[i].expect}, {"right", right}, {"answer", outcome.answers[i]}});
+        all = all && right;
+      }
+      record["right"] = all;
+      record["questions"] = questions;
     }
     if (!outcome.kept.empty()) {
       record["kept"] = outcome.kept;
@@ -522,7 +569,7 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     Sum& sum = sums[{cell.task, cell.length, cell.budget, cell.method}];
     ++sum.prompts;
     if (record.contains("right")) {
-      sum.value += record.at("right").get<bool>() ? 100.0 : 0.0;
+      sum.value += 100.0 * share_right(record);
       sum.unit = " %";
     } else {
       sum.value += record.value("perplexity", record.value("error", 0.0));
@@ -576,7 +623,9 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
   }
   fmt::print("\n");
-  print_text("result: answers that are right, perplexity, or relative error, as the task is");
+  print_text(
+      "result: answers that are right, also where a text is asked several questions, perplexity, or "
+      "relative error, as the task is");
   if (!variants.empty()) {
     print_text("Every method held the same bytes at each budget: checked.");
   }
@@ -613,15 +662,24 @@ void evaluate(const EvaluateArguments& arguments) {
   check_once("--tasks", arguments.tasks);
   compresskv::io::detail::require_regular(arguments.model.model);
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
-  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
-  if (files.heads.empty()) {
-    if (const auto found = find_calibration(arguments.models_dir, sha256)) {
-      files.heads = found->heads;
-      files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
-      files.scores = found->scores;
-    }
-  } else if (wants_scores(arguments)) {
+  CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  const auto found = files.heads.empty() || files.statistics.empty()
+                         ? find_calibration(arguments.models_dir, sha256)
+                         : std::nullopt;
+  if (files.statistics.empty() && found) {
+    files.statistics = found->statistics;
+  }
+  if (files.heads.empty() && found) {
+    files.heads = found->heads;
+    files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
+    files.scores = found->scores;
+  } else if (!files.heads.empty() && wants(arguments, !files.statistics.empty(), &MethodInfo::needs_scores)) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
+  }
+  // What no method asks for is not looked at, and old records go on without it.
+  if (!wants(arguments, !files.statistics.empty(), &MethodInfo::needs_statistics)) {
+    files.statistics.clear();
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};
@@ -688,6 +746,11 @@ void add_evaluate(CLI::App& app) {
       ->add_option(
           "--errors", arguments->errors,
           "Layer errors, by which the compresskv methods share their budget; default: as with --heads")
+      ->type_name("FILE");
+  command
+      ->add_option("--statistics", arguments->statistics,
+                   "Query statistics, for expected-attention, q-filter and triattention; default: as with "
+                   "--heads. `all` leaves these methods out where there are none")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

@@ -20,6 +20,7 @@ class HeldInSmallEngine final : public HeldPrompt {
  public:
   HeldInSmallEngine(const LoadedModel& loaded, const TaskPrompt& prompt, const HoldOptions& options)
       : prompt_(&prompt),
+        batch_bytes_(options.batch_bytes),
         evaluation_(loaded, options.kv_type, options.max_new_tokens),
         read_(evaluation_.read(prompt.tokens, options.window, options.progress)) {}
 
@@ -29,37 +30,64 @@ class HeldInSmallEngine final : public HeldPrompt {
                                 const std::function<void(double, std::string_view)>& progress) override {
     // Beside the whole cache there is no room for all copies at once.
     const bool beside = prompt_->measure == Measure::attention_error;
-    std::vector<engine::Sequence> sequences;
+    std::vector<engine::Sequence> sequences;  // that have not answered yet
     std::vector<Outcome> outcomes;
+    std::size_t answered = 0;  // outcomes
+    const auto show = [&](std::string_view what) {
+      const double compressed = static_cast<double>(outcomes.size() - answered) / 3.0;
+      progress((static_cast<double>(answered) + compressed) / static_cast<double>(ways.size()), what);
+    };
+    const auto answer = [&] {
+      show("answering");
+      finish(sequences, std::span(outcomes).subspan(answered));
+      sequences.clear();
+      answered = outcomes.size();
+    };
     auto repeated = evaluation_.repeat(read_, prompt_->tokens, ways);
     for (std::size_t i = 0; i < ways.size(); ++i) {
-      progress(static_cast<double>(i) / static_cast<double>(ways.size()) / 3.0, "compressing");
+      show("compressing");
       if (ways[i]->method == Method::full) {
-        outcomes.push_back({.answer = {}, .rows = evaluation_.rows_of(read_.sequence)});
+        Outcome outcome{.rows = evaluation_.rows_of(read_.sequence)};
         if (beside) {
-          outcomes.back().errors.assign(evaluation_.shape().layers, 0.0);
+          outcome.errors.assign(evaluation_.shape().layers, 0.0);
         } else {
-          sequences.push_back(read_.sequence.clone());
+          add(read_.sequence.clone(), sequences, answer);
         }
+        outcomes.push_back(std::move(outcome));
       } else {
         auto [sequence, outcome] = evaluation_.compress(read_, *ways[i], beside, std::move(repeated[i]));
         if (beside) {
           outcome.errors = evaluation_.attention_errors(*prompt_, sequence);
         } else {
-          sequences.push_back(std::move(sequence));
+          add(std::move(sequence), sequences, answer);
         }
         outcomes.push_back(std::move(outcome));
       }
       check_interrupt();
     }
     if (!sequences.empty()) {
-      progress(1.0 / 3.0, "answering");
-      finish(sequences, outcomes);
+      answer();
     }
     return outcomes;
   }
 
  private:
+  /// A copy for each question; where there is no room for them, those before them `answer` first.
+  template <class Answer>
+  void add(engine::Sequence sequence, std::vector<engine::Sequence>& sequences, const Answer& answer) const {
+    std::size_t bytes = prompt_->copies() * sequence.cache_bytes();
+    for (const engine::Sequence& other : sequences) {
+      bytes += other.cache_bytes();
+    }
+    if (bytes > batch_bytes_ && !sequences.empty()) {
+      answer();
+    }
+    for (std::size_t i = 1; i < prompt_->copies(); ++i) {
+      sequences.push_back(sequence.clone());
+    }
+    sequences.push_back(std::move(sequence));
+  }
+
   /// Answers, or what is measured instead.
   void finish(std::span<engine::Sequence> sequences, std::span<Outcome> outcomes) const {
     std::vector<engine::Sequence*> batch;
@@ -68,18 +96,19 @@ class HeldInSmallEngine final : public HeldPrompt {
     }
     if (prompt_->measure == Measure::perplexity) {
       const std::vector<double> values = evaluation_.perplexities(*prompt_, batch);
-      for (std::size_t i = 0; i < batch.size(); ++i) {
-        outcomes[i].perplexity = values[i];
+      for (std::size_t i = 0; i < outcomes.size(); ++i) {
+        outcomes[i].perplexity = values[i * prompt_->copies()];
       }
       return;
     }
-    const std::vector<std::string> answers = evaluation_.answer(*prompt_, batch);
+    std::vector<std::string> answers = evaluation_.answer(*prompt_, batch);
     for (std::size_t i = 0; i < batch.size(); ++i) {
-      outcomes[i].answer = answers[i];
+      outcomes[i / prompt_->copies()].answers.push_back(std::move(answers[i]));
     }
   }
 
   const TaskPrompt* prompt_;
+  std::size_t batch_bytes_;
   Evaluation evaluation_;
   ReadPrompt read_;
 };
@@ -113,14 +142,17 @@ double surprise(std::span<const float> logits, TokenId token) {
   return highest + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
 }
 
-bool is_right(const TaskPrompt& prompt, std::string_view answer) {
+bool is_right(const TaskPrompt& prompt, std::string_view answer, std::size_t copy) {
+  if (!prompt.later.empty()) {
+    return holds(answer, prompt.later[copy].expect);
+  }
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
                      [&](const std::string& expect) { return holds(answer, expect); }) &&
          obeys(prompt.rule, answer);
 }
 
-bool is_settled(const TaskPrompt& prompt, std::string_view answer) {
-  return has_broken(prompt.rule, answer) || (prompt.rule.never.empty() && is_right(prompt, answer));
+bool is_settled(const TaskPrompt& prompt, std::string_view answer, std::size_t copy) {
+  return has_broken(prompt.rule, answer) || (prompt.rule.never.empty() && is_right(prompt, answer, copy));
 }
 
 Evaluation::Evaluation(const LoadedModel& loaded, engine::KvType type, std::size_t max_new_tokens)
@@ -240,11 +272,20 @@ std::size_t Evaluation::rows_of(const engine::Sequence& sequence) const {
   return rows;
 }
 
+/// Each copy reads its own question, where questions come later.
+void Evaluation::read_later(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences) const {
+  for (std::size_t i = 0; !prompt.later.empty() && i < sequences.size(); ++i) {
+    sequences[i]->prefill(prompt.later[i % prompt.later.size()].tokens);
+    check_interrupt();
+  }
+}
+
 /// Greedy answers of all sequences, which advance as one batch: the weights are read once a step. A
 /// sequence that has ended its answer leaves the batch; so does one whose answer is `enough`, since what it
 /// would say after that changes nothing.
-std::vector<std::string> Evaluation::greedy(std::span<engine::Sequence* const> sequences,
-                                            const std::function<bool(const std::string&)>& enough) const {
+std::vector<std::string> Evaluation::greedy(
+    std::span<engine::Sequence* const> sequences,
+    const std::function<bool(std::size_t, const std::string&)>& enough) const {
   std::vector<std::string> answers(sequences.size());
   std::vector<engine::StreamDecoder> texts(sequences.size(), engine::StreamDecoder{loaded_->tokenizer});
   std::vector<std::size_t> open(sequences.size());
@@ -260,7 +301,7 @@ std::vector<std::string> Evaluation::greedy(std::span<engine::Sequence* const> s
         continue;
       }
       answers[i] += texts[i].push(token);
-      if (sequences[i]->next_position() < loaded_->model.config().context && !enough(answers[i])) {
+      if (sequences[i]->next_position() < loaded_->model.config().context && !enough(i, answers[i])) {
         steps.push_back(
             {.sequence = sequences[i], .token = token, .position = sequences[i]->next_position()});
         still.push_back(i);
@@ -280,18 +321,22 @@ std::vector<std::string> Evaluation::greedy(std::span<engine::Sequence* const> s
 std::vector<std::string> Evaluation::answer(const TaskPrompt& prompt,
                                             std::span<engine::Sequence* const> sequences) const {
   if (!prompt.next_turn.empty()) {
-    greedy(sequences, [](const std::string&) { return false; });
+    greedy(sequences, [](std::size_t, const std::string&) { return false; });
     for (engine::Sequence* sequence : sequences) {
       sequence->prefill(prompt.next_turn);
       check_interrupt();
     }
   }
-  return greedy(sequences, [&](const std::string& text) { return is_settled(prompt, text); });
+  read_later(prompt, sequences);
+  return greedy(sequences, [&](std::size_t i, const std::string& text) {
+    return is_settled(prompt, text, i % prompt.copies());
+  });
 }
 
 std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,
                                              std::span<engine::Sequence* const> sequences) const {
   std::vector<double> sums(sequences.size(), 0.0);
+  read_later(prompt, sequences);
   feed(prompt, sequences, [&](TokenId token) {
     for (std::size_t i = 0; i < sequences.size(); ++i) {
       sums[i] += surprise(sequences[i]->logits(), token);

@@ -23,15 +23,16 @@
 
 namespace ckv {
 
-/// Whether an answer holds all that is expected, and follows the rule.
-bool is_right(const TaskPrompt& prompt, std::string_view answer);
+/// Whether an answer holds all that is expected, and follows the rule; `copy`: which of the questions that
+/// come later it answers.
+bool is_right(const TaskPrompt& prompt, std::string_view answer, std::size_t copy = 0);
 
 /// Whether nothing that an answer goes on with changes whether it is right.
-bool is_settled(const TaskPrompt& prompt, std::string_view answer);
+bool is_settled(const TaskPrompt& prompt, std::string_view answer, std::size_t copy = 0);
 
 /// What became of a prompt under one method at one budget.
 struct Outcome {
-  std::string answer;
+  std::vector<std::string> answers = {};  ///< one a copy, where it asks
   std::optional<double> perplexity = std::nullopt;
   std::vector<double> errors = {};                  ///< [layer], where they are measured
   std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
@@ -54,6 +55,8 @@ struct HoldOptions {
   engine::KvType kv_type = engine::KvType::f32;
   std::size_t window = 8;  ///< queries of each layer that methods may look at; 0: all
   std::size_t max_new_tokens = 32;
+  /// Compressed copies that answer as one batch, in bytes of their caches: what is more answers afterwards.
+  std::size_t batch_bytes = std::size_t{4} << 30U;
   std::function<void(double share)> progress = [](double) {};
 };
 
@@ -68,7 +71,8 @@ class HeldPrompt {
   virtual double prefill_ms() const = 0;
 
   /// What comes of a copy of its cache that is compressed in each of these ways, `full` for one that is not:
-  /// answers up to where they are settled, or what the task measures. `progress` hears what is under way.
+  /// answers up to where they are settled, or what the task measures. Where questions come later, each is
+  /// read behind a copy of the copy. `progress` hears what is under way.
   virtual std::vector<Outcome> outcomes(
       std::span<const Compression* const> ways,
       const std::function<void(double share, std::string_view what)>& progress) = 0;
@@ -111,6 +115,8 @@ class Evaluation {
 
   std::size_t rows_of(const engine::Sequence& sequence) const;
 
+  // Where questions come later, `sequences` hold a cache `prompt.copies()` times, and then the next.
+
   /// Answers to the prompt, up to where they are settled; of a prompt of several turns, to its last question.
   std::vector<std::string> answer(const TaskPrompt& prompt,
                                   std::span<engine::Sequence* const> sequences) const;
@@ -124,8 +130,10 @@ class Evaluation {
 
  private:
   compresskv::QueryWindow<float> queries_of(const ReadPrompt& prompt, std::size_t layer) const;
-  std::vector<std::string> greedy(std::span<engine::Sequence* const> sequences,
-                                  const std::function<bool(const std::string&)>& enough) const;
+  void read_later(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences) const;
+  std::vector<std::string> greedy(
+      std::span<engine::Sequence* const> sequences,
+      const std::function<bool(std::size_t sequence, const std::string& text)>& enough) const;
   void feed(const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
             const std::function<void(TokenId)>& before) const;
 

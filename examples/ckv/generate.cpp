@@ -37,12 +37,13 @@ struct GenerateArguments {
   std::string prompt;
   std::filesystem::path prompt_file;
   std::string question;
-  std::string method = std::string(info(Method::compresskv).name);
+  std::string method = std::string(info(Method::blend).name);
   std::size_t rows = 0;
   double ratio = 0.0;
   std::uint64_t bytes = 0;
   std::filesystem::path heads;
   std::filesystem::path errors;
+  std::filesystem::path statistics;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
@@ -118,11 +119,13 @@ Compression compression_of(const GenerateArguments& arguments) {
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
   if (how.method == Method::full) {
-    const std::array<std::pair<const char*, bool>, 5> unused = {{{"--rows", arguments.budget == "rows"},
-                                                                 {"--ratio", arguments.budget == "ratio"},
-                                                                 {"--bytes", arguments.budget == "bytes"},
-                                                                 {"--heads", !arguments.heads.empty()},
-                                                                 {"--errors", !arguments.errors.empty()}}};
+    const std::array<std::pair<const char*, bool>, 6> unused = {
+        {{"--rows", arguments.budget == "rows"},
+         {"--ratio", arguments.budget == "ratio"},
+         {"--bytes", arguments.budget == "bytes"},
+         {"--heads", !arguments.heads.empty()},
+         {"--errors", !arguments.errors.empty()},
+         {"--statistics", !arguments.statistics.empty()}}};
     for (const auto& [option, given] : unused) {
       if (given) {
         throw UsageError(
@@ -135,10 +138,20 @@ Compression compression_of(const GenerateArguments& arguments) {
   return how;
 }
 
-/// The calibration to run with: the user's; for a method that needs heads, where none are given, the one made
-/// from this model file, with its layer errors unless others are given.
+/// The calibration to run with: the user's; for a method that needs heads or query statistics, where none are
+/// given, the one made from this model file, with its layer errors for heads unless others are given.
 CalibrationFiles calibration_of(const GenerateArguments& arguments, const MethodInfo& method) {
-  CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  if (method.needs_statistics && files.statistics.empty()) {
+    const std::optional<CalibrationFiles> found =
+        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
+    if (!found || found->statistics.empty()) {
+      throw UsageError(fmt::format("--method {} {}", method.name,
+                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
+    }
+    files.statistics = found->statistics;
+  }
   if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
     return files;
   }
@@ -166,6 +179,9 @@ void load(const CalibrationFiles& files, const MethodInfo& method, Compression& 
   }
   if (method.needs_heads) {
     how.heads = compresskv::io::load_head_ranking(files.heads);
+  }
+  if (method.needs_statistics) {
+    how.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
   if (!files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
@@ -196,6 +212,7 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"budget", budget_json(arguments)},
           {"heads", file_json(files.heads)},
           {"errors", file_json(files.errors)},
+          {"statistics", file_json(files.statistics)},
           {"window", arguments.cache.window.value()},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
@@ -366,12 +383,12 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
     throw engine::Error(fmt::format("{}: what it says of its origin cannot be used: {}",
                                     given.load_cache.string(), error.what()));
   }
-  if (arguments.heads.empty()) {
-    arguments.heads = origin.heads;
-  }
-  if (arguments.errors.empty()) {
-    arguments.errors = origin.errors;
-  }
+  const auto unless_given = [](std::filesystem::path& path, const std::filesystem::path& was) {
+    path = path.empty() ? was : path;
+  };
+  unless_given(arguments.heads, origin.calibration.heads);
+  unless_given(arguments.errors, origin.calibration.errors);
+  unless_given(arguments.statistics, origin.calibration.statistics);
   return arguments;
 }
 
@@ -455,8 +472,9 @@ void save_and_ask(const GenerateArguments& arguments, const CalibrationFiles& fi
                              .method = arguments.method,
                              .budget = budget_json(arguments),
                              .settings = saved_settings(arguments),
-                             .heads = from_anywhere(files.heads),
-                             .errors = from_anywhere(files.errors)};
+                             .calibration = {.heads = from_anywhere(files.heads),
+                                             .errors = from_anywhere(files.errors),
+                                             .statistics = from_anywhere(files.statistics)}};
   write_text_file(arguments.save_cache, save_context(origin, model, how, context));
   if (!arguments.question.empty()) {
     ask_and_print(arguments, files, model, how, text, context, options, progress);
@@ -485,14 +503,15 @@ void load_and_ask(const GenerateArguments& given) {
   const GenerateArguments arguments = arguments_of(given, origin);
   Compression how = compression_of(arguments);
   const MethodInfo& method = info(how.method);
-  const CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  const CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
   load(files, method, how);
   const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
   check_interrupt();
   if (how.method != Method::full) {
     check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
   }
-  Context context = saved.restore(model, how, arguments.cache.type(), files.heads, files.errors);
+  Context context = saved.restore(model, how, arguments.cache.type(), files);
   Progress progress{"prefill", static_cast<double>(model.layers())};
   ask_and_print(arguments, files, model, how, origin.text, context, shown_run(arguments, progress), progress);
 }
@@ -581,14 +600,19 @@ void add_generate(CLI::App& app) {
   command
       ->add_option(
           "--heads", arguments->heads,
-          "For the compresskv methods: head ranking or raw head scores, as `ckv calibrate` writes them; "
-          "default: those in --models-dir made from this model file, and their layer errors")
+          "Raw head scores, as `ckv calibrate` writes them; for the compresskv methods a ranking is enough; "
+          "default: those in --models-dir made from this model file, for compresskv with their layer errors")
       ->type_name("FILE");
   command
       ->add_option("--errors", arguments->errors,
                    "Layer errors, by which layers share the budget; with --heads alone: every layer the "
                    "same. pyramidkv "
                    "and cake have budgets of their own")
+      ->type_name("FILE");
+  command
+      ->add_option("--statistics", arguments->statistics,
+                   "For expected-attention, q-filter and triattention: query statistics, as `ckv calibrate "
+                   "--statistics` writes them; default: those in --models-dir made from this model file")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");
@@ -632,8 +656,7 @@ void add_generate(CLI::App& app) {
       ->needs(json);
   command->footer(
       "Example:\n  ckv generate --model M.gguf --prompt-file book.txt --question 'Who is Ishmael?' --ratio "
-      "0.12\nA model without a calibration in --models-dir: add --heads M_head_idx.json --errors "
-      "M_layer_score.jsonl.");
+      "0.12\nA model without a calibration in --models-dir: add --heads M_head_scores.json.");
   arguments->command = command;
   command->callback([arguments] {
     for (const char* const name : {"rows", "ratio", "bytes"}) {

@@ -5,6 +5,7 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
+#include <compresskv/core/query_statistics.hpp>
 #include <compresskv/kernel/pool.hpp>
 #include <compresskv/method_settings.hpp>
 #include <cstddef>
@@ -22,9 +23,10 @@ using compresskv::MethodInfo;
 /// What is to be done to a cache at the end of prefill.
 struct Compression {
   Method method = Method::full;
-  std::optional<compresskv::Budget> budget = std::nullopt;      ///< for all methods but `full`
-  std::optional<compresskv::HeadRanking> heads = std::nullopt;  ///< for methods that need it
-  std::optional<compresskv::HeadScores> scores = std::nullopt;  ///< raw, for methods that need them
+  std::optional<compresskv::Budget> budget = std::nullopt;               ///< for all methods but `full`
+  std::optional<compresskv::HeadRanking> heads = std::nullopt;           ///< for methods that need it
+  std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
+  std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
   /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
@@ -39,8 +41,11 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends and `kvzip`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur` and `kvzip`
   double model_share = 0.6;      ///< of both blends
+  std::size_t lag = 128;         ///< of `lagkv`
+  std::size_t block = 16;        ///< of `cur`
+  std::size_t chunk = 20;        ///< of `chunkkv`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;

@@ -207,6 +207,13 @@ void check_calibration(const std::filesystem::path& heads, const std::filesystem
   }
 }
 
+std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
+  return fmt::format(
+      "needs --statistics: no query statistics of this model in '{}'; `ckv calibrate --model {} --out DIR "
+      "--statistics` makes them",
+      models_dir.string(), model.string());
+}
+
 compresskv::AnyKv any_view_of(const engine::LayerView& layer) {
   return engine::with_kv_type(layer.type,
                               [&]<typename T>(T*) { return compresskv::AnyKv(view_of<T>(layer)); });

@@ -68,6 +68,9 @@ compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvTyp
 void check_calibration(const std::filesystem::path& heads, const std::filesystem::path& errors,
                        const compresskv::ModelShape& shape);
 
+/// What is left to say where a method needs query statistics and there are none: who makes them.
+std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
+
 /// Keys and values of a layer that has ended its prefill, as the library sees them.
 template <typename T>
 compresskv::StridedKv<T> view_of(const engine::LayerView& layer) {

@@ -91,15 +91,22 @@ struct OwnNeedle {
   Needle view() const { return {.fact = fact, .question = question, .expect = expect}; }
 };
 
+std::string draw_number(Draw& draw) { return std::to_string(10'000 + draw.below(90'000)); }
+
+OwnNeedle number_of(const std::string& key, const std::string& number) {
+  return {.fact = fmt::format("The special magic number of {} is {}.", key, number),
+          .question = fmt::format("What is the special magic number of {}?", key),
+          .expect = number};
+}
+
+constexpr std::size_t needle_kinds = 8;
+
 /// One of many facts; what it says can be guessed from nothing else.
-OwnNeedle draw_needle(Draw& draw) {
-  switch (draw.below(8)) {
+OwnNeedle draw_needle(Draw& draw, std::size_t kind) {
+  switch (kind) {
     case 0: {
       const std::string town = draw.word(towns);
-      const std::string number = std::to_string(10'000 + draw.below(90'000));
-      return {.fact = fmt::format("The special magic number of {} is {}.", town, number),
-              .question = fmt::format("What is the special magic number of {}?", town),
-              .expect = number};
+      return number_of(town, draw_number(draw));
     }
     case 1: {
       const std::string place = fmt::format("{} in {}", draw.word(buildings), draw.word(towns));
@@ -155,7 +162,7 @@ OwnNeedle draw_needle(Draw& draw) {
 
 TaskPrompt single_needle(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 0};
-  const OwnNeedle needle = draw_needle(draw);
+  const OwnNeedle needle = draw_needle(draw, draw.below(needle_kinds));
   // A tenth of the text is left behind the last place to start, so that it never ends too soon.
   NeedlePrompt prompt =
       needle_prompt(loaded, haystack, needle.view(),
@@ -164,8 +171,6 @@ TaskPrompt single_needle(const ModelEngine& loaded, const Haystack& haystack, co
 }
 
 // The tasks below ask for numbers, as RULER does: small models can tell them from the text.
-
-std::string draw_number(Draw& draw) { return std::to_string(10'000 + draw.below(90'000)); }
 
 /// So many different towns.
 std::vector<std::string> draw_towns(Draw& draw, std::size_t count) {
@@ -179,30 +184,47 @@ std::vector<std::string> draw_towns(Draw& draw, std::size_t count) {
   return drawn;
 }
 
-TaskPrompt hidden_prompt(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place,
-                         Draw& draw, std::span<const std::string> facts, std::string_view question,
-                         std::vector<std::string> expect) {
-  // The first lies where asked for, the others anywhere.
+/// The first fact lies where asked for, the others anywhere.
+engine::PromptText hide_all(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place,
+                            Draw& draw, std::span<const std::string> facts, std::string_view question) {
   std::vector<Hidden> hidden;
   for (const std::string& fact : facts) {
     hidden.push_back({.fact = fact, .depth = hidden.empty() ? place.depth : draw.share()});
   }
-  const engine::PromptText text =
-      hide(loaded, haystack, hidden, {.question = question}, place.length, 0.9 * draw.share());
+  return hide(loaded, haystack, hidden, {.question = question}, place.length, 0.9 * draw.share());
+}
+
+TaskPrompt hidden_prompt(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place,
+                         Draw& draw, std::span<const std::string> facts, std::string_view question,
+                         std::vector<std::string> expect) {
+  const engine::PromptText text = hide_all(loaded, haystack, place, draw, facts, question);
   return {.tokens = encode_prompt(loaded, text), .expect = std::move(expect)};
 }
 
+/// The facts of needles.
+std::vector<std::string> facts_of(std::span<const OwnNeedle> needles) {
+  std::vector<std::string> facts;
+  for (const OwnNeedle& needle : needles) {
+    facts.push_back(needle.fact);
+  }
+  return facts;
+}
+
+/// Numbers of so many towns.
+std::vector<OwnNeedle> draw_keys(Draw& draw, std::size_t count) {
+  std::vector<OwnNeedle> keys;
+  for (const std::string& town : draw_towns(draw, count)) {
+    keys.push_back(number_of(town, draw_number(draw)));
+  }
+  return keys;
+}
+
+constexpr std::size_t keys_hidden = 4;
+
 TaskPrompt several_keys(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 1};
-  std::vector<std::string> facts;
-  std::vector<std::string> numbers;
-  const std::vector<std::string> keys = draw_towns(draw, 4);
-  for (const std::string& key : keys) {
-    numbers.push_back(draw_number(draw));
-    facts.push_back(fmt::format("The special magic number of {} is {}.", key, numbers.back()));
-  }
-  return hidden_prompt(loaded, haystack, place, draw, facts,
-                       fmt::format("What is the special magic number of {}?", keys[0]), {numbers[0]});
+  const std::vector<OwnNeedle> keys = draw_keys(draw, keys_hidden);
+  return hidden_prompt(loaded, haystack, place, draw, facts_of(keys), keys[0].question, {keys[0].expect});
 }
 
 TaskPrompt several_values(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
@@ -255,19 +277,13 @@ TaskPrompt tracking(const ModelEngine& loaded, const Haystack& haystack, const P
 
 TaskPrompt two_turns(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
   Draw draw{place, 5};
-  const std::vector<std::string> keys = draw_towns(draw, 2);
-  const std::array<std::string, 2> numbers = {draw_number(draw), draw_number(draw)};
-  std::vector<std::string> facts;
-  std::vector<std::string> questions;
-  for (std::size_t i = 0; i < 2; ++i) {
-    facts.push_back(fmt::format("The special magic number of {} is {}.", keys[i], numbers[i]));
-    questions.push_back(fmt::format("What is the special magic number of {}?", keys[i]));
-  }
+  const std::vector<OwnNeedle> keys = draw_keys(draw, 2);
   // Room for both answers and the second question: what is asked second must fit into the length, too.
   PromptPlace first = place;
-  const std::vector<TokenId> next = next_turn(loaded, questions[0]);
+  const std::vector<TokenId> next = next_turn(loaded, keys[0].question);
   first.length -= std::min(next.size(), first.length);
-  TaskPrompt prompt = hidden_prompt(loaded, haystack, first, draw, facts, questions[1], {numbers[0]});
+  TaskPrompt prompt =
+      hidden_prompt(loaded, haystack, first, draw, facts_of(keys), keys[1].question, {keys[0].expect});
   prompt.next_turn = next;
   return prompt;
 }
@@ -327,9 +343,94 @@ TaskPrompt ruled(const ModelEngine& loaded, const Haystack& haystack, const Prom
   return {.tokens = encode_prompt(loaded, text), .expect = {}, .rule = std::move(drawn.rule)};
 }
 
+// ---- what comes once the text was compressed ----
+
+std::size_t common_tokens(std::span<const TokenId> a, std::span<const TokenId> b) {
+  return static_cast<std::size_t>(std::ranges::mismatch(a, b).in1 - a.begin());
+}
+
+/// The template's head and a text with these facts in it; then, each by itself, these questions.
+TaskPrompt asked_later(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place,
+                       Draw& draw, std::span<const std::string> facts, std::span<const OwnNeedle> questions) {
+  // There is room for the longest of them.
+  const auto tokens_with = [&](const OwnNeedle& needle) {
+    return encode_prompt(loaded, chat_prompt(loaded, message_text(".", needle.question))).size();
+  };
+  const std::string& longest = std::ranges::max_element(questions, {}, tokens_with)->question;
+  const engine::PromptText chat = hide_all(loaded, haystack, place, draw, facts, longest);
+  const std::size_t question = chat.text().rfind(longest);
+  const std::size_t end = chat.text().find_last_not_of(" \n", question - 1) + 1;
+
+  TaskPrompt prompt{.tokens = encode_prompt(loaded, chat.substr(0, end)), .expect = {}};
+  for (const OwnNeedle& needle : questions) {
+    engine::PromptText whole = chat.substr(0, question);
+    whole.append({needle.question, true}).append(chat.substr(question + longest.size()));
+    prompt.later.push_back({.tokens = encode_prompt(loaded, whole), .expect = needle.expect});
+  }
+  // Some vocabularies have tokens that reach over the end of the text: there it ends before them.
+  for (const Later& later : prompt.later) {
+    prompt.tokens.resize(common_tokens(prompt.tokens, later.tokens));
+  }
+  for (Later& later : prompt.later) {
+    later.tokens.erase(later.tokens.begin(),
+                       later.tokens.begin() + static_cast<std::ptrdiff_t>(prompt.tokens.size()));
+  }
+  return prompt;
+}
+
+constexpr std::size_t later_questions = 3;
+
+/// Facts of different kinds. What one says stands in no other, so that no question fits two.
+TaskPrompt later(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 8};
+  std::vector<OwnNeedle> needles;
+  std::vector<std::size_t> kinds;
+  while (needles.size() < later_questions) {
+    const std::size_t kind = draw.below(needle_kinds);
+    OwnNeedle needle = draw_needle(draw, kind);
+    const bool fits = std::ranges::find(kinds, kind) == kinds.end() &&
+                      std::ranges::none_of(needles, [&](const OwnNeedle& other) {
+                        return holds(other.fact, needle.expect) || holds(needle.fact, other.expect);
+                      });
+    if (fits) {
+      kinds.push_back(kind);
+      needles.push_back(std::move(needle));
+    }
+  }
+  return asked_later(loaded, haystack, place, draw, facts_of(needles), needles);
+}
+
+TaskPrompt later_of_many(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 9};
+  const std::vector<OwnNeedle> keys = draw_keys(draw, keys_hidden);
+  return asked_later(loaded, haystack, place, draw, facts_of(keys), std::span(keys).first(later_questions));
+}
+
+/// What follows, where a task measures.
+constexpr std::size_t continuation_tokens = 64;
+
+/// A passage of the text that lies where a needle would, said again once it is asked for.
+TaskPrompt quoted_later(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
+  Draw draw{place, 10};
+  const OwnNeedle request{
+      .fact = {}, .question = "Quote a passage of the text, word for word.", .expect = {}};
+  TaskPrompt prompt = asked_later(loaded, haystack, place, draw, {}, {&request, 1});
+  const std::size_t head = common_tokens(prompt.tokens, encode_prompt(loaded, chat_prompt(loaded, "?")));
+  if (prompt.tokens.size() < head + continuation_tokens) {
+    throw engine::Error(
+        fmt::format("a prompt of {} tokens was asked for, its text has {} and a passage of {} is quoted",
+                    place.length, prompt.tokens.size() - head, continuation_tokens));
+  }
+  const auto room = static_cast<double>(prompt.tokens.size() - head - continuation_tokens);
+  const auto first = prompt.tokens.begin() + static_cast<std::ptrdiff_t>(head) +
+                     static_cast<std::ptrdiff_t>(place.depth * room);
+  prompt.continuation.assign(first, first + static_cast<std::ptrdiff_t>(continuation_tokens));
+  return prompt;
+}
+
 /// A stretch of the text itself, and what follows it.
 TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
-  constexpr std::size_t continuation = 64;
+  constexpr std::size_t continuation = continuation_tokens;
   Draw draw{place, 6};
   const auto sentences = haystack.sentences();
   std::string text;
@@ -363,7 +464,7 @@ struct TaskInfo {
   Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 9> tasks = {{
+constexpr std::array<TaskInfo, 12> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
     {"keys", "four facts alike about different things, one of which is asked for", several_keys},
     {"values", "two facts about one thing, both asked for", several_values},
@@ -372,6 +473,11 @@ constexpr std::array<TaskInfo, 9> tasks = {{
     {"turns", "a second question, about another fact, once the cache was compressed for the first",
      two_turns},
     {"rules", "a rule of the system message in front of a long text: the answer follows it", ruled},
+    {"later", "a text with three facts, compressed before three questions come, each to a copy of its own",
+     later},
+    {"later-many", "the same with four facts alike, three of which are asked for", later_of_many},
+    {"later-loss", "perplexity of 64 tokens of the text, quoted once it was compressed", quoted_later,
+     Measure::perplexity},
     {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text, Measure::perplexity},
     {"error", "relative error of each layer's attention output over them", plain_text,
      Measure::attention_error},

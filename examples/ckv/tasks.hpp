@@ -24,16 +24,29 @@ struct PromptPlace {
 /// Where a task measures: what.
 enum class Measure { none, perplexity, attention_error };
 
+/// What follows a text that was compressed before anyone knew of it.
+struct Later {
+  std::vector<TokenId> tokens;  ///< the rest of the user's turn, and the assistant's head
+  std::string expect;           ///< a right answer holds it
+};
+
 struct TaskPrompt {
-  std::vector<TokenId> tokens;
+  std::vector<TokenId> tokens;                 ///< what is compressed
   std::vector<std::string> expect;             ///< a right answer holds all of these
   compresskv::calibrate::TokenSpan fact = {};  ///< where a single needle stands
   /// A second question, after the answer to the first; `expect` is what it asks for. Empty: none.
   std::vector<TokenId> next_turn = {};
-  /// What the text goes on with, where a task measures instead of asking. Empty: it asks.
+  /// Questions behind `tokens`, which then end with the text; each is answered from a copy of its own. Empty:
+  /// `tokens` hold the question.
+  std::vector<Later> later = {};
+  /// What the text, or what is read later, goes on with, where a task measures instead of asking. Empty: it
+  /// asks.
   std::vector<TokenId> continuation = {};
   Measure measure = Measure::none;
   Rule rule = {};  ///< what a right answer follows besides; it stands in the system message
+
+  /// Copies of a compressed cache that answer.
+  std::size_t copies() const { return later.empty() ? 1 : later.size(); }
 };
 
 /// Names of the tasks.

@@ -79,14 +79,19 @@ typedef struct ckv_settings {
   size_t heads_per_layer;
   size_t window; /* 0: the method's own */
   ckv_pool pool;
-  size_t pool_width;  /* 0: the method's own */
-  uint64_t seed;      /* of random */
-  float decay;        /* of carried and blend-carried */
-  size_t hold_layers; /* of carried and blend-carried */
-  size_t model_heads; /* of model-wide and blend */
-  int equal_weights;  /* of carried and model-wide */
-  size_t sinks;       /* of blend and blend-carried: first positions that stay */
-  double model_share; /* of both: share of the rows that the whole model chooses, 0 to 1 */
+  size_t pool_width;            /* 0: the method's own */
+  uint64_t seed;                /* of random */
+  float decay;                  /* of carried and blend-carried */
+  size_t hold_layers;           /* of carried and blend-carried */
+  size_t model_heads;           /* of model-wide and blend */
+  int equal_weights;            /* of carried and model-wide */
+  size_t sinks;                 /* of both blends, lagkv, cur and kvzip: first positions that stay */
+  double model_share;           /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
+  size_t lag;                   /* of lagkv: rows of a stretch */
+  size_t block;                 /* of cur: rows that lengths are shared out among */
+  size_t chunk;                 /* of chunkkv: positions of a chunk */
+  const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
+                                   and triattention, read by ckv_plan_create; NULL: none */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;

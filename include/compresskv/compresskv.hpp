@@ -5,7 +5,8 @@
 /// This header is the table of contents of the online part; each header below also compiles alone. Data flows
 /// one way: view -> kernel -> score -> select -> compact, budgets beside it.
 ///
-/// Files (rankings, layer errors): compresskv/io/calibration_files.hpp. Calibration: compresskv/calibrate/.
+/// Files (rankings, layer errors, query statistics): compresskv/io/calibration_files.hpp. Calibration:
+/// compresskv/calibrate/.
 
 #include "compresskv/core/version.hpp"
 
@@ -16,6 +17,7 @@
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/made_with.hpp"
 #include "compresskv/core/protection.hpp"
+#include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/stretch.hpp"
 
@@ -38,17 +40,24 @@
 #include "compresskv/score/blend_carried.hpp"
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
+#include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/cur.hpp"
+#include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
+#include "compresskv/score/head_mean.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
+#include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
+#include "compresskv/score/q_filter.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"
 #include "compresskv/score/streaming_llm.hpp"
 #include "compresskv/score/tova.hpp"
+#include "compresskv/score/tri_attention.hpp"
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"

@@ -13,6 +13,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/query_statistics.hpp"
 #include "compresskv/kernel/pool.hpp"
 
 namespace compresskv {
@@ -31,6 +32,9 @@ enum class Method {
   tova,
   knorm,
   keydiff,
+  lagkv,
+  cur,
+  chunkkv,
   streaming,
   random,
   carried,
@@ -38,25 +42,30 @@ enum class Method {
   blend,
   blend_carried,
   kvzip,
+  expected_attention,
+  expected_attention_adaptive,
+  q_filter,
+  triattention,
 };
 
 /// One row of the table of methods.
 struct MethodInfo {
   Method method;
-  std::string_view name;      ///< as tools spell it
-  std::string_view summary;   ///< what stays, in a clause
-  std::string_view paper;     ///< arXiv number, or empty
-  bool needs_heads = false;   ///< a head ranking
-  bool per_head = false;      ///< KV heads keep rows of their own
-  bool needs_scores = false;  ///< raw head scores: a ranking is not enough
-  bool repeats = false;       ///< the engine feeds the context once more: `observe` in place of `arrive`
-  std::size_t window = 8;     ///< where nothing else is said; so the two below
+  std::string_view name;          ///< as tools spell it
+  std::string_view summary;       ///< what stays, in a clause
+  std::string_view paper;         ///< arXiv number, or empty
+  bool needs_heads = false;       ///< a head ranking
+  bool per_head = false;          ///< KV heads keep rows of their own
+  bool needs_scores = false;      ///< raw head scores: a ranking is not enough
+  bool needs_statistics = false;  ///< query statistics
+  bool repeats = false;           ///< the engine feeds the context once more: `observe` in place of `arrive`
+  std::size_t window = 8;         ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
   std::size_t pool_width = 5;
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 19> methods = {{
+inline constexpr std::array<MethodInfo, 26> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -80,6 +89,10 @@ inline constexpr std::array<MethodInfo, 19> methods = {{
      .window = 1},
     {Method::knorm, "knorm", "keys of small length", "2406.11430", false, true},
     {Method::keydiff, "keydiff", "keys that differ from the others", "2504.15364", false, true},
+    {Method::lagkv, "lagkv", "in each stretch of text, what the next stretch does not foretell", "2504.04704",
+     false, true},
+    {Method::cur, "cur", "long keys with long values, beside those around them", "2509.15038", false, true},
+    {Method::chunkkv, "chunkkv", "as snapkv, whole chunks of neighbouring tokens", "2502.00299", false, true},
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
      "2309.17453"},
     {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
@@ -119,6 +132,30 @@ inline constexpr std::array<MethodInfo, 19> methods = {{
      .per_head = true,
      .repeats = true,
      .window = 1},
+    {.method = Method::expected_attention,
+     .name = "expected-attention",
+     .summary = "what queries to come look at, by how the model's queries are spread",
+     .paper = "2510.00636",
+     .per_head = true,
+     .needs_statistics = true},
+    {.method = Method::expected_attention_adaptive,
+     .name = "expected-attention-adaptive",
+     .summary = "as expected-attention, KV heads sharing the layer's rows by need",
+     .paper = "2510.00636",
+     .per_head = true,
+     .needs_statistics = true},
+    {.method = Method::q_filter,
+     .name = "q-filter",
+     .summary = "keys that point where the model's queries do",
+     .paper = "2503.02812",
+     .per_head = true,
+     .needs_statistics = true},
+    {.method = Method::triattention,
+     .name = "triattention",
+     .summary = "what the model's mean query looks at, at distances that double",
+     .paper = "2604.04921",
+     .per_head = true,
+     .needs_statistics = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -148,8 +185,9 @@ inline const MethodInfo& method_named(std::string_view name) {
 /// What a method is made from; options that a method does not have are ignored.
 struct MethodSettings {
   Budget budget = Budget::kept_ratio(1.0);
-  std::optional<HeadRanking> heads = std::nullopt;  ///< for methods with `needs_heads`
-  std::optional<HeadScores> scores = std::nullopt;  ///< for methods with `needs_scores`
+  std::optional<HeadRanking> heads = std::nullopt;           ///< for methods with `needs_heads`
+  std::optional<HeadScores> scores = std::nullopt;           ///< for methods with `needs_scores`
+  std::optional<QueryStatistics> statistics = std::nullopt;  ///< for methods with `needs_statistics`
   std::optional<LayerErrors> errors =
       std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
@@ -162,8 +200,11 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of blend, blend-carried and kvzip
-  double model_share = 0.6;                              ///< of blend and blend-carried
+  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur and kvzip
+  double model_share = 0.6;                              ///< of both blends
+  std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
+  std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among
+  std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
 };
 
 }  // namespace compresskv

@@ -11,17 +11,23 @@
 #include "compresskv/score/blend_carried.hpp"
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
+#include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/cur.hpp"
+#include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
+#include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
+#include "compresskv/score/q_filter.hpp"
 #include "compresskv/score/random.hpp"
 #include "compresskv/score/semantic_retrieval.hpp"
 #include "compresskv/score/snap_kv.hpp"
 #include "compresskv/score/streaming_llm.hpp"
 #include "compresskv/score/tova.hpp"
+#include "compresskv/score/tri_attention.hpp"
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
@@ -30,8 +36,8 @@
 namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
-/// `Method::full` has none and is an error, as are a method's missing head ranking and options that a policy
-/// refuses: ArgumentError.
+/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking, head
+/// scores, query statistics), and options that a policy refuses: ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -39,6 +45,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                   " needs a head ranking: give the one calibrated for this model");
   detail::require(!info(method).needs_scores || settings.scores.has_value(), "method ", info(method).name,
                   " needs raw head scores: give those that calibration wrote for this model");
+  detail::require(!info(method).needs_statistics || settings.statistics.has_value(), "method ",
+                  info(method).name,
+                  " needs query statistics: give those that calibration wrote for this model");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -81,6 +90,14 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
       return f(score::Knorm{{.window = window}}, select::GroupedTopK{}, budgets);
     case Method::keydiff:
       return f(score::KeyDiff{{.window = window}}, select::GroupedTopK{}, budgets);
+    case Method::lagkv:
+      return f(score::LagKv{{.sinks = settings.sinks, .lag = settings.lag, .window = window}},
+               select::GroupedTopK{}, budgets);
+    case Method::cur:
+      return f(score::Cur{{.sinks = settings.sinks, .block = settings.block, .window = window}},
+               select::GroupedTopK{}, budgets);
+    case Method::chunkkv:
+      return f(score::ChunkKv{snap(), {.chunk = settings.chunk}}, select::GroupedTopK{}, budgets);
     case Method::streaming:
       return f(score::StreamingLlm{{.window = window}}, select::SharedTopK{}, budgets);
     case Method::random:
@@ -124,6 +141,16 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::SharedTopK{}, budgets);
     case Method::kvzip:
       return f(score::KvZip{{.sinks = settings.sinks, .window = window}}, select::WholeModel{}, budgets);
+    case Method::expected_attention:
+      return f(score::ExpectedAttention{*settings.statistics, {.window = window}}, select::GroupedTopK{},
+               budgets);
+    case Method::expected_attention_adaptive:
+      return f(score::ExpectedAttention{*settings.statistics, {.window = window, .epsilon = 0.01}},
+               select::Adaptive{}, budgets);
+    case Method::q_filter:
+      return f(score::QFilter{*settings.statistics, {.window = window}}, select::GroupedTopK{}, budgets);
+    case Method::triattention:
+      return f(score::TriAttention{*settings.statistics, {.window = window}}, select::GroupedTopK{}, budgets);
     case Method::compresskv:
     case Method::full:
       break;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "compresskv/compresskv.h"
+#include "compresskv/io/query_statistics_file.hpp"
 #include "compresskv/runtime/any_compressor.hpp"
 #include "compresskv/view/attention_matrix.hpp"
 #include "compresskv/view/int8_kv.hpp"
@@ -155,7 +156,10 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
                                .model_heads = c.model_heads,
                                .equal_weights = c.equal_weights != 0,
                                .sinks = c.sinks,
-                               .model_share = c.model_share};
+                               .model_share = c.model_share,
+                               .lag = c.lag,
+                               .block = c.block,
+                               .chunk = c.chunk};
   if (c.min_rows > 0) {
     settings.min_rows = c.min_rows;
   }
@@ -176,6 +180,9 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
       layers.emplace_back(heads.begin(), heads.end());
     }
     settings.heads.emplace(std::move(layers));
+  }
+  if (c.query_statistics != nullptr) {
+    settings.statistics = ckv::io::load_query_statistics(c.query_statistics, shape);
   }
   if (c.layer_errors != nullptr) {
     settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),
@@ -373,6 +380,9 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.model_heads = library.model_heads;
   defaults.sinks = library.sinks;
   defaults.model_share = library.model_share;
+  defaults.lag = library.lag;
+  defaults.block = library.block;
+  defaults.chunk = library.chunk;
   init_as(settings, defaults, struct_size);
 }
 
@@ -400,8 +410,7 @@ ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv
 void ckv_plan_free(ckv_plan* plan) { delete plan; }
 size_t ckv_plan_window(const ckv_plan* plan) { return plan == nullptr ? 0 : plan->plan.window(); }
 int ckv_plan_needs_attention(const ckv_plan* plan) {
-  const ckv::Needs needs = plan == nullptr ? ckv::Needs::nothing : plan->plan.needs();
-  return needs == ckv::Needs::window_attention || needs == ckv::Needs::all_queries ? 1 : 0;
+  return plan != nullptr && ckv::observes(plan->plan.needs()) ? 1 : 0;
 }
 int ckv_plan_reaches_back(const ckv_plan* plan) {
   return plan == nullptr || plan->plan.reach() == ckv::Reach::own_layer ? 0 : 1;

@@ -259,7 +259,8 @@ inline void expect_methods_go_on(llama_model* of, ContextOptions options) {
   const llama_cpp::Place read{.context = context.get()};
   const llama_cpp::Place copied{.context = context.get(), .sequence = 1};
   llama_cpp::Sequence{plan_of(shape, "full", 1), observer, read}.read(prompt_of(of));
-  for (const char* method : {"snapkv", "tova", "streaming", "random", "knorm", "keydiff"}) {
+  for (const char* method :
+       {"snapkv", "tova", "streaming", "random", "knorm", "keydiff", "lagkv", "cur", "chunkkv"}) {
     llama_memory_seq_cp(llama_get_memory(context.get()), 0, 1, -1, -1);
     observer.copy(read, copied);
     llama_cpp::Sequence sequence{plan_of(shape, method, 30), observer, copied};

@@ -71,8 +71,9 @@ TEST_F(LlamaCpp, GoesOnFromFewRows) {
     const llama_cpp::Place read{.context = context.get()};
     const llama_cpp::Place copied{.context = context.get(), .sequence = 1};
     Sequence{plan("full", Budget::kept_ratio(1.0)), observer, read}.read(some_tokens(400));
-    for (const char* method : {"compresskv", "compresskv-grouped", "snapkv", "tova", "streaming", "random",
-                               "knorm", "keydiff", "carried", "model-wide", "blend", "blend-carried"}) {
+    for (const char* method :
+         {"compresskv", "compresskv-grouped", "snapkv", "tova", "streaming", "random", "knorm", "keydiff",
+          "lagkv", "cur", "chunkkv", "carried", "model-wide", "blend", "blend-carried"}) {
       llama_memory_seq_cp(memory, 0, 1, -1, -1);
       observer.copy(read, copied);
       Sequence sequence{plan(method, Budget::tokens_per_layer(20)), observer, copied};

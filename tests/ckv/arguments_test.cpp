@@ -179,6 +179,9 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
            {"pool=sum", "pool 'sum' is none: give avg, max or trailing"},
            {"share=101", "share '101' is no whole number from 0 to 100"},
            {"sinks=-1", "sinks '-1' is no whole number from 0 to 4"},
+           {"lag=1", "lag '1' is no whole number from 2 to 4294967295"},
+           {"block=0", "block '0'" + count},
+           {"chunk=0", "chunk '0'" + count},
            {"errors", "there are no layer errors; name them with --errors"},
            {"size=3", "'size=3' is not known; options are uniform,"}}) {
     expect_usage_error(evaluate("snapkv:" + option), "--methods snapkv:" + option + ": " + wrong);
@@ -191,11 +194,12 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
   const Folder folder;
   const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
-  const std::array<std::pair<const char*, std::string>, 5> budgets = {{{"--ratio", "0.5"},
+  const std::array<std::pair<const char*, std::string>, 6> budgets = {{{"--ratio", "0.5"},
                                                                        {"--rows", "9"},
                                                                        {"--bytes", "2MiB"},
                                                                        {"--heads", ranking},
-                                                                       {"--errors", ranking}}};
+                                                                       {"--errors", ranking},
+                                                                       {"--statistics", ranking}}};
   for (const auto& [option, value] : budgets) {
     expect_usage_error({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "full", option, value},
                        std::string(option) + " has no use with --method full, which keeps the whole cache");
@@ -235,9 +239,14 @@ TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   refuse(
       {"generate", "--model", model, "--prompt", "x", "--method", "snapkv", "--rows", "9", "--errors", none},
       "--errors");
+  refuse({"generate", "--model", model, "--prompt", "x", "--method", "q-filter", "--rows", "9",
+          "--statistics", none},
+         "--statistics");
   refuse({"demo", "--model", none}, "--model");
   refuse({"evaluate", "--model", none, "--ratios", "0.5", "--out", out}, "--model");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--heads", none}, "--heads");
+  refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--statistics", none},
+         "--statistics");
   refuse({"calibrate", "--model", none, "--out", out}, "--model");
   refuse({"calibrate", "--model", model, "--out", out, "--needle-file", none}, "--needle-file");
 }
@@ -255,9 +264,10 @@ TEST(Arguments, ATextInPlaceOfACalibrationIsNamedAsSuch) {
   const std::string is_none =
       " '" + text + "': is no JSON: give one of the files that `ckv calibrate` writes, ";
   const std::string wide = folder.write("wide.json", std::string("\xFF\xFE{\0\n\0", 6)).string();
-  refuse({"--heads", wide},
+  refuse({"--method", "compresskv", "--heads", wide},
          "--heads '" + wide + "': is UTF-16, by its byte-order mark, and not UTF-8: give one");
-  refuse({"--heads", text}, "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
+  refuse({"--method", "compresskv", "--heads", text},
+         "--heads" + is_none + "NAME_head_idx.json or NAME_head_scores.json");
   refuse({"--method", "snapkv", "--errors", text}, "--errors" + is_none + "NAME_layer_score.jsonl");
 }
 
@@ -266,7 +276,8 @@ TEST(Arguments, AByteOrderMarkMakesACalibrationNoText) {
   const std::string model = folder.write("broken.gguf", "GGUF but no more").string();
   const std::string heads = folder.write("heads.json", "\xEF\xBB\xBF {\"0\": [0]}").string();
   // What is wrong is the model alone.
-  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--heads", heads},
+  expect_failure({"generate", "--model", model, "--prompt", "x", "--rows", "9", "--method", "compresskv",
+                  "--heads", heads},
                  "broken.gguf");
   const std::string marked = folder
                                  .write("text.json",
@@ -431,6 +442,9 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   const auto with = [&](const Arguments& more) {
     Arguments all = start;
     all.insert(all.end(), more.begin(), more.end());
+    if (std::find(more.begin(), more.end(), "--method") == more.end()) {
+      all.insert(all.end(), {"--method", "compresskv"});
+    }
     const Outcome outcome = run_tool(all);
     EXPECT_EQ(outcome.code, 0) << outcome.err;
     return outcome.json();
@@ -454,9 +468,13 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   EXPECT_EQ(with({"--method", "snapkv"}).at("settings").at("heads"), Json());
   const Folder folder;
   Arguments elsewhere = start;
-  elsewhere.insert(elsewhere.end(), {"--models-dir", folder.path("none").string()});
+  elsewhere.insert(elsewhere.end(), {"--method", "compresskv", "--models-dir", folder.path("none").string()});
   expect_usage_error(elsewhere, "--method compresskv needs --heads: no calibration of this model in '" +
                                     folder.path("none").string());
+  elsewhere.insert(elsewhere.end(), {"--method", "q-filter"});
+  expect_usage_error(elsewhere,
+                     "--method q-filter needs --statistics: no query statistics of this model in '" +
+                         folder.path("none").string());
 }
 
 TEST_F(ArgumentsWithModel, TablesKeepToTheWidthOfTheTerminal) {

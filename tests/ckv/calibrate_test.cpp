@@ -469,6 +469,52 @@ TEST_F(CalibrateWithModel, DoubledRecordsAreRefused) {
                  " are both the record {\"kind\":\"");
 }
 
+/// Statistics are added to a folder that was made without them; generate and evaluate find them there.
+TEST_F(CalibrateWithModel, StatisticsOfQueriesAreAddedLaterAndFound) {
+  const std::filesystem::path folder = path("models") / "tiny";
+  const auto with = [&](std::map<std::string, std::string> more) {
+    more["--texts"] = "0";
+    return calibrate("models/tiny", more);
+  };
+  run_well(with({}));
+  const auto before = files_of(folder);
+  EXPECT_FALSE(before.contains("tiny_query_statistics.bin"));
+  const Outcome outcome = run_well(with({{"--statistics", ""}, {"--jobs", "2"}}));
+  EXPECT_NE(outcome.out.find("_query_statistics.bin"), std::string::npos) << outcome.out;
+  auto after = files_of(folder);
+  for (const char* same : {"tiny_head_idx.json", "tiny_layer_score.jsonl", "records.jsonl"}) {
+    EXPECT_EQ(after.at(same), before.at(same)) << same;
+  }
+  const compresskv::ModelShape shape = ckv::shape_of_file(ckv::small_engine, model_path());
+  const compresskv::QueryStatistics statistics =
+      compresskv::io::load_query_statistics(folder / "tiny_query_statistics.bin", shape);
+  EXPECT_EQ(statistics.rotary().pairing, compresskv::RotaryPairing::interleaved);
+  EXPECT_EQ(statistics.rotary().base, model().model.config().rope_base);
+  const Json told = Json::parse(after.at("calibration.json")).at("query_statistics");
+  EXPECT_EQ(told.at("queries"), statistics.head(3, 5).count);
+  EXPECT_GT(statistics.head(3, 5).count, 4U * 100U);
+  EXPECT_LT(told.at("rotary_contradiction").get<double>(), 1e-3);
+  EXPECT_GT(told.at("rotary_contradiction").get<double>(), 0.0) << "equal tokens were held beside each other";
+
+  const auto generate = [&](const Arguments& more) {
+    Arguments all = {"generate", "--model",     model_path(),
+                     "--json",   "--positions", "--max-new-tokens",
+                     "4",        "--prompt",    read(haystack_).substr(0, 900),
+                     "--rows",   "40"};
+    all.insert(all.end(), more.begin(), more.end());
+    return run_well(all).json();
+  };
+  const std::string file = (folder / "tiny_query_statistics.bin").string();
+  for (const std::string method :
+       {"expected-attention", "expected-attention-adaptive", "q-filter", "triattention"}) {
+    const Json found = generate({"--method", method, "--models-dir", path("models").string()});
+    EXPECT_EQ(found.at("settings").at("statistics"), file) << method;
+    EXPECT_EQ(found.at("kept_positions"),
+              generate({"--method", method, "--statistics", file}).at("kept_positions"))
+        << method;
+  }
+}
+
 // Its files are those that generate takes, and another model's are refused by layer and head.
 TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
   const std::string needles =
@@ -488,8 +534,8 @@ TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
 
   const auto generate = [&](const std::filesystem::path& heads) {
     return run_tool({"generate", "--model", model_path(), "--json", "--max-new-tokens", "4", "--prompt",
-                     read(haystack_).substr(0, 900), "--rows", "40", "--heads", heads.string(), "--errors",
-                     (path("out") / "tiny_layer_score.jsonl").string()});
+                     read(haystack_).substr(0, 900), "--rows", "40", "--method", "compresskv", "--heads",
+                     heads.string(), "--errors", (path("out") / "tiny_layer_score.jsonl").string()});
   };
   const Outcome answer = generate(path("out") / "tiny_head_idx.json");
   EXPECT_EQ(answer.code, 0) << answer.err;

@@ -85,6 +85,29 @@ TEST_F(Needles, LieWhereAsked) {
   }
 }
 
+// Where parts meet, tokens may be others than those of the parts: the line breaks around a text are one token
+// where there is no text. Prompts without a fact were too long by it.
+TEST_F(Needles, PromptsAreNeverLongerThanAskedForAndASentenceShorterAtTheMost) {
+  const ckv::Haystack little{[] {
+    std::string text;
+    for (int i = 0; i < 200; ++i) {
+      text += "It was so. ";
+    }
+    return text;
+  }()};
+  const ckv::Hidden fact{.fact = evaluation_needles[0].fact, .depth = 0.4};
+  for (const std::span<const ckv::Hidden> facts : {std::span<const ckv::Hidden>(), {&fact, 1}}) {
+    for (std::size_t tokens = 80; tokens < 100; ++tokens) {
+      const std::size_t found =
+          ckv::encode_prompt(
+              model(), ckv::hide(model(), little, facts, {.question = "Who are you, robot?"}, tokens, 0.0))
+              .size();
+      EXPECT_LE(found, tokens) << facts.size();
+      EXPECT_GE(found + 6, tokens) << facts.size();
+    }
+  }
+}
+
 TEST_F(Needles, PromptTooShortForTheQuestionSaysBothNumbers) {
   try {
     ckv::needle_prompt(model(), *haystack_, evaluation_needles[0], {.tokens = 20});

@@ -162,6 +162,7 @@ TEST_F(ToolWithModel, CompressKvKeepsTheMeanAndTheWindow) {
   const Arguments common = {"--prompt",   long_text(),
                             "--question", "Who wrote into the book?",
                             "--heads",    calibration("_head_idx.json").string(),
+                            "--method",   "compresskv",
                             "--positions"};
   const auto with = [&](const Arguments& more) {
     Arguments all = common;
@@ -183,9 +184,10 @@ TEST_F(ToolWithModel, CompressKvKeepsTheMeanAndTheWindow) {
   }
 
   // The same from raw scores and in bytes: one row of all layers is 46,080 bytes in float32.
-  const Outcome bytes = run_tool(generate({"--prompt", long_text(), "--question", "Who wrote into the book?",
-                                           "--heads", calibration("_head_scores.json").string(),
-                                           "--positions", "--bytes", std::to_string(mean * 46080 + 100)}));
+  const Outcome bytes =
+      run_tool(generate({"--prompt", long_text(), "--question", "Who wrote into the book?", "--heads",
+                         calibration("_head_scores.json").string(), "--method", "compresskv", "--positions",
+                         "--bytes", std::to_string(mean * 46080 + 100)}));
   ASSERT_EQ(bytes.code, 0) << bytes.err;
   EXPECT_EQ(bytes.json().at("kept_positions"), even.at("kept_positions"));
   EXPECT_EQ(bytes.json().at("answer"), even.at("answer"));
@@ -195,6 +197,26 @@ TEST_F(ToolWithModel, CompressKvKeepsTheMeanAndTheWindow) {
   const auto rows = by_error.json().at("rows").get<std::vector<std::size_t>>();
   EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), std::size_t{0}), 30 * mean);
   EXPECT_NE(*std::max_element(rows.begin(), rows.end()), *std::min_element(rows.begin(), rows.end()));
+}
+
+TEST_F(ToolWithModel, BlendIsTheDefaultAndWantsRawScores) {
+  const Arguments asked = {"--prompt", long_text(), "--ratio", "0.3"};
+  const auto with = [&](const Arguments& more) {
+    Arguments all = asked;
+    all.insert(all.end(), more.begin(), more.end());
+    return run_tool(generate(all));
+  };
+  const Outcome by_default = with({});
+  ASSERT_EQ(by_default.code, 0) << by_default.err;
+  EXPECT_EQ(by_default.json().at("settings").at("method"), "blend");
+  const Outcome named = with({"--method", "blend", "--heads", calibration("_head_scores.json").string()});
+  EXPECT_EQ(named.json().at("answer"), by_default.json().at("answer"));
+  EXPECT_EQ(named.json().at("rows"), by_default.json().at("rows"));
+  const Outcome ranking = with({"--heads", calibration("_head_idx.json").string()});
+  EXPECT_EQ(ranking.code, 1);
+  EXPECT_NE(ranking.err.find("is a head ranking, which has no scores: give the file of raw scores"),
+            std::string::npos)
+      << ranking.err;
 }
 
 TEST_F(ToolWithModel, ABudgetBelowTheWindowIsWrongUsage) {
@@ -242,7 +264,8 @@ TEST_F(ToolWithModel, HeadsOfAnotherModelAreRefused) {
   const Folder folder;
   const std::string heads =
       folder.write("two_layers.json", R"({"0": [0, 1, 2, 3], "1": [0, 1, 2, 3]})").string();
-  const Outcome outcome = run_tool(generate({"--prompt", "Hello", "--ratio", "0.5", "--heads", heads}));
+  const Outcome outcome =
+      run_tool(generate({"--prompt", "Hello", "--ratio", "0.5", "--heads", heads, "--method", "compresskv"}));
   EXPECT_EQ(outcome.code, 1);
   EXPECT_NE(outcome.err.find("head ranking has 2 layers, the model has 30"), std::string::npos)
       << outcome.err;
@@ -313,14 +336,15 @@ TEST_F(ToolWithModel, DemoFindsTheCommittedCalibrationAndWritesItsFile) {
                                     "--ratios", "0.25", "--json", folder.path("demo.json").string()});
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   const Json demo = Json::parse(read(folder.path("demo.json")));
-  ASSERT_EQ(demo.at("runs").size(), 3U);
+  ASSERT_EQ(demo.at("runs").size(), 4U);
   EXPECT_EQ(demo.at("runs").at(0).at("method"), "full");
-  EXPECT_EQ(demo.at("runs").at(1).at("method"), "compresskv");
-  EXPECT_EQ(demo.at("runs").at(2).at("method"), "streaming");
+  EXPECT_EQ(demo.at("runs").at(1).at("method"), "blend");
+  EXPECT_EQ(demo.at("runs").at(2).at("method"), "compresskv");
+  EXPECT_EQ(demo.at("runs").at(3).at("method"), "streaming");
   for (const Json& run : demo.at("runs")) {
     EXPECT_EQ(run.at("kept_positions").size(), 30U);
   }
-  EXPECT_EQ(std::count(outcome.out.begin(), outcome.out.end(), '\n'), 9) << outcome.out;
+  EXPECT_EQ(std::count(outcome.out.begin(), outcome.out.end(), '\n'), 10) << outcome.out;
 }
 
 TEST_F(ToolWithModel, DemoWithoutCalibrationNamesCalibrate) {

@@ -4,6 +4,7 @@
 #include <bit>
 #include <compresskv/calibrate/eviction_error_accumulator.hpp>
 #include <compresskv/calibrate/head_score_accumulator.hpp>
+#include <compresskv/calibrate/query_statistics_accumulator.hpp>
 #include <compresskv/compresskv.hpp>
 #include <compresskv/kernel/decode_attention.hpp>
 #include <compresskv/kernel/rotary.hpp>
@@ -108,6 +109,17 @@ ckv::HeadScores head_scores() {
   return ckv::HeadScores(layers, query_heads, std::move(runs));
 }
 
+/// Of a few queries a head, as an engine would measure them.
+ckv::QueryStatistics query_statistics(const ckv::ModelShape& shape) {
+  ckv::calibrate::QueryStatisticsAccumulator accumulator(shape.layers, shape.query_heads, shape.head_dim,
+                                                         {.base = 5000.0, .position_scale = 0.5});
+  for (std::size_t i = 0; i < shape.layers * shape.query_heads * 3; ++i) {
+    accumulator.add_rotated(i / 3 / shape.query_heads, i / 3 % shape.query_heads,
+                            numbers<float>(shape.head_dim, 50 + i), 100 * i);
+  }
+  return accumulator.statistics();
+}
+
 template <class T>
 void all_methods(const std::string& prefix, const Case& c) {
   const std::vector<T> keys =
@@ -143,6 +155,15 @@ void all_methods(const std::string& prefix, const Case& c) {
   run("keydiff", ckv::score::KeyDiff{}, grouped);
   run("knorm", ckv::score::Knorm{}, grouped);
   run("cake", ckv::score::Cake{}, grouped);
+  run("lagkv", ckv::score::LagKv{{.lag = 8, .ranked = false}}, grouped);
+  run("lagkv by ranks", ckv::score::LagKv{{.lag = 8}}, grouped);
+  run("cur", ckv::score::Cur{}, grouped);
+  run("chunkkv", ckv::score::ChunkKv{ckv::score::SnapKv{}}, grouped);
+  run("means of heads", ckv::score::HeadMean{ckv::score::Knorm{}}, shared);
+  const ckv::QueryStatistics statistics = query_statistics(shape);
+  run("expected attention", ckv::score::ExpectedAttention{statistics}, grouped);
+  run("q-filter", ckv::score::QFilter{statistics}, grouped);
+  run("triattention", ckv::score::TriAttention{statistics, {.normalise = true}}, grouped);
   if constexpr (std::is_same_v<T, float>) {
     run("h2o", ckv::score::H2O{}, grouped);
     run("tova", ckv::score::Tova{}, shared);

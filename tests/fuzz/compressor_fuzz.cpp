@@ -752,7 +752,7 @@ class Driver {
         look(layer, in_model);
         break;
       case 9:
-        if constexpr (S::needs != Needs::keys) {
+        if constexpr (!reads_rows(S::needs)) {
           look_at_attention(layer, in_model);
         }
         break;
@@ -1179,6 +1179,23 @@ class Driver {
   std::vector<std::size_t> least_;  // [layer that has arrived], rows that it cannot lose, where that matters
 };
 
+/// Of heads that all differ a little, whose queries are all alike.
+QueryStatistics statistics_of(const Sizes& sizes) {
+  std::vector<QueryStatistics::Head> heads;
+  for (std::size_t i = 0; i < sizes.layers * sizes.query_heads(); ++i) {
+    QueryStatistics::Head head{.count = 1};
+    for (std::size_t e = 0; e < sizes.head_dim; ++e) {
+      head.mean.push_back(noise(i, 0, 0, e));
+    }
+    for (std::size_t j = 0; j < sizes.head_dim / 2; ++j) {
+      head.modulus.push_back(std::hypot(head.mean[j], head.mean[j + sizes.head_dim / 2]));
+    }
+    head.covariance.assign(QueryStatistics::triangle(sizes.head_dim), 0.0F);
+    heads.push_back(std::move(head));
+  }
+  return {sizes.layers, sizes.query_heads(), sizes.head_dim, {}, std::move(heads)};
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
@@ -1215,6 +1232,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
                                              : Budget::tokens_per_layer(amount),
                           .heads = HeadRanking(ranking),
                           .scores = HeadScores(sizes.layers, heads, runs),
+                          .statistics = statistics_of(sizes),
                           .window = sizes.window};
   if (data.ConsumeBool()) {
     settings.errors = LayerErrors(errors, {});
@@ -1226,6 +1244,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   settings.pool = static_cast<kernel::Pool>(data.ConsumeIntegralInRange(0, 2));
   settings.model_share = data.ConsumeIntegralInRange(0, 10) / 10.0;
   settings.sinks = data.ConsumeIntegralInRange<std::size_t>(0, 6);
+  settings.lag = data.ConsumeIntegralInRange<std::size_t>(2, 12);
+  settings.block = data.ConsumeIntegralInRange<std::size_t>(1, 20);
+  settings.chunk = data.ConsumeIntegralInRange<std::size_t>(1, 20);
   try {
     reference::with_arriving_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
       const Plan plan{sizes.shape(), scorer, selector, allocator};

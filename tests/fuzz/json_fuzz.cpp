@@ -1,5 +1,5 @@
-// Any bytes as each of the JSON files that are read: refused with an Error of one short line, or what loads
-// is written and read back equal.
+// Any bytes as each of the calibration files that are read: refused with an Error of one short line, or what
+// loads is written and read back equal.
 #include <compresskv/io/calibration_files.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -93,6 +93,15 @@ void needles(const fs::path& file) {
   }
 }
 
+/// A file of query statistics as far as magic and checksum go, which nothing would come upon.
+fs::path statistics_of(std::string_view text) {
+  detail::ByteWriter out;
+  out.add_text(detail::statistics_magic);
+  out.add_text(text);
+  out.add(detail::checksum(out.bytes()));
+  return write("statistics", out.bytes());
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -104,6 +113,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       file, [](const fs::path& from) { return load_head_scores(from); }, save_head_scores);
   round_trip(
       file, [](const fs::path& from) { return load_layer_errors(from); }, save_layer_errors);
+  const auto load_statistics = [](const fs::path& from) { return load_query_statistics(from); };
+  round_trip(file, load_statistics, save_query_statistics);
+  round_trip(statistics_of(text), load_statistics, save_query_statistics);
   needles(file);
   records(text);
   return 0;

@@ -139,6 +139,121 @@ ScoreRows key_diff(const L& layer) {
   return rows;
 }
 
+/// `part(head, row, dim)` of a row of keys or values.
+template <class L>
+double element_of(const L& layer, bool keys, std::size_t head, std::size_t row, std::size_t dim) {
+  return keys ? layer.key(head, row, dim) : layer.value(head, row, dim);
+}
+
+/// LagKV without its ranks, of a cache that holds every row.
+template <class L>
+ScoreRows lag_kv(const L& layer, std::size_t sinks, std::size_t lag) {
+  const std::size_t evictable = layer.sizes.rows - layer.sizes.observed();
+  const std::size_t dims = layer.shape.head_dim;
+  ScoreRows scores(layer.sizes.kv_heads, std::vector<double>(evictable, 0.0));
+  for (std::size_t head = 0; head < scores.size(); ++head) {
+    std::size_t begin = std::min(sinks, evictable);
+    while (begin + 2 * lag <= layer.sizes.rows && begin + lag <= evictable) {
+      for (const bool keys : {true, false}) {
+        std::vector<double> deviations;
+        for (std::size_t row = begin; row < begin + lag; ++row) {
+          std::vector<double> scaled;
+          for (std::size_t dim = 0; dim < dims; ++dim) {
+            std::vector<double> next;
+            for (std::size_t other = begin + lag; other < begin + 2 * lag; ++other) {
+              next.push_back(element_of(layer, keys, head, other, dim));
+            }
+            const double least = *std::min_element(next.begin(), next.end());
+            const double largest = *std::max_element(next.begin(), next.end());
+            scaled.push_back(largest == least
+                                 ? 0.0
+                                 : (element_of(layer, keys, head, row, dim) - least) / (largest - least));
+          }
+          double mean = 0.0;
+          for (const double x : scaled) {
+            mean += x / static_cast<double>(dims);
+          }
+          double squares = 0.0;
+          for (const double x : scaled) {
+            squares += (x - mean) * (x - mean);
+          }
+          deviations.push_back(dims == 1 ? 0.0 : std::sqrt(squares / (static_cast<double>(dims) - 1.0)));
+        }
+        const auto weights = softmax(deviations);
+        for (std::size_t i = 0; i < lag; ++i) {
+          scores[head][begin + i] += 0.5 * weights[i];
+        }
+      }
+      begin += lag;
+    }
+    for (std::size_t t = begin; t < evictable; ++t) {
+      scores[head][t] = static_cast<double>(2 + t - begin);
+    }
+    for (std::size_t t = 0; t < std::min(sinks, evictable); ++t) {
+      scores[head][t] = static_cast<double>(2 + evictable - begin);
+    }
+  }
+  return scores;
+}
+
+/// CUR, of a cache that holds every row.
+template <class L>
+ScoreRows cur(const L& layer, std::size_t sinks, std::size_t block) {
+  ScoreRows scores(layer.sizes.kv_heads);
+  for (std::size_t head = 0; head < scores.size(); ++head) {
+    const auto squares = [&](bool keys) {
+      std::vector<double> sums(layer.sizes.rows, 0.0);
+      for (std::size_t row = 0; row < sums.size(); ++row) {
+        for (std::size_t dim = 0; dim < layer.shape.head_dim; ++dim) {
+          sums[row] += element_of(layer, keys, head, row, dim) * element_of(layer, keys, head, row, dim);
+        }
+      }
+      return sums;
+    };
+    const auto share = [&](const std::vector<double>& of, std::size_t row) {
+      double sum = 0.0;
+      for (std::size_t other = 0; other < of.size(); ++other) {
+        sum += other / block == row / block ? of[other] : 0.0;
+      }
+      return sum == 0.0 ? 0.0 : of[row] / sum;
+    };
+    const std::vector<double> keys = squares(true);
+    const std::vector<double> values = squares(false);
+    double total = 0.0;
+    for (std::size_t row = 0; row < layer.sizes.rows; ++row) {
+      const double score = share(keys, row) * share(values, row);
+      total += score;
+      if (row + layer.sizes.observed() < layer.sizes.rows) {
+        scores[head].push_back(score);
+      }
+    }
+    for (std::size_t t = 0; t < scores[head].size(); ++t) {
+      scores[head][t] = t < sinks ? 1.0 : total == 0.0 ? 0.0 : scores[head][t] / total;
+    }
+  }
+  return scores;
+}
+
+/// Scores by chunks of positions: `positions[row of scores]` of the evictable tokens.
+inline ScoreRows chunk_kv(const ScoreRows& scores, const std::vector<std::vector<std::size_t>>& positions,
+                          std::size_t chunk) {
+  ScoreRows means = scores;
+  for (std::size_t row = 0; row < scores.size(); ++row) {
+    for (std::size_t t = 0; t < scores[row].size(); ++t) {
+      double sum = 0.0;
+      double count = 0.0;
+      for (std::size_t other = 0; other < scores[row].size(); ++other) {
+        if (positions[row][other] / chunk == positions[row][t] / chunk) {
+          sum += scores[row][other];
+          count += 1.0;
+        }
+      }
+      means[row][t] = sum / count;
+    }
+  }
+  return means;
+}
+
 /// Scores of a layer by `scorer` beside `expected`, within `relative` of each and `absolute` besides.
 template <class S>
 void expect_scores(const S& scorer, Layer<float>& layer, const ScoreRows& expected, double relative,

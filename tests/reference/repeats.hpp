@@ -1,4 +1,4 @@
-// What repeats of a context look at, in double, one loop after the other (docs/method.md, 3.14).
+// What repeats of a context look at, in double, one loop after the other (docs/method.md, 3.18).
 #pragma once
 
 #include <algorithm>

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/queries.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -80,6 +81,7 @@ MethodSettings settings() {
   return {.budget = Budget::tokens_per_layer(24),
           .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
           .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
+          .statistics = reference::query_statistics(shape),
           .model_heads = 4};
 }
 
@@ -266,6 +268,9 @@ TEST(AnyCompressor, TakesWhatShowsTheWindow) {
   AnyCompressor knorm{AnyPlan{shape, "knorm", settings()}};
   knorm.begin(tokens);
   EXPECT_SAYS(knorm.select(2, sums), "method knorm reads the keys");
+  AnyCompressor expected{AnyPlan{shape, "expected-attention", settings()}};
+  expected.begin(tokens);
+  EXPECT_SAYS(expected.select(2, sums), "method expected-attention reads the keys");
   knorm.arrive(2, views);
   EXPECT_EQ(knorm.retained(2).rows(), 24U);
 }
@@ -288,6 +293,12 @@ TEST(AnyCompressor, SaysWhatDoesNotFit) {
   EXPECT_FALSE(asked);
   const auto read_only = [&](std::size_t layer) { return cache.view<const float>(layer); };
   EXPECT_SAYS(compressor.arrive(0, read_only), "the view's elements are const");
+  AnyCompressor cur{AnyPlan{shape, "cur", settings()}};
+  cur.begin(tokens);
+  EXPECT_EQ(cur.plan().needs(), Needs::keys_and_values);
+  EXPECT_SAYS(cur.select(0, AnyObservation(cache.observation(0))),
+              "method cur reads keys and values: give the layer's view as well");
+  EXPECT_SAYS(compressor.select(0, AnyObservation(cache.observation(0))), "method knorm reads the keys: ");
   AnyCompressor tova{AnyPlan{shape, "tova", settings()}};
   tova.begin(tokens);
   EXPECT_SAYS(tova.select(0, compressor.score(0, cache.view(0))), "scores are those of KV heads");
@@ -359,11 +370,13 @@ TEST(AnyCompressor, PlansForSomeLayersAreThoseOfAModelOfTheseAlone) {
   two.heads = HeadRanking({heads[0], heads[2]});
   runs.erase(runs.begin() + 4, runs.begin() + 8);
   two.scores = HeadScores(2, 4, runs);
+  two.statistics = reference::query_statistics(shape).of_layers(std::array<std::size_t, 2>{0, 2});
   two.errors = LayerErrors({0.2, 0.5}, {{.name = "set", .errors = {0.2, 0.5}}});
   ModelShape less = shape;
   less.layers = 2;
   const std::array<std::size_t, 2> layers = {0, 2};
-  for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide"}) {
+  for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide",
+                             "expected-attention"}) {
     const AnyPlan plan = AnyPlan{shape, method, all}.of_layers(layers);
     EXPECT_EQ(plan.shape().layers, 2U);
     EXPECT_EQ(plan.method().name, method);

@@ -102,6 +102,56 @@ static void shorten(const ckv_sequence* sequence, const size_t* changed, size_t 
 
 static const ckv_model model = {layers, query_heads, kv_heads, head_dim, 0};
 
+static const char* const statistics_file = "c_api_test_statistics.bin";
+
+/* Adds the `bytes` lowest bytes of a number, as the file of query statistics has them. */
+static void put(FILE* file, uint64_t number, unsigned bytes, uint64_t* hash) {
+  for (unsigned i = 0; i < bytes; ++i) {
+    const unsigned char byte = (unsigned char)(number >> (8U * i) & 0xFFU);
+    *hash = (*hash ^ byte) * 0x100000001b3U;
+    CHECK(fputc(byte, file) == byte);
+  }
+}
+
+static void put_float(FILE* file, float number, uint64_t* hash) {
+  uint32_t bits;
+  memcpy(&bits, &number, sizeof(bits));
+  put(file, bits, 4, hash);
+}
+
+/* Query statistics by the form that is written down: of heads whose queries are all alike. */
+static void write_statistics(void) {
+  const uint32_t numbers[] = {1, layers, query_heads, head_dim, head_dim, 0, 0};
+  const double rotation[] = {10000.0, 1.0};
+  const char* const magic = "ckvqstat";
+  uint64_t hash = 0xcbf29ce484222325U;
+  uint64_t unused = 0;
+  FILE* const file = fopen(statistics_file, "wb");
+  CHECK(file != NULL);
+  if (file == NULL) return;
+  for (size_t i = 0; i < 8; ++i) put(file, (unsigned char)magic[i], 1, &hash);
+  for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); ++i) put(file, numbers[i], 4, &hash);
+  for (size_t i = 0; i < 2; ++i) {
+    uint64_t bits;
+    memcpy(&bits, &rotation[i], sizeof(bits));
+    put(file, bits, 8, &hash);
+  }
+  for (size_t h = 0; h < (size_t)layers * query_heads; ++h) {
+    float mean[head_dim];
+    put(file, 1, 8, &hash);
+    for (size_t e = 0; e < head_dim; ++e) {
+      mean[e] = next_number();
+      put_float(file, mean[e], &hash);
+    }
+    for (size_t j = 0; j < head_dim / 2; ++j) {
+      put_float(file, sqrtf(mean[j] * mean[j] + mean[j + head_dim / 2] * mean[j + head_dim / 2]), &hash);
+    }
+    for (size_t i = 0; i < (size_t)head_dim * (head_dim + 1) / 2; ++i) put_float(file, 0.0F, &hash);
+  }
+  put(file, hash, 8, &unused);
+  CHECK(fclose(file) == 0);
+}
+
 static void run_method(const char* method) {
   static float original[layers * layer_floats];
   uint32_t ranking[layers * query_heads];
@@ -126,6 +176,7 @@ static void run_method(const char* method) {
   settings.ranking = ranking;
   settings.ranked_heads = query_heads;
   settings.scores = scores;
+  settings.query_statistics = statistics_file;
   settings.model_heads = 4;
   CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
   CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
@@ -417,6 +468,12 @@ static void wrong_calls(void) {
 
   fill();
   ckv_settings_init(&settings);
+  CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_BAD_ARGUMENT,
+              "needs query statistics");
+  settings.query_statistics = "no such file";
+  CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_FAILED,
+              "no such file: check the path");
+  ckv_settings_init(&settings);
   CHECK_FAILS(ckv_plan_create(&model, "snapvk", &settings, &plan), CKV_BAD_ARGUMENT,
               "must be one of full, compresskv");
   CHECK(plan == NULL);
@@ -501,13 +558,21 @@ int main(void) {
                                         "tova",
                                         "knorm",
                                         "keydiff",
+                                        "lagkv",
+                                        "cur",
+                                        "chunkkv",
                                         "streaming",
                                         "random",
                                         "carried",
                                         "model-wide",
                                         "blend",
                                         "blend-carried",
-                                        "kvzip"};
+                                        "kvzip",
+                                        "expected-attention",
+                                        "expected-attention-adaptive",
+                                        "q-filter",
+                                        "triattention"};
+  write_statistics();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);
@@ -516,6 +581,7 @@ int main(void) {
   elements_and_layouts();
   struct_sizes();
   wrong_calls();
+  CHECK(remove(statistics_file) == 0);
   if (failures == 0) puts("the C API does what compresskv.h says");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -113,6 +113,17 @@ TEST(Blend, AllOrNothingOfTheShareIsTheMethodsThemselves) {
   }
 }
 
+TEST(Blend, RowsBeyondSixteenBitsAreHeldAsWell) {
+  for (const std::size_t rows : {65'536U, 65'537U, 70'000U}) {
+    const LayerCase c{.head_dim = 4, .rows = rows, .window = 2, .capacity = 3000, .seed = 5};
+    const LayeredModel model(c, layer_count);
+    const score::SemanticRetrieval own{model.scores(), {.heads_per_layer = 1, .window = 2}};
+    const Sets kept = kept_by(blend(model, c, {.sinks = 0, .model_share = 0.0}), model, c.capacity);
+    EXPECT_EQ(kept, kept_by(own, model, c.capacity));
+    EXPECT_GT(kept[0][2990], 65'000U) << "some lie that far behind";
+  }
+}
+
 /// Positions by falling score, the lower first among equals.
 Rows by_falling(const Scores64& scores) {
   Rows order(scores.size());

@@ -18,6 +18,7 @@
 #include "reference/allocations.hpp"
 #include "reference/arriving_methods.hpp"
 #include "reference/errors.hpp"
+#include "reference/queries.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -260,6 +261,7 @@ MethodSettings settings() {
   MethodSettings out{.budget = Budget::kept_ratio(0.2),
                      .heads = HeadRanking(ranking),
                      .scores = HeadScores(layers, query_heads, runs),
+                     .statistics = reference::query_statistics(shape),
                      .window = window};
   out.heads_per_layer = 2;
   out.model_heads = 4;

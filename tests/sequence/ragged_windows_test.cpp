@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/queries.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -33,6 +34,7 @@ MethodSettings settings() {
   MethodSettings out{.budget = Budget::tokens_per_layer(capacity),
                      // Of group 0 none: its KV head falls back to the other's.
                      .heads = HeadRanking({{3, 2, 1, 0}}),
+                     .statistics = reference::query_statistics(shape),
                      .window = window};
   out.heads_per_layer = 2;
   return out;
@@ -133,7 +135,13 @@ TEST(RaggedWindows, AShortHeadChangesNothingForTheOthers) {
   check(score::H2O{{.window = window}});
   check(score::Knorm{{.window = window}});
   check(score::KeyDiff{{.window = window}});
+  check(score::LagKv{{.lag = 6, .window = window}});
+  check(score::Cur{{.window = window}});
+  check(score::ChunkKv{score::SnapKv{{.window = window}}, {.chunk = 5}});
   check(score::Random{{.window = window}});
+  check(score::ExpectedAttention{reference::query_statistics(shape), {.window = window}});
+  check(score::QFilter{reference::query_statistics(shape), {.window = window}});
+  check(score::TriAttention{reference::query_statistics(shape), {.window = window}});
   check(score::GroupedRetrieval{HeadRanking{{{3, 2, 1, 0}}}, {.heads_per_layer = 2, .window = window}});
 }
 

@@ -67,6 +67,39 @@ struct KeyDiff {
   }
 };
 
+struct LagKv {
+  static constexpr const char* name = "LagKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::LagKv{{.lag = 9, .window = layer.sizes.window}}, select::GroupedTopK{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct Cur {
+  static constexpr const char* name = "Cur";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::Cur{{.window = layer.sizes.window}}, select::Adaptive{},
+                budget_of(layer.sizes)};
+  }
+};
+
+struct ChunkKv {
+  static constexpr const char* name = "ChunkKv";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::ChunkKv{score::SnapKv{{.window = layer.sizes.window}}, {.chunk = 7}},
+                select::GroupedTopK{}, budget_of(layer.sizes)};
+  }
+};
+
+/// One set of rows for all KV heads.
+struct HeadMean {
+  static constexpr const char* name = "HeadMean";
+  static auto plan(const Layer<float>& layer) {
+    return Plan{layer.shape, score::HeadMean{score::LagKv{{.lag = 16, .window = layer.sizes.window}}},
+                select::SharedTopK{}, budget_of(layer.sizes)};
+  }
+};
+
 struct RandomRows {
   static constexpr const char* name = "RandomRows";
   static auto plan(const Layer<float>& layer) {
@@ -78,7 +111,7 @@ struct RandomRows {
 template <class M>
 struct EveryViewOfBaselines : testing::Test {};
 using EveryViewOfBaselinesMethods =
-    testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, RandomRows>;
+    testing::Types<SnapKv, AdaKv, Cake, H2O, Tova, Knorm, KeyDiff, LagKv, Cur, ChunkKv, HeadMean, RandomRows>;
 TYPED_TEST_SUITE(EveryViewOfBaselines, EveryViewOfBaselinesMethods, reference::MethodNames);
 
 TYPED_TEST(EveryViewOfBaselines, GivesThePlainCachesResult) {

@@ -13,6 +13,7 @@
 
 #include "reference/arriving_methods.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/queries.hpp"
 #include "reference/stored.hpp"
 
 namespace compresskv {
@@ -49,9 +50,9 @@ struct Memory {
     }
   }
   StridedKv<T> view() { return {keys.data(), values.data(), kv_shape, layout::head_token_dim}; }
-  float key(std::size_t head, std::size_t row, std::size_t e) const {
-    constexpr std::size_t elements = elements_per_unit<T>();
-    return reference::element(keys[(head * rows + row) * units + e / elements], e % elements);
+  float key(std::size_t head, std::size_t row, std::size_t e) const { return element(keys, head, row, e); }
+  float value(std::size_t head, std::size_t row, std::size_t e) const {
+    return element(values, head, row, e);
   }
   /// All that belongs to a row.
   Bytes row(std::size_t head, std::size_t index) const {
@@ -59,6 +60,12 @@ struct Memory {
     add_bytes(bytes, keys.data() + (head * rows + index) * units, units);
     add_bytes(bytes, values.data() + (head * rows + index) * units, units);
     return bytes;
+  }
+
+ private:
+  static float element(const std::vector<T>& memory, std::size_t head, std::size_t row, std::size_t e) {
+    constexpr std::size_t elements = elements_per_unit<T>();
+    return reference::element(memory[(head * rows + row) * units + e / elements], e % elements);
   }
 };
 
@@ -90,6 +97,11 @@ struct Memory<AffineInt8> {
     const std::size_t at = head * rows + row;
     return parameters[0][at] * (static_cast<float>(data[at * head_dim + e]) - parameters[1][at]);
   }
+  float value(std::size_t head, std::size_t row, std::size_t e) const {
+    const std::size_t at = head * rows + row;
+    return parameters[2][at] *
+           (static_cast<float>(data[data.size() / 2 + at * head_dim + e]) - parameters[3][at]);
+  }
   Bytes row(std::size_t head, std::size_t index) const {
     const std::size_t at = head * rows + index;
     Bytes bytes;
@@ -108,7 +120,9 @@ Selection selected(Method method, const Layer<float>& layer, const V& view) {
   const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
                                 .heads = HeadRanking{layer.ranking},
                                 .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
-                                .model_heads = 4};
+                                .statistics = reference::query_statistics(layer.shape),
+                                .model_heads = 4,
+                                .lag = 16};
   Selection selection;
   reference::with_arriving_method(
       method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
@@ -140,6 +154,7 @@ TYPED_TEST(StoredTypesMethods, KeepWhatTheyKeepOfTheDecodedCache) {
     for (std::size_t row = 0; row < rows; ++row) {
       for (std::size_t e = 0; e < head_dim; ++e) {
         layer.cache.keys[layer.cache.at(head, row, e)] = original.key(head, row, e);
+        layer.cache.values[layer.cache.value_at(head, row, e)] = original.value(head, row, e);
       }
     }
   }

@@ -39,7 +39,7 @@ class HeldInLlamaCpp final : public HeldPrompt {
                                    .sequences = 2,
                                    .observer = &observer_})) {
     const std::size_t tokens = prompt.tokens.size();
-    model.check_length(tokens);
+    model.check_length(tokens + longest_later());
     const auto start = Clock::now();
     model.read(whole_.get(), &observer_, prompt.tokens, [&](std::size_t done) {
       options_.progress(static_cast<double>(done) / static_cast<double>(tokens));
@@ -64,19 +64,31 @@ class HeldInLlamaCpp final : public HeldPrompt {
   }
 
  private:
+  /// Tokens of the longest question that comes later.
+  std::size_t longest_later() const {
+    std::size_t most = 0;
+    for (const Later& later : prompt_->later) {
+      most = std::max(most, later.tokens.size());
+    }
+    return most;
+  }
+
   /// At most, behind the prompt.
   std::size_t tokens_to_come() const {
     const std::size_t turns = prompt_->next_turn.empty() ? 1 : 2;
-    return std::max(turns * options_.max_new_tokens + prompt_->next_turn.size(),
-                    prompt_->continuation.size());
+    return longest_later() + std::max(turns * options_.max_new_tokens + prompt_->next_turn.size(),
+                                      prompt_->continuation.size());
   }
 
   Outcome whole() {
-    Outcome out{.answer = {}, .rows = prompt_->tokens.size() * shape_.layers * shape_.kv_heads};
-    finish(whole_.get(), out);
+    Outcome out{.rows = prompt_->tokens.size() * shape_.layers * shape_.kv_heads};
     // As it was when the prompt was read.
-    llama_memory_seq_rm(llama_get_memory(whole_.get()), 0, static_cast<llama_pos>(prompt_->tokens.size()),
-                        -1);
+    const auto take_back = [&] {
+      llama_memory_seq_rm(llama_get_memory(whole_.get()), 0, static_cast<llama_pos>(prompt_->tokens.size()),
+                          -1);
+    };
+    finish(whole_.get(), out, take_back);
+    take_back();
     return out;
   }
 
@@ -85,38 +97,58 @@ class HeldInLlamaCpp final : public HeldPrompt {
     const std::size_t rows = std::min(how.budget.value().resolve(tokens, window_of(how), shape_), tokens);
     const std::size_t cells =
         shape_.layers < all_.layers ? std::max(rows, model_->sliding_rows(tokens)) : rows;
-    const LlamaContext small =
-        model_->make_context({.type = options_.kv_type, .cells = cells + tokens_to_come(), .batch = 32});
+    // With a second sequence there is room for a sliding window and what one copy reads and answers behind
+    // it: what is then taken back has taken no cell of the window.
+    const LlamaContext small = model_->make_context({.type = options_.kv_type,
+                                                     .cells = cells + tokens_to_come(),
+                                                     .sequences = prompt_->copies() > 1 ? 2U : 1U,
+                                                     .batch = 32});
     const auto start = Clock::now();
     engine::PoolExecutor pool = model_->executor();
     const compresskv::AnyPlan plan(all_, how.method, settings_of(how));
     Sequence sequence = Sequence(plan, observer_, {.context = whole_.get()}, pool).copy_to(1);
     sequence.compress_into({.context = small.get()});
-    Outcome out{.answer = {}, .compress_ms = milliseconds_since(start)};
+    Outcome out{.compress_ms = milliseconds_since(start)};
     count_kept(kept_by(sequence), tokens, shape_, out);
-    finish(small.get(), out);
+    finish(small.get(), out, [&] { sequence.truncate(tokens); });
     observer_.forget(sequence.place());
     return out;
   }
 
-  /// Answers from sequence 0 of a context, or measures.
-  void finish(llama_context* context, Outcome& out) const {
-    if (prompt_->measure == Measure::perplexity) {
-      out.perplexity = perplexity(context);
-      return;
+  /// Answers from sequence 0 of a context, or measures; between two copies `take_back` leaves what the first
+  /// began with.
+  void finish(llama_context* context, Outcome& out, const std::function<void()>& take_back) const {
+    for (std::size_t copy = 0; copy < prompt_->copies(); ++copy) {
+      if (copy > 0) {
+        take_back();
+      }
+      std::span<const float> logits = first_logits_;
+      if (!prompt_->later.empty()) {
+        logits = read_more(context, prompt_->later[copy].tokens);
+      }
+      if (prompt_->measure == Measure::perplexity) {
+        out.perplexity = perplexity(context, logits);
+      } else {
+        out.answers.push_back(answer(context, logits, copy));
+      }
     }
-    std::span<const float> logits = first_logits_;
-    if (!prompt_->next_turn.empty()) {
-      greedy(context, logits, [](const std::string&) { return false; });
-      model_->read(context, nullptr, prompt_->next_turn, [](std::size_t) {});
-      logits = model_->logits(context);
-    }
-    out.answer = greedy(context, logits, [&](const std::string& text) { return is_settled(*prompt_, text); });
   }
 
-  double perplexity(llama_context* context) const {
+  std::span<const float> read_more(llama_context* context, std::span<const TokenId> tokens) const {
+    model_->read(context, nullptr, tokens, [](std::size_t) {});
+    return model_->logits(context);
+  }
+
+  std::string answer(llama_context* context, std::span<const float> logits, std::size_t copy) const {
+    if (!prompt_->next_turn.empty()) {
+      greedy(context, logits, [](const std::string&) { return false; });
+      logits = read_more(context, prompt_->next_turn);
+    }
+    return greedy(context, logits, [&](const std::string& text) { return is_settled(*prompt_, text, copy); });
+  }
+
+  double perplexity(llama_context* context, std::span<const float> logits) const {
     const std::vector<TokenId>& text = prompt_->continuation;
-    std::span<const float> logits = first_logits_;
     double sum = 0.0;
     for (std::size_t i = 0; i < text.size(); ++i) {
       sum += surprise(logits, text[i]);

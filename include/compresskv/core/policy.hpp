@@ -14,10 +14,18 @@ enum class Granularity {
 enum class Needs {
   nothing,           ///< positions are enough
   keys,              ///< the keys in the cache
+  keys_and_values,   ///< both as they stand in the cache, and no query
   window_attention,  ///< the window's queries with the keys, or the attention matrix itself
   all_queries,       ///< the attention of every query of the prompt
   repeats,           ///< the queries of tokens that repeat the context: `Compressor::observe`
 };
+
+/// Whether a scorer must be shown queries or attention.
+constexpr bool observes(Needs needs) {
+  return needs == Needs::window_attention || needs == Needs::all_queries;
+}
+/// Whether attention alone cannot take the place of the layer's view.
+constexpr bool reads_rows(Needs needs) { return needs == Needs::keys || needs == Needs::keys_and_values; }
 
 /// What a composition must have seen before a layer can shrink.
 enum class Reach {

@@ -13,7 +13,7 @@ namespace compresskv {
 /// state allocates nothing. Contents do not outlive the call that took them.
 class Workspace {
  public:
-  enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores, views };
+  enum class Slot { queries, key_rows, logits, row_sums, sums, pooled, scores, views, head_scores };
 
   /// `count` floats with unspecified contents, from the start of a cache line on, so that registers of whole
   /// lines do not straddle two; taking a slot again invalidates the span taken before.
@@ -34,9 +34,15 @@ class Workspace {
     return std::span(counts_).first(count);
   }
 
+  /// The same for scores that a scorer makes of another's: they outlive what the other takes.
+  std::span<std::size_t> take_ends(std::size_t count) {
+    ends_.resize((std::max)(ends_.size(), count));
+    return std::span(ends_).first(count);
+  }
+
   /// Bytes held now.
   std::size_t bytes() const {
-    std::size_t total = counts_.capacity() * sizeof(std::size_t);
+    std::size_t total = (counts_.capacity() + ends_.capacity()) * sizeof(std::size_t);
     for (const auto& buffer : buffers_) {
       total += buffer.capacity() * sizeof(float);
     }
@@ -44,8 +50,9 @@ class Workspace {
   }
 
  private:
-  std::array<std::vector<float>, 8> buffers_;
+  std::array<std::vector<float>, 9> buffers_;
   std::vector<std::size_t> counts_;
+  std::vector<std::size_t> ends_;
 };
 
 }  // namespace compresskv

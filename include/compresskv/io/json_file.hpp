@@ -2,13 +2,11 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -17,9 +15,6 @@
 /// How the files of this folder are read: regular files of bounded size, JSON without what JSON libraries
 /// pass over in silence.
 namespace compresskv::io::detail {
-
-/// No calibration is as large; what is would take many times its size to parse.
-inline constexpr std::uintmax_t largest_file = std::uintmax_t{256} << 20U;
 
 /// The formats nest three deep.
 inline constexpr int deepest_json = 16;
@@ -46,19 +41,7 @@ std::string shown(const Json& value) {
 }
 
 inline std::string read_text(const std::filesystem::path& file) {
-  require_regular(file);
-  const auto require_size = [&](std::uintmax_t bytes) {
-    require(bytes <= largest_file, file, "is larger than ", largest_file >> 20U,
-            " MiB, as no calibration is: check the path");
-  };
-  std::error_code unknown;
-  const std::uintmax_t bytes = std::filesystem::file_size(file, unknown);
-  require_size(unknown ? 0 : bytes);
-  std::string text;
-  read_pieces(file, [&](std::string_view piece) {
-    text += piece;
-    require_size(text.size());  // it may grow, and files of /proc have no size
-  });
+  std::string text = read_whole(file);
   require(text.find_first_not_of(" \t\r\n") != std::string::npos, file,
           "is empty: a calibration that was stopped may have left it, make it again");
   return text;

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -97,6 +98,27 @@ void read_pieces(const std::filesystem::path& file, const Take& take) {
     }
     take(std::string_view(piece.data(), count));
   }
+}
+
+/// No calibration is as large; what is would take many times its size to parse.
+inline constexpr std::uintmax_t largest_file = std::uintmax_t{256} << 20U;
+
+/// All bytes of a regular file. Throws FileError, also where it is larger than any calibration.
+inline std::string read_whole(const std::filesystem::path& file) {
+  require_regular(file);
+  const auto require_size = [&](std::uintmax_t bytes) {
+    require(bytes <= largest_file, file, "is larger than ", largest_file >> 20U,
+            " MiB, as no calibration is: check the path");
+  };
+  std::error_code unknown;
+  const std::uintmax_t bytes = std::filesystem::file_size(file, unknown);
+  require_size(unknown ? 0 : bytes);
+  std::string text;
+  read_pieces(file, [&](std::string_view piece) {
+    text += piece;
+    require_size(text.size());  // it may grow, and files of /proc have no size
+  });
+  return text;
 }
 
 /// What links lead to, whether or not it is there. They must not go round: `std::filesystem::status` tells.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/decode_row.hpp"
 #include "compresskv/kernel/layer_input.hpp"
+#include "compresskv/kernel/row_reader.hpp"
 #include "compresskv/view/observation.hpp"
 #include "compresskv/view/run.hpp"
 
@@ -92,6 +94,37 @@ void check_finite(const LayerInput<Kv, O>& in, std::uint32_t head, std::span<con
 }
 
 }  // namespace detail
+
+/// The lowest row of each KV head that is not finite, noted by tasks, which do not throw.
+class RefusedRows {
+ public:
+  /// `lowest` has a number a KV head.
+  explicit RefusedRows(std::span<std::size_t> lowest) : lowest_(lowest) {
+    std::fill(lowest.begin(), lowest.end(), none);
+  }
+
+  /// Notes a decoded row, where it is not `finite`.
+  void look(std::size_t kv_head, Part part, std::size_t row, bool finite) {
+    if (!finite) {
+      lowest_[kv_head] = (std::min)(lowest_[kv_head], 2 * row + (part == Part::keys ? 0 : 1));
+    }
+  }
+
+  /// Throws ScoreError naming the lowest KV head's. Call it once all tasks have ended.
+  void check(std::size_t layer) const {
+    for (std::size_t kv_head = 0; kv_head < lowest_.size(); ++kv_head) {
+      const std::size_t found = lowest_[kv_head];
+      compresskv::detail::require<ScoreError>(
+          found == none, found % 2 == 0 ? "key" : "value", " of layer ", layer, " KV head ", kv_head,
+          " token ", found / 2,
+          " holds NaN or infinite elements: it has no score; the cache was left as it is");
+    }
+  }
+
+ private:
+  static constexpr std::size_t none = (std::numeric_limits<std::size_t>::max)();
+  std::span<std::size_t> lowest_;
+};
 
 }  // namespace compresskv::kernel
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "compresskv/core/strict_float_begin.hpp"
-#include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/row_reader.hpp"
 #include "compresskv/view/kv_view.hpp"
 
 namespace compresskv::kernel {
@@ -12,25 +12,21 @@ namespace compresskv::kernel {
 /// Calls `visit(row, key)` for every key of a KV head, in order, `key` being `head_dim` float32 in `buffer`.
 template <KvView V, class Visit>
 void for_each_key(const V& kv, std::size_t kv_head, float* buffer, Visit&& visit) {
-  std::size_t row = 0;
-  for (std::size_t i = 0; i < kv.run_count(kv_head); ++i) {
-    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
-    with_element(run, [&](const auto& keys) {
-      for (std::size_t r = 0; r < keys.rows; ++r, ++row) {
-        decode_row(keys, r, kv.head_dim(), buffer);
-        visit(row, static_cast<const float*>(buffer));
-      }
-    });
-  }
+  RowReader<Part::keys, V>(kv, kv_head, buffer).read_to(kv.rows(kv_head), visit);
 }
 
-/// Euclidean length of a decoded key. Sums in float64, in order.
-inline double key_norm(const float* key, std::size_t head_dim) {
+/// Square of a decoded row's Euclidean length. Sums in float64, in order.
+inline double squared_norm(const float* row, std::size_t head_dim) {
   double sum = 0.0;
   for (std::size_t e = 0; e < head_dim; ++e) {
-    sum += static_cast<double>(key[e]) * static_cast<double>(key[e]);
+    sum += static_cast<double>(row[e]) * static_cast<double>(row[e]);
   }
-  return std::sqrt(sum);
+  return sum;
+}
+
+/// Euclidean length of a decoded key.
+inline double key_norm(const float* key, std::size_t head_dim) {
+  return std::sqrt(squared_norm(key, head_dim));
 }
 
 }  // namespace compresskv::kernel

@@ -60,7 +60,6 @@ template <class P>
 class SequenceOf final : public AnySequence {
   using S = typename P::scorer_type;
   static constexpr bool repeats = S::needs == Needs::repeats;
-  static constexpr bool observes = S::needs == Needs::window_attention || S::needs == Needs::all_queries;
 
  public:
   SequenceOf(const MethodInfo& info, const P& plan, AnyExecutor executor)
@@ -186,7 +185,7 @@ class SequenceOf final : public AnySequence {
   /// that its method is compiled once.
   template <class R, class F>
   R with_observation(const AnyObservation& observation, F&& f) const {
-    if constexpr (!observes) {
+    if constexpr (!observes(S::needs)) {
       return f(NotGiven{});
     } else {
       if (const auto* queries = std::get_if<AnyQueries>(&observation.held())) {
@@ -209,8 +208,10 @@ class SequenceOf final : public AnySequence {
   R from_attention(const AnyObservation& observation, F&& f) const {
     if constexpr (repeats) {
       fail_of_repeats();
-    } else if constexpr (S::needs == Needs::keys) {
-      fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
+    } else if constexpr (reads_rows(S::needs)) {
+      fail<ArgumentError>("method ", info_->name,
+                          S::needs == Needs::keys ? " reads the keys" : " reads keys and values",
+                          ": give the layer's view as well");
     } else {
       return with_attention<R>(observation, f);
     }

@@ -32,7 +32,7 @@ struct KvZipOptions {
 /// paper; with a selector of one layer each layer has its own.
 ///
 /// Differs from the paper: the last `window` tokens stay, and until `finish` scores are held as half floats,
-/// of 11 bits. Paper: Kim et al., NeurIPS 2025 (arXiv 2505.23416); docs/method.md 3.14. Cost: that of feeding
+/// of 11 bits. Paper: Kim et al., NeurIPS 2025 (arXiv 2505.23416); docs/method.md 3.18. Cost: that of feeding
 /// the context once more, its attention twice; two bytes for each token, layer and KV head.
 class KvZip : public WindowScorer<Granularity::kv_head, Needs::repeats, KvZipOptions> {
  public:

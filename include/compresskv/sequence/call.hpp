@@ -46,6 +46,7 @@ enum class Fault {
   no_attention,
   queries_alone,
   keys_needed,
+  values_needed,
   rows_differ,
   no_selection,
   no_reduction,
@@ -94,6 +95,8 @@ consteval bool fits() {
                 "queries need the keys: give the layer's view as well, to score() or compress()");
   static_assert(fault != keys_needed,
                 "this scorer reads the keys: give it the layer's view, to score() or compress()");
+  static_assert(fault != values_needed,
+                "this scorer reads keys and values: give it the layer's view, to score() or compress()");
   static_assert(fault != rows_differ,
                 "rows move as they are: the cache written needs the element types of the cache read, not "
                 "const");
@@ -157,8 +160,7 @@ constexpr Fault of_views() {
 
 template <class P, class O>
 constexpr Fault of_observation() {
-  constexpr Needs needs = P::scorer_type::needs;
-  return unless(needs == Needs::nothing || needs == Needs::keys || Observation<O>, Fault::no_observation);
+  return unless(!observes(P::scorer_type::needs) || Observation<O>, Fault::no_observation);
 }
 
 template <class Reduce>
@@ -202,7 +204,9 @@ constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>
 template <class P, class O>
 constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
                                    unless(KeylessObservation<O>, Fault::no_attention),
-                                   unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed)});
+                                   unless(P::scorer_type::needs != Needs::keys, Fault::keys_needed),
+                                   unless(P::scorer_type::needs != Needs::keys_and_values,
+                                          Fault::values_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});

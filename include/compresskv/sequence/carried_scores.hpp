@@ -53,17 +53,18 @@ class CarriedScores {
     by_position_.reserve(turn.tokens);
     next_.reserve(turn.tokens);
     if constexpr (BlendsScores<P>) {
-      own_share_.prepare(rows_held(turn), places());
+      own_share_.prepare(rows_held(turn), places(), turn.tokens);
     }
   }
   void start(const Turn& turn) noexcept {
     by_position_.assign(turn.tokens, 0.0F);
     next_.assign(turn.tokens, 0.0F);
     rows_held_ = rows_held(turn);
+    own_share_.start(turn.tokens);
   }
 
   std::size_t held_bytes() const {
-    return 2 * by_position_.size() * sizeof(float) + rows_held_ * sizeof(std::uint32_t);
+    return 2 * by_position_.size() * sizeof(float) + own_share_.bytes(rows_held_);
   }
   std::size_t waiting_layers() const {
     const std::size_t layers = plan_->shape().layers;

@@ -119,7 +119,7 @@ class LayerPass {
   /// Checks the observation, then scores the layer. Throws ArgumentError and ScoreError.
   template <class V, class O>
   Scores<granularity> score(const State& state, const kernel::LayerInput<V, O>& in) {
-    if constexpr (S::needs == Needs::window_attention || S::needs == Needs::all_queries) {
+    if constexpr (observes(S::needs)) {
       for (std::size_t head = 0; head < rows_.size(); ++head) {
         const std::size_t window = (std::min)(plan_->scorer().window(), rows_[head]);
         detail::check_observation(in.observation, plan_->shape(), rows_[head],
