@@ -383,12 +383,12 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
     throw engine::Error(fmt::format("{}: what it says of its origin cannot be used: {}",
                                     given.load_cache.string(), error.what()));
   }
-  if (arguments.heads.empty()) {
-    arguments.heads = origin.heads;
-  }
-  if (arguments.errors.empty()) {
-    arguments.errors = origin.errors;
-  }
+  const auto unless_given = [](std::filesystem::path& path, const std::filesystem::path& was) {
+    path = path.empty() ? was : path;
+  };
+  unless_given(arguments.heads, origin.calibration.heads);
+  unless_given(arguments.errors, origin.calibration.errors);
+  unless_given(arguments.statistics, origin.calibration.statistics);
   return arguments;
 }
 
@@ -472,8 +472,9 @@ void save_and_ask(const GenerateArguments& arguments, const CalibrationFiles& fi
                              .method = arguments.method,
                              .budget = budget_json(arguments),
                              .settings = saved_settings(arguments),
-                             .heads = from_anywhere(files.heads),
-                             .errors = from_anywhere(files.errors)};
+                             .calibration = {.heads = from_anywhere(files.heads),
+                                             .errors = from_anywhere(files.errors),
+                                             .statistics = from_anywhere(files.statistics)}};
   write_text_file(arguments.save_cache, save_context(origin, model, how, context));
   if (!arguments.question.empty()) {
     ask_and_print(arguments, files, model, how, text, context, options, progress);
@@ -502,14 +503,15 @@ void load_and_ask(const GenerateArguments& given) {
   const GenerateArguments arguments = arguments_of(given, origin);
   Compression how = compression_of(arguments);
   const MethodInfo& method = info(how.method);
-  const CalibrationFiles files{.heads = arguments.heads, .errors = arguments.errors};
+  const CalibrationFiles files{
+      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
   load(files, method, how);
   const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
   check_interrupt();
   if (how.method != Method::full) {
     check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
   }
-  Context context = saved.restore(model, how, arguments.cache.type(), files.heads, files.errors);
+  Context context = saved.restore(model, how, arguments.cache.type(), files);
   Progress progress{"prefill", static_cast<double>(model.layers())};
   ask_and_print(arguments, files, model, how, origin.text, context, shown_run(arguments, progress), progress);
 }

@@ -64,14 +64,16 @@ void for_layers(const PromptCompressor& compressor, const compresskv::ModelShape
 
 }  // namespace
 
-std::string digests_of(const std::filesystem::path& heads, const std::filesystem::path& errors) {
+std::string digests_of(const CalibrationFiles& files) {
   std::string out;
-  if (!heads.empty()) {
-    out += "heads " + engine::sha256_of_file(heads);
-  }
-  if (!errors.empty()) {
-    out += (out.empty() ? "errors " : ", errors ") + engine::sha256_of_file(errors);
-  }
+  const auto add = [&](const char* what, const std::filesystem::path& file) {
+    if (!file.empty()) {
+      out += fmt::format("{}{} {}", out.empty() ? "" : ", ", what, engine::sha256_of_file(file));
+    }
+  };
+  add("heads", files.heads);
+  add("errors", files.errors);
+  add("statistics", files.statistics);
   return out;
 }
 
@@ -81,7 +83,7 @@ std::string save_context(const ContextOrigin& origin, const LoadedModel& loaded,
   const compresskv::ModelShape shape = loaded.shape(type);
   std::ostringstream library;
   const std::string settings = origin.settings.dump();
-  const std::string digests = digests_of(origin.heads, origin.errors);
+  const std::string digests = digests_of(origin.calibration);
   const compresskv::MadeWith made{.method = settings, .calibration = digests};
   std::unique_ptr<PromptCompressor> full;
   if (!context.compressor) {
@@ -97,8 +99,9 @@ std::string save_context(const ContextOrigin& origin, const LoadedModel& loaded,
                        {"method", origin.method},
                        {"budget", origin.budget},
                        {"settings", origin.settings},
-                       {"heads", origin.heads.string()},
-                       {"errors", origin.errors.string()}};
+                       {"heads", origin.calibration.heads.string()},
+                       {"errors", origin.calibration.errors.string()},
+                       {"statistics", origin.calibration.statistics.string()}};
   SavedWriter head;
   head.number(version, 4);
   try {
@@ -157,8 +160,9 @@ SavedContext::SavedContext(std::filesystem::path path, std::string bytes)
     header.at("method").get_to(origin_.method);
     origin_.budget = header.at("budget");
     origin_.settings = header.at("settings");
-    origin_.heads = header.at("heads").get<std::string>();
-    origin_.errors = header.at("errors").get<std::string>();
+    origin_.calibration.heads = header.at("heads").get<std::string>();
+    origin_.calibration.errors = header.at("errors").get<std::string>();
+    origin_.calibration.statistics = header.at("statistics").get<std::string>();
   } catch (const Json::exception& error) {
     refuse(fmt::format("what it says of its origin cannot be read: {}", error.what()));
   } catch (const compresskv::FileError& error) {
@@ -167,14 +171,14 @@ SavedContext::SavedContext(std::filesystem::path path, std::string bytes)
 }
 
 Context SavedContext::restore(const LoadedModel& loaded, const Compression& how, engine::KvType type,
-                              const std::filesystem::path& heads, const std::filesystem::path& errors) const {
+                              const CalibrationFiles& files) const {
   const auto refuse = [&](const std::string& why) {
     throw engine::Error(fmt::format("{}: {}", path_.string(), why));
   };
   const compresskv::ModelShape shape = loaded.shape(type);
   const std::size_t tokens = origin_.tokens.size();
   const std::string settings = origin_.settings.dump();
-  const std::string digests = digests_of(heads, errors);
+  const std::string digests = digests_of(files);
   Bytes buffer(body_);
   std::istream in(&buffer);
   std::unique_ptr<PromptCompressor> compressor = compressor_of(how, shape, loaded.model.pool(), tokens);

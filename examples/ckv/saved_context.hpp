@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "arguments.hpp"
 #include "engine/kv_cache.hpp"
 #include "method.hpp"
 #include "run.hpp"
@@ -21,14 +22,13 @@ struct ContextOrigin {
   std::string text;             ///< the user's
   std::vector<TokenId> tokens;  ///< the template's head and the text, as they were read
   std::string method;
-  nlohmann::json budget;    ///< {"rows": 128} or the like; null: none
-  nlohmann::json settings;  ///< whatever else decides: window, pool, element type, chunks
-  std::filesystem::path heads;
-  std::filesystem::path errors;  ///< where its calibration lay; empty: none
+  nlohmann::json budget;         ///< {"rows": 128} or the like; null: none
+  nlohmann::json settings;       ///< whatever else decides: window, pool, element type, chunks
+  CalibrationFiles calibration;  ///< where its files lay; empty: none
 };
 
-/// One line for each calibration file, with its digest: what the library's `MadeWith::calibration` is told.
-std::string digests_of(const std::filesystem::path& heads, const std::filesystem::path& errors);
+/// Each calibration file that there is, with its digest: what the library's `MadeWith::calibration` is told.
+std::string digests_of(const CalibrationFiles& files);
 
 /// The file's bytes: the origin, what the library remembers, every row, and a checksum over all of it.
 std::string save_context(const ContextOrigin& origin, const LoadedModel& loaded, const Compression& how,
@@ -45,7 +45,7 @@ class SavedContext {
   /// Throws engine::Error where the rows do not fit the model, compresskv::Error where the library finds that
   /// something differs from what it was compressed with.
   Context restore(const LoadedModel& loaded, const Compression& how, engine::KvType type,
-                  const std::filesystem::path& heads, const std::filesystem::path& errors) const;
+                  const CalibrationFiles& files) const;
 
  private:
   std::filesystem::path path_;

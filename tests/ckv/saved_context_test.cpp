@@ -73,8 +73,7 @@ ckv::ContextOrigin origin_of(const std::vector<TokenId>& tokens) {
           .method = "any",
           .budget = {{"ratio", 0.3}},
           .settings = {{"window", 8}},
-          .heads = {},
-          .errors = {}};
+          .calibration = {}};
 }
 
 class SavedContexts : public RealModel {};
@@ -93,8 +92,8 @@ TEST_F(SavedContexts, AnswersAreThoseOfOneProcessBitForBit) {
     const ckv::SavedContext saved("a.cache", ckv::save_context(origin_of(tokens), model(), how, context));
     EXPECT_EQ(saved.origin().text, boxes_text());
     EXPECT_EQ(saved.origin().tokens, tokens);
-    const Said again = asked(saved.restore(model(), how, options.kv_type, {}, {}), how, options);
-    const Said twice = asked(saved.restore(model(), how, options.kv_type, {}, {}), how, options);
+    const Said again = asked(saved.restore(model(), how, options.kv_type, {}), how, options);
+    const Said twice = asked(saved.restore(model(), how, options.kv_type, {}), how, options);
     const Said once = asked(std::move(context), how, options);
     EXPECT_EQ(again, once);
     EXPECT_EQ(twice, once) << "a file may be asked any number of times";
@@ -160,15 +159,16 @@ TEST_F(SavedContexts, DamageIsRefused) {
   // The library finds what differs.
   const ckv::SavedContext saved("a.cache", bytes);
   EXPECT_NE(message_of<compresskv::ArgumentError>([&] {
-              saved.restore(model(), third_by(ckv::Method::snapkv), engine::KvType::f32, {}, {});
+              saved.restore(model(), third_by(ckv::Method::snapkv), engine::KvType::f32, {});
             }).find("method is 'streaming, {"),
             std::string::npos);
   EXPECT_NE(message_of<compresskv::ArgumentError>([&] {
-              saved.restore(model(), how, engine::KvType::f32, calibration("_head_idx.json"), {});
+              saved.restore(model(), how, engine::KvType::f32,
+                            {.heads = calibration("_head_idx.json"), .errors = {}});
             }).find("calibration is '', this plan's is 'heads "),
             std::string::npos);
   EXPECT_NE(message_of<compresskv::ArgumentError>([&] {
-              saved.restore(model(), how, engine::KvType::f16, {}, {});
+              saved.restore(model(), how, engine::KvType::f16, {});
             }).find("kv_row_bytes"),
             std::string::npos);
 }
@@ -235,7 +235,7 @@ TEST_F(SavedContextRuns, AnotherProcessAnswersAsOne) {
   const std::string text = folder.write("boxes.txt", boxes_text()).string();
   const std::string both = folder.path("both.cache").string();
   const std::string alone = folder.path("alone.cache").string();
-  const Arguments how = {"--prompt-file", text, "--ratio", "0.3"};  // compresskv, by its calibration
+  const Arguments how = {"--prompt-file", text, "--method", "compresskv", "--ratio", "0.3"};
   const auto and_how = [&](const Arguments& more) {
     Arguments all = how;
     all.insert(all.end(), more.begin(), more.end());

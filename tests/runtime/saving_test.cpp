@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "message_of.hpp"
+#include "reference/queries.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -36,6 +37,7 @@ MethodSettings settings_saved(Budget budget) {
       .budget = budget,
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>{{2, 0, 1, 3}, {1, 3, 0, 2}, {3, 2, 1, 0}}),
       .scores = HeadScores(3, 4, scores),
+      .statistics = reference::query_statistics(model_saved),
       .errors = LayerErrors(errors, {{.name = "set", .errors = errors}}),
       .min_rows = 20,
       .heads_per_layer = 2,
