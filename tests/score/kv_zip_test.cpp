@@ -105,10 +105,10 @@ struct RepeatedModel {
   std::vector<std::size_t> shown_;
 };
 
-using Scores64 = std::vector<std::vector<std::vector<double>>>;  // [layer][kv_head][row]
+using RepeatScores64 = std::vector<std::vector<std::vector<double>>>;  // [layer][kv_head][row]
 
-Scores64 no_scores(const RepeatedModel<>& model) {
-  Scores64 scores;
+RepeatScores64 no_scores(const RepeatedModel<>& model) {
+  RepeatScores64 scores;
   for (const auto& layer : model.rows) {
     scores.emplace_back();
     for (const std::size_t rows : layer) {
@@ -121,7 +121,7 @@ Scores64 no_scores(const RepeatedModel<>& model) {
 /// What the tokens fed now add to `scores`.
 template <class C>
 void add_repeats(const RepeatedModel<>& model, const C& compressor, const Stretch& stretch, std::size_t sinks,
-                 Scores64& scores) {
+                 RepeatScores64& scores) {
   for (std::size_t l = 0; l < model.layers.size(); ++l) {
     const auto& layer = model.layers[l];
     for (std::size_t kv_head = 0; kv_head < model.sizes.kv_heads; ++kv_head) {
@@ -143,7 +143,7 @@ void add_repeats(const RepeatedModel<>& model, const C& compressor, const Stretc
 /// Shows a whole context, `stretch` tokens at a time, and adds what is expected of it.
 template <class C>
 void repeat_all(RepeatedModel<>& model, C& compressor, std::size_t stretch, std::size_t sinks,
-                std::uint64_t seed, Scores64& scores) {
+                std::uint64_t seed, RepeatScores64& scores) {
   for (std::size_t first = 0; first < model.context; first += stretch) {
     const Stretch now{.first = first, .last = std::min(first + stretch, model.context)};
     model.feed(seed + first);
@@ -200,7 +200,7 @@ TEST(KvZip, KeepsWhatRepeatsLookAtInTheWholeModel) {
                     budget::Uniform{Budget::tokens_per_layer(capacity)}};
     Compressor compressor{plan};
     compressor.begin(context);
-    Scores64 scores = no_scores(model);
+    RepeatScores64 scores = no_scores(model);
     repeat_all(model, compressor, stretch, sinks, c.seed, scores);
     ASSERT_EQ(compressor.finish(model.views()).size(), layers);
 
@@ -248,7 +248,7 @@ TEST(KvZip, ALayerMayHaveABudgetOfItsOwn) {
                     budget::Uniform{Budget::tokens_per_layer(capacity)}};
     Compressor compressor{plan};
     compressor.begin(context);
-    Scores64 scores = no_scores(model);
+    RepeatScores64 scores = no_scores(model);
     repeat_all(model, compressor, context, 4, c.seed, scores);
     compressor.finish(model.views());
     for (std::size_t l = 0; l < 3; ++l) {
@@ -281,7 +281,7 @@ TEST(KvZip, GoesOnFromUnequalRows) {
                     budget::Uniform{Budget::tokens_per_layer(15)}};
     Compressor compressor{plan};
     compressor.begin(context);
-    Scores64 scores = no_scores(model);
+    RepeatScores64 scores = no_scores(model);
     repeat_all(model, compressor, context, 4, c.seed, scores);
     compressor.finish(model.views());
     model.shrunk(compressor);
@@ -351,7 +351,7 @@ TEST(KvZip, PartsOfARepeatThreadsAndLayoutsChangeNoBit) {
   const auto plan = plan_of(first.shape);
   Compressor one{plan};
   one.begin(90);
-  Scores64 unused = no_scores(first);
+  RepeatScores64 unused = no_scores(first);
   repeat_all(first, one, 90, 4, 1, unused);
   one.finish(first.views());
   const Positions expected = positions_of(one, first);
@@ -407,7 +407,7 @@ TEST(KvZip, ProtectedTokensStay) {
   Compressor compressor{plan};
   const std::vector<std::uint32_t> named{17, 33, 34};
   compressor.begin(60, {.positions = named});
-  Scores64 scores = no_scores(model);
+  RepeatScores64 scores = no_scores(model);
   repeat_all(model, compressor, 60, 4, 5, scores);
   compressor.finish(model.views());
   std::size_t rows = 0;

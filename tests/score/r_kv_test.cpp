@@ -202,7 +202,7 @@ TEST(RKv, DecidesInDouble) {
   std::size_t above = 0;
   for (std::size_t row = 0; row + 1 < 300; row += 2) {
     EXPECT_NEAR(cosines[row][row + 1], 0.5, 1e-7);
-    above += cosines[row][row + 1] > 0.5 ? 1 : 0;
+    above += cosines[row][row + 1] > 0.5 ? 1U : 0U;
   }
   EXPECT_GT(above, 20U);
   EXPECT_LT(above, 130U);
