@@ -7,6 +7,7 @@
 #include <span>
 
 #include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/strict_float_begin.hpp"
 
 namespace compresskv::kernel {
 
@@ -25,3 +26,5 @@ inline void rank(std::span<float> scores, std::span<std::size_t> order) {
 }
 
 }  // namespace compresskv::kernel
+
+#include "compresskv/core/strict_float_end.hpp"
