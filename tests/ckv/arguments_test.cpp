@@ -471,7 +471,7 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   elsewhere.insert(elsewhere.end(), {"--method", "compresskv", "--models-dir", folder.path("none").string()});
   expect_usage_error(elsewhere, "--method compresskv needs --heads: no calibration of this model in '" +
                                     folder.path("none").string());
-  elsewhere.insert(elsewhere.end(), {"--method", "q-filter"});
+  elsewhere.at(start.size() + 1) = "q-filter";
   expect_usage_error(elsewhere,
                      "--method q-filter needs --statistics: no query statistics of this model in '" +
                          folder.path("none").string());

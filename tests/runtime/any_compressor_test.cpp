@@ -277,7 +277,7 @@ TEST(AnyCompressor, TakesWhatShowsTheWindow) {
   EXPECT_SAYS(knorm.select(2, sums), "method knorm reads the keys");
   AnyCompressor expected{AnyPlan{shape, "expected-attention", settings()}};
   expected.begin(tokens);
-  EXPECT_SAYS(expected.select(2, sums), "method expected-attention reads the keys");
+  EXPECT_SAYS(expected.select(2, sums), "method expected-attention reads keys and values");
   knorm.arrive(2, views);
   EXPECT_EQ(knorm.retained(2).rows(), 24U);
 }
