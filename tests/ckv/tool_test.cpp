@@ -59,8 +59,8 @@ TEST(Tool, WrongUsageIsExitCode2) {
   expect_usage_error(with({"--prompt", "x", "--method", "streaming", "--ratio", "nan"}), "ratio");
   expect_usage_error(with({"--prompt", "x", "--method", "streaming", "--rows", "-3"}), "--rows");
   expect_usage_error(with({"--prompt", "x", "--prompt-file", "y", "--method", "full"}),
-                     "[--prompt,--prompt-file]");
-  expect_usage_error(with({"--method", "full"}), "[--prompt,--prompt-file]");
+                     "[--prompt,--prompt-file,--load-cache]");
+  expect_usage_error(with({"--method", "full"}), "[--prompt,--prompt-file,--load-cache]");
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--raw", "--question", "y"}), "excludes");
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--positions"}), "--json");
   expect_usage_error(with({"--prompt", "x", "--method", "full", "--kv-type", "int3"}), "int3");
