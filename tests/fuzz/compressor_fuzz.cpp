@@ -625,7 +625,11 @@ class Driver {
   std::size_t fixed_rows(const Cache& cache, std::size_t head, std::size_t shown) const {
     std::size_t count = std::min(sizes_.window, shown);
     for (std::size_t row = 0; row + sizes_.window < shown; ++row) {
-      count += is_protected(position_of(cache, head, row)) ? 1 : 0;
+      bool found = is_protected(position_of(cache, head, row));
+      for (std::size_t other = 0; S::granularity == Granularity::layer && other < sizes_.kv_heads; ++other) {
+        found = found || is_protected(position_of(cache, other, row));  // one set of rows for all
+      }
+      count += found ? 1 : 0;
     }
     return count;
   }

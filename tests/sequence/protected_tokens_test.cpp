@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <compresskv/compresskv.hpp>
 #include <compresskv/sequence/compaction.hpp>
 #include <compresskv/sequence/protected_tokens.hpp>
 #include <compresskv/sequence/state.hpp>
@@ -86,6 +87,34 @@ TEST(ProtectedTokens, WhatIsPreparedHoldsOnlyOnceItIsStarted) {
   EXPECT_EQ(protects.count(state.layer(0), scores, 0), 0U);
   protects.start(10, {.positions = listed});
   EXPECT_EQ(protects.count(state.layer(0), scores, 0), 2U);
+}
+
+/// One set of rows for KV heads that hold different positions, as an engine may have chosen them.
+TEST(ProtectedTokens, StayInTheKvHeadThatHoldsThem) {
+  const ModelShape shape{.layers = 1, .query_heads = 2, .kv_heads = 2, .head_dim = 4};
+  std::vector<float> keys(2 * 40 * 4, 1.0F);
+  std::vector<float> values = keys;
+  const auto view = [&](std::size_t rows) {
+    return StridedKv<float>{keys.data(), values.data(),
+                            KvShape{.kv_heads = 2, .rows = rows, .head_dim = 4, .allocated_rows = 40},
+                            layout::head_token_dim};
+  };
+  const Plan plan{shape, score::StreamingLlm{{.sinks = 0, .window = 2}}, select::SharedTopK{},
+                  budget::Uniform{Budget::tokens_per_layer(8)}};
+  Compressor compressor{plan};
+  compressor.begin(20);
+  std::vector<Rows> chosen(2);
+  for (std::uint32_t row = 0; row < 20; ++row) {
+    chosen[row % 2].push_back(row);
+  }
+  compressor.compact(0, view(20), Selection::per_head(chosen));
+  const Rows listed{4, 7};  // one of each head
+  compressor.begin_turn(30, {.positions = listed});
+  const Retained& kept = compressor.compress(0, view(20));
+  EXPECT_TRUE(kept.row(4, 0).has_value());
+  EXPECT_TRUE(kept.row(7, 1).has_value());
+  EXPECT_EQ(kept.rows(0), 8U);
+  EXPECT_EQ(kept.rows(1), 8U);
 }
 
 TEST(ProtectedTokens, RefusesPositionsThatDoNotAscendOrAreNot) {

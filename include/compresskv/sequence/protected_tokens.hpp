@@ -41,7 +41,7 @@ class ProtectedTokens {
   template <Granularity G>
   std::size_t count(const Retained& layer, const Scores<G>& scores, std::size_t row) const {
     std::size_t found = 0;
-    for_each(layer, row, scores.tokens(row), [&](std::size_t) { ++found; });
+    for_each<G>(layer, row, scores.tokens(row), [&](std::size_t) { ++found; });
     return found;
   }
 
@@ -56,8 +56,8 @@ class ProtectedTokens {
                       found, " are protected: raise the budget or its minimum, or protect fewer");
     }
     for (std::size_t row = 0; row < scores.rows(); ++row) {
-      for_each(layer, row, scores.tokens(row),
-               [&](std::size_t token) { scores.row(row)[token] = (std::numeric_limits<float>::max)(); });
+      for_each<G>(layer, row, scores.tokens(row),
+                  [&](std::size_t token) { scores.row(row)[token] = (std::numeric_limits<float>::max)(); });
     }
   }
 
@@ -90,17 +90,34 @@ class ProtectedTokens {
  private:
   static constexpr std::size_t none = (std::numeric_limits<std::size_t>::max)();
 
-  /// Calls `visit(token)` for each protected one of the first `tokens` rows of a KV head.
-  template <class Visit>
-  void for_each(const Retained& layer, std::size_t kv_head, std::size_t tokens, Visit&& visit) const {
+  bool holds(std::size_t position) const {
+    return position < first_ || position >= last_from_ ||
+           std::binary_search(listed_.begin(), listed_.end(), position);
+  }
+
+  /// Calls `visit(token)` for each protected one of the first `tokens` rows of a row of scores. One that
+  /// stands for all KV heads, which may hold different positions where the engine chose their rows, has those
+  /// that are protected in any.
+  template <Granularity G, class Visit>
+  void for_each(const Retained& layer, std::size_t row, std::size_t tokens, Visit&& visit) const {
     if (first_ == 0 && last_from_ == none && listed_.empty()) {
       return;  // the usual case costs nothing
     }
-    Retained::Cursor positions = layer.cursor(kv_head);
+    if (G == Granularity::layer && !layer.shared()) {
+      for (std::size_t token = 0; token < tokens; ++token) {
+        bool found = false;
+        for (std::size_t head = 0; head < layer.lists() && !found; ++head) {
+          found = holds(layer.position(token, head));
+        }
+        if (found) {
+          visit(token);
+        }
+      }
+      return;
+    }
+    Retained::Cursor positions = layer.cursor(row);
     for (std::size_t token = 0; token < tokens; ++token) {
-      const std::size_t position = positions.seek(token);
-      if (position < first_ || position >= last_from_ ||
-          std::binary_search(listed_.begin(), listed_.end(), position)) {
+      if (holds(positions.seek(token))) {
         visit(token);
       }
     }
