@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 #include "compresskv/kernel/lanes.hpp"
@@ -65,9 +66,7 @@ inline float wide_expected_logit(const QueryStatistics::Head& query, const float
     covariance += i + 1;
   }
   const double logit = scale * linear + 0.5 * scale * scale * square;
-  constexpr double limit = (std::numeric_limits<float>::max)() / 4;
-  return static_cast<float>(compresskv::detail::is_finite(logit) ? (std::clamp)(logit, -limit, limit)
-                                                                 : logit);
+  return compresskv::detail::narrowed<float>(logit, (std::numeric_limits<float>::max)() / 4);
 }
 
 }  // namespace compresskv::kernel

@@ -30,13 +30,18 @@ void read_key(const V& kv, std::size_t kv_head, std::size_t row, float* out) {
   }
 }
 
-/// Square of a decoded row's Euclidean length. Sums in float64, in order.
-inline double squared_norm(const float* row, std::size_t head_dim) {
+/// Product of two decoded rows. Sums in float64, in order.
+inline double product_of_rows(const float* a, const float* b, std::size_t head_dim) {
   double sum = 0.0;
   for (std::size_t e = 0; e < head_dim; ++e) {
-    sum += static_cast<double>(row[e]) * static_cast<double>(row[e]);
+    sum += static_cast<double>(a[e]) * static_cast<double>(b[e]);
   }
   return sum;
+}
+
+/// Square of a decoded row's Euclidean length.
+inline double squared_norm(const float* row, std::size_t head_dim) {
+  return product_of_rows(row, row, head_dim);
 }
 
 /// Euclidean length of a decoded key.

@@ -33,11 +33,7 @@ inline constexpr std::size_t sums_at_a_time = 256;
 /// Cosine of two decoded keys in float64, in order; 0 where one has no length.
 inline double cosine(const float* a, const float* b, std::size_t head_dim) {
   const double lengths = key_norm(a, head_dim) * key_norm(b, head_dim);
-  double dot = 0.0;
-  for (std::size_t e = 0; e < head_dim; ++e) {
-    dot += static_cast<double>(a[e]) * static_cast<double>(b[e]);
-  }
-  return lengths == 0.0 ? 0.0 : dot / lengths;
+  return lengths == 0.0 ? 0.0 : product_of_rows(a, b, head_dim) / lengths;
 }
 
 /// How similar the keys of a KV head are, in memory of 3 floats a row.

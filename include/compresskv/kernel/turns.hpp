@@ -8,6 +8,7 @@
 #include <span>
 
 #include "compresskv/core/float_bits.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/rotary.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
 
@@ -44,17 +45,6 @@ inline Turn mean_turn(double step, std::size_t first, std::size_t count) {
   return {length * middle.cosine, length * middle.sine};
 }
 
-/// A number as `T`, which is finite where the number is.
-template <class T>
-T narrowed(const double& number) {
-  if constexpr (std::same_as<T, double>) {
-    return number;
-  } else {
-    constexpr double most = (std::numeric_limits<T>::max)();
-    return static_cast<T>(compresskv::detail::is_finite(number) ? (std::clamp)(number, -most, most) : number);
-  }
-}
-
 /// Turns the pairs of a row of `row.size()` elements, pair `j` by `turns(j)`.
 template <class T, class Turns>
 void turn_pairs(const Rotary& rotary, std::span<T> row, Turns&& turns) {
@@ -64,8 +54,8 @@ void turn_pairs(const Rotary& rotary, std::span<T> row, Turns&& turns) {
     T& y = row[rotary.second(j, row.size())];
     const auto old_x = static_cast<double>(x);
     const auto old_y = static_cast<double>(y);
-    x = narrowed<T>(old_x * turn.cosine - old_y * turn.sine);
-    y = narrowed<T>(old_x * turn.sine + old_y * turn.cosine);
+    x = compresskv::detail::narrowed<T>(old_x * turn.cosine - old_y * turn.sine);
+    y = compresskv::detail::narrowed<T>(old_x * turn.sine + old_y * turn.cosine);
   }
 }
 

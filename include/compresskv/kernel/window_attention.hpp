@@ -18,6 +18,38 @@
 
 namespace compresskv::kernel {
 
+namespace detail {
+
+/// Calls `per_head(query_head, totals)` for each of `heads`: one float an evictable row, 0 before `fold(rows,
+/// tokens, totals)` has taken in the attention of each tile of queries.
+template <class Kv, Observation O, Executor X, class Fold, class PerHead>
+void fold_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
+                    Workspace& workspace, X& executor, Fold&& fold, PerHead&& per_head) {
+  const compresskv::detail::PlainFloats plain;
+  for_head_groups(
+      in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_per_pass) {
+        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
+        const std::span<float> totals = workspace.take(Workspace::Slot::sums, group.size() * evictable);
+        std::fill(totals.begin(), totals.end(), 0.0F);
+        const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
+                             const ScaledRows& rows) {
+          fold(rows, tokens, totals.data() + h * evictable + first);
+        };
+        if constexpr (SumsObservation<O>) {
+          std::copy_n(in.observation.sums(group[0]).begin(), evictable, totals.begin());
+        } else {
+          add_attention(in, group, own_observers, queries_per_pass, workspace, executor, add);
+        }
+        for (std::size_t h = 0; h < group.size(); ++h) {
+          const std::span<const float> own = totals.subspan(h * evictable, evictable);
+          check_finite(in, group[h], own);
+          per_head(group[h], own);
+        }
+      });
+}
+
+}  // namespace detail
+
 /// Window attention (docs/method.md 2.1): logits of the last `observers` queries with all keys, causal mask,
 /// softmax over all keys in float32, sum over the queries, the window's own columns dropped.
 ///
@@ -28,48 +60,20 @@ namespace compresskv::kernel {
 template <class Kv, Observation O, Executor X, class PerHead>
 void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, PerHead&& per_head) {
-  const compresskv::detail::PlainFloats plain;
-  detail::for_head_groups(
-      in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_per_pass) {
-        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
-        const std::span<float> sums = workspace.take(Workspace::Slot::sums, group.size() * evictable);
-        std::fill(sums.begin(), sums.end(), 0.0F);
-        const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
-                             const ScaledRows& rows) {
-          add_scaled(rows, tokens, sums.data() + h * evictable + first);
-        };
-        if constexpr (SumsObservation<O>) {
-          std::copy_n(in.observation.sums(group[0]).begin(), evictable, sums.begin());
-        } else {
-          detail::add_attention(in, group, own_observers, queries_per_pass, workspace, executor, add);
-        }
-        for (std::size_t h = 0; h < group.size(); ++h) {
-          const std::span<const float> own = sums.subspan(h * evictable, evictable);
-          detail::check_finite(in, group[h], own);
-          per_head(group[h], own);
-        }
-      });
+  const auto add = [](const ScaledRows& rows, std::size_t tokens, float* sums) {
+    add_scaled(rows, tokens, sums);
+  };
+  detail::fold_attention(in, heads, observers, workspace, executor, add, per_head);
 }
 
 /// The same, but of each head the largest attention that any observing query gives a row, not the sum.
 template <class Kv, QueryObservation O, Executor X, class PerHead>
 void attention_maxima(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
                       std::size_t observers, Workspace& workspace, X& executor, PerHead&& per_head) {
-  const compresskv::detail::PlainFloats plain;
-  detail::for_head_groups(
-      in, heads, observers, 1, [&](auto group, std::size_t own_observers, std::size_t queries_per_pass) {
-        const std::size_t evictable = in.evictable(group[0] / in.shape.group());
-        const std::span<float> maxima = workspace.take(Workspace::Slot::sums, group.size() * evictable);
-        std::fill(maxima.begin(), maxima.end(), 0.0F);
-        detail::add_attention(
-            in, group, own_observers, queries_per_pass, workspace, executor,
-            [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens, const ScaledRows& rows) {
-              max_scaled(rows, tokens, maxima.data() + h * evictable + first);
-            });
-        for (std::size_t h = 0; h < group.size(); ++h) {
-          per_head(group[h], std::span<const float>(maxima.subspan(h * evictable, evictable)));
-        }
-      });
+  const auto largest = [](const ScaledRows& rows, std::size_t tokens, float* maxima) {
+    max_scaled(rows, tokens, maxima);
+  };
+  detail::fold_attention(in, heads, observers, workspace, executor, largest, per_head);
 }
 
 /// `attention_sums` of the window's queries.

@@ -10,6 +10,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/scores.hpp"
@@ -155,9 +156,8 @@ class ExpectedAttention
   }
 
   float weighed(const float& weight, const double& norm) const {
-    const double score = (static_cast<double>(weight) + options().epsilon) * norm;
-    constexpr double most = (std::numeric_limits<float>::max)() / 4;
-    return static_cast<float>(detail::is_finite(score) && score > most ? most : score);
+    return detail::narrowed<float>((static_cast<double>(weight) + options().epsilon) * norm,
+                                   (std::numeric_limits<float>::max)() / 4);
   }
 
   /// Above every other score, below that of protected tokens.

@@ -52,10 +52,7 @@ class KeyDiff : public WindowScorer<Granularity::kv_head, Needs::keys> {
       const double mean_inverse = inverse_of(kernel::key_norm(mean.data(), head_dim));
       kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
         if (t < row.size()) {
-          double dot = 0.0;
-          for (std::size_t e = 0; e < head_dim; ++e) {
-            dot += static_cast<double>(key[e]) * static_cast<double>(mean[e]);
-          }
+          const double dot = kernel::product_of_rows(key, mean.data(), head_dim);
           row[t] = -static_cast<float>(dot * inverse_of(kernel::key_norm(key, head_dim)) * mean_inverse);
         }
       });

@@ -1,11 +1,11 @@
 #pragma once
 
 #include <cstddef>
-#include <limits>
 #include <span>
 
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
 #include "compresskv/core/strict_float_begin.hpp"
@@ -36,16 +36,10 @@ class Knorm : public WindowScorer<Granularity::kv_head, Needs::keys> {
       kernel::for_each_key(in.kv, kv_head, buffers.data() + kv_head * head_dim,
                            [&](std::size_t t, const float* key) {
                              if (t < row.size()) {
-                               row[t] = -as_float(kernel::key_norm(key, head_dim));
+                               row[t] = -detail::narrowed<float>(kernel::key_norm(key, head_dim));
                              }
                            });
     });
-  }
-
- private:
-  static float as_float(double norm) {
-    constexpr double largest = (std::numeric_limits<float>::max)();
-    return static_cast<float>(detail::is_finite(norm) && norm > largest ? largest : norm);
   }
 };
 

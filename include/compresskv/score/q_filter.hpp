@@ -11,6 +11,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/scores.hpp"
@@ -90,11 +91,7 @@ class QFilter : public WindowScorer<Granularity::kv_head, Needs::keys, QFilterOp
       }
       kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
         if (t < row.size()) {
-          double dot = 0.0;
-          for (std::size_t e = 0; e < head_dim; ++e) {
-            dot += static_cast<double>(filter[e]) * static_cast<double>(key[e]);
-          }
-          row[t] = as_score(dot);
+          row[t] = detail::narrowed<float>(kernel::product_of_rows(filter.data(), key, head_dim));
         }
       });
     });
@@ -112,12 +109,6 @@ class QFilter : public WindowScorer<Granularity::kv_head, Needs::keys, QFilterOp
     for (const double element : main) {
       directions.push_back(static_cast<float>(along < 0.0 ? -element : element));
     }
-  }
-
-  /// Finite where the key is.
-  static float as_score(const double& dot) {
-    constexpr double most = (std::numeric_limits<float>::max)();
-    return static_cast<float>(detail::is_finite(dot) ? (std::clamp)(dot, -most, most) : dot);
   }
 
   QueryStatistics statistics_;

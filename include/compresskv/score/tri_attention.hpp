@@ -10,6 +10,7 @@
 #include "compresskv/core/error.hpp"
 #include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
+#include "compresskv/core/narrowed.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/scores.hpp"
@@ -97,10 +98,7 @@ class TriAttention : public WindowScorer<Granularity::kv_head, Needs::keys, TriA
                        [&](std::size_t j) { return look_ahead(rotary.step(j, head_dim), now); });
     kernel::for_each_key(in.kv, kv_head, buffer.data(), [&](std::size_t t, const float* key) {
       if (t < out.size()) {
-        double sum = 0.0;
-        for (std::size_t e = 0; e < head_dim; ++e) {
-          sum += static_cast<double>(ahead[e]) * static_cast<double>(key[e]);
-        }
+        double sum = kernel::product_of_rows(ahead.data(), key, head_dim);
         for (std::size_t j = 0; j < spread.size(); ++j) {
           sum +=
               static_cast<double>(spread[j]) * length(key[rotary.first(j)], key[rotary.second(j, head_dim)]);
@@ -149,8 +147,7 @@ class TriAttention : public WindowScorer<Granularity::kv_head, Needs::keys, TriA
 
   /// Finite where the key is.
   static float as_score(const double& sum) {
-    constexpr double most = (std::numeric_limits<float>::max)() / 4;
-    return static_cast<float>(detail::is_finite(sum) ? (std::clamp)(sum, -most, most) : sum);
+    return detail::narrowed<float>(sum, (std::numeric_limits<float>::max)() / 4);
   }
 
   QueryStatistics statistics_;

@@ -71,71 +71,55 @@ namespace avx2 {
   portable::soft_cap(row, t, count, cap);
 }
 
-/// The sums of some tokens stay in registers while all rows are added.
-template <std::size_t registers>
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline void add_scaled_at(const ScaledRows& rows,
-                                                                          std::size_t t, float* sums) {
+/// The totals of some tokens stay in registers while all rows are taken in: added, or the largest kept.
+template <bool largest, std::size_t registers>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline void fold_scaled_at(const ScaledRows& rows,
+                                                                           std::size_t t, float* totals) {
   __m256 own[registers];
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < registers; ++i) {
-    own[i] = _mm256_loadu_ps(sums + t + 8 * i);
+    own[i] = _mm256_loadu_ps(totals + t + 8 * i);
   }
   for (std::size_t row = 0; row < rows.count; ++row) {
     const __m256 factor = _mm256_set1_ps(rows.factor(row));
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < registers; ++i) {
-      own[i] = _mm256_fmadd_ps(_mm256_loadu_ps(rows.row(row) + t + 8 * i), factor, own[i]);
+      const __m256 weights = _mm256_loadu_ps(rows.row(row) + t + 8 * i);
+      if constexpr (largest) {
+        own[i] = _mm256_max_ps(weights * factor, own[i]);
+      } else {
+        own[i] = _mm256_fmadd_ps(weights, factor, own[i]);
+      }
     }
   }
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < registers; ++i) {
-    _mm256_storeu_ps(sums + t + 8 * i, own[i]);
+    _mm256_storeu_ps(totals + t + 8 * i, own[i]);
   }
+}
+
+/// How many tokens were taken in: whole registers of them.
+template <bool largest>
+[[gnu::target("avx2,fma"), gnu::always_inline]] inline std::size_t fold_scaled(const ScaledRows& rows,
+                                                                               std::size_t tokens,
+                                                                               float* totals) {
+  std::size_t t = 0;
+  for (; t + 32 <= tokens; t += 32) {
+    fold_scaled_at<largest, 4>(rows, t, totals);
+  }
+  for (; t + 8 <= tokens; t += 8) {
+    fold_scaled_at<largest, 1>(rows, t, totals);
+  }
+  return t;
 }
 
 [[gnu::target("avx2,fma")]] inline void add_scaled(const ScaledRows& rows, std::size_t tokens, float* sums) {
-  std::size_t t = 0;
-  for (; t + 32 <= tokens; t += 32) {
-    add_scaled_at<4>(rows, t, sums);
-  }
-  for (; t + 8 <= tokens; t += 8) {
-    add_scaled_at<1>(rows, t, sums);
-  }
-  portable::add_scaled(rows, t, tokens, sums);
-}
-
-/// The same for the largest in place of the sum.
-template <std::size_t registers>
-[[gnu::target("avx2,fma"), gnu::always_inline]] inline void max_scaled_at(const ScaledRows& rows,
-                                                                          std::size_t t, float* maxima) {
-  __m256 own[registers];
-#pragma GCC unroll 4
-  for (std::size_t i = 0; i < registers; ++i) {
-    own[i] = _mm256_loadu_ps(maxima + t + 8 * i);
-  }
-  for (std::size_t row = 0; row < rows.count; ++row) {
-    const __m256 factor = _mm256_set1_ps(rows.factor(row));
-#pragma GCC unroll 4
-    for (std::size_t i = 0; i < registers; ++i) {
-      own[i] = _mm256_max_ps(_mm256_loadu_ps(rows.row(row) + t + 8 * i) * factor, own[i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (std::size_t i = 0; i < registers; ++i) {
-    _mm256_storeu_ps(maxima + t + 8 * i, own[i]);
-  }
+  portable::add_scaled(rows, fold_scaled<false>(rows, tokens, sums), tokens, sums);
 }
 
 [[gnu::target("avx2,fma")]] inline void max_scaled(const ScaledRows& rows, std::size_t tokens,
                                                    float* maxima) {
-  std::size_t t = 0;
-  for (; t + 32 <= tokens; t += 32) {
-    max_scaled_at<4>(rows, t, maxima);
-  }
-  for (; t + 8 <= tokens; t += 8) {
-    max_scaled_at<1>(rows, t, maxima);
-  }
-  portable::max_scaled(rows, t, tokens, maxima);
+  portable::max_scaled(rows, fold_scaled<true>(rows, tokens, maxima), tokens, maxima);
 }
 
 }  // namespace avx2
