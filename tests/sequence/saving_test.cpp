@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/equal_memory.hpp"
 #include "reference/errors.hpp"
 #include "reference/random.hpp"
 
@@ -115,27 +116,10 @@ void live(Random& random, Compressor<Plan>& compressor, std::size_t steps) {
   }
 }
 
+/// All that can be asked of the two layers.
 template <class C>
 void expect_equal_memory(const C& a, const C& b) {
-  EXPECT_TRUE(std::ranges::equal(a.capacities(), b.capacities()));
-  for (std::size_t layer = 0; layer < 2; ++layer) {
-    const Retained& left = a.retained(layer);
-    const Retained& right = b.retained(layer);
-    EXPECT_EQ(left.next_position(), right.next_position());
-    EXPECT_EQ(left.bytes_freed(), right.bytes_freed());
-    ASSERT_EQ(left.lists(), right.lists());
-    for (std::size_t head = 0; head < 2; ++head) {
-      ASSERT_TRUE(std::ranges::equal(left.positions(head), right.positions(head)));
-      ASSERT_EQ(left.rows(head), right.rows(head));
-      for (std::size_t row = 0; row < left.rows(head) + 3; ++row) {
-        ASSERT_EQ(left.position(row, head), right.position(row, head));
-      }
-      for (std::size_t position = 0; position < left.next_position() + 3; ++position) {
-        ASSERT_EQ(left.row(position, head), right.row(position, head));
-        ASSERT_EQ(left.rows_before(position, head), right.rows_before(position, head));
-      }
-    }
-  }
+  reference::expect_equal_memory(a, b, 2);
 }
 
 TEST(Saving, SequencesOfAnyHistoryComeBackAndGoOn) {
