@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <string>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "reference/errors.hpp"
+#include "reference/hidden_states.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/queries.hpp"
 
@@ -31,6 +33,7 @@ MethodSettings settings_of(std::size_t rows) {
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
           .statistics = reference::query_statistics(shape),
+          .surrogate = reference::surrogate(shape, 20),
           .window = 8,
           .lag = 16};
 }
@@ -50,6 +53,11 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
       EXPECT_EQ(scorer.window(), row.method == Method::tova ? 1U : 12U) << row.name;
     });
   }
+  settings.window.reset();
+  settings.score_threshold = -4.0F;
+  with_method(Method::kvzap, settings, [&](const auto& scorer, const auto&, const auto&) {
+    EXPECT_EQ(scorer.window(), score::KvZapOptions{}.window);
+  });
   const score::Blend::Options blend;
   EXPECT_EQ(blend.window, info(Method::blend).window);
   EXPECT_EQ(blend.pool, info(Method::blend).pool);
@@ -69,6 +77,7 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
   const Layer<float> layer(
       {.group = 2, .kv_heads = 3, .head_dim = 16, .rows = tokens + 8, .extra_queries = tokens - 8});
   std::vector<Layer<float>> model(layers, layer);
+  const reference::Hidden<float> hidden(tokens, 20, 0, 9);
   std::size_t kept = 0;
   with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
     const Plan plan{shape, scorer, selector, allocator};
@@ -93,6 +102,8 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
                            {.first = 0, .last = tokens},
                            QueryWindow<float>(model[l].queries.data(),
                                               QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}));
+      } else if constexpr (std::remove_cvref_t<decltype(scorer)>::needs == Needs::hidden_states) {
+        compressor.compress(l, view(l), hidden.shown());
       } else if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(l, view(l), model[l].observation());
       } else {
@@ -169,6 +180,10 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs query statistics"});
     }
+    if (row.needs_surrogate) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs a surrogate"});
+    }
   }
 }
 
@@ -205,6 +220,22 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::chunkkv, settings, look); }, {"chunk is 0"});
 }
 
+TEST(Methods, AThresholdLeavesTheBudgetAsTheMost) {
+  MethodSettings settings = settings_of(40);
+  settings.score_threshold = -1e6F;
+  EXPECT_EQ(rows_kept(Method::kvzap, settings, 200), 40U * layers * 3);
+  settings.score_threshold = 1e6F;
+  EXPECT_EQ(rows_kept(Method::kvzap, settings, 200), 8U * layers * 3) << "the window";
+  settings.budget = Budget::kept_ratio(1.0);
+  settings.score_threshold = -4.0F;
+  const std::size_t kept = rows_kept(Method::kvzap, settings, 200);
+  EXPECT_GT(kept, 40U * layers * 3);
+  EXPECT_LT(kept, 160U * layers * 3);
+  settings.score_threshold = std::numeric_limits<float>::infinity();
+  expect_error<ArgumentError>([&] { with_method(Method::kvzap, settings, [](const auto&...) {}); },
+                              {"threshold is inf"});
+}
+
 /// As the guide's table says it.
 const char* shown_to(Needs needs) {
   switch (needs) {
@@ -221,6 +252,8 @@ const char* shown_to(Needs needs) {
       return "| yes | all queries and keys |";
     case Needs::repeats:
       return "| no | queries of the context fed once more, keys |";
+    case Needs::hidden_states:
+      return "| no | hidden states |";
   }
   return "";
 }

@@ -92,6 +92,10 @@ typedef struct ckv_settings {
   size_t chunk;                 /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
+  const char* surrogate;        /* path of the file that calibration wrote, for kvzap; NULL: none */
+  float score_threshold;        /* of kvzap: lowest score of a row that stays, the budget being what a KV head
+                                   keeps at most, and the method's own window 128; -INFINITY, the default: the budget
+                                   alone */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;
@@ -117,6 +121,8 @@ int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
 /* Whether the engine feeds the context once more (kvzip): ckv_observe in place of ckv_arrive. */
 int ckv_plan_repeats(const ckv_plan* plan);
+/* Whether ckv_arrive needs hidden states (kvzap): CKV_SHOWS_HIDDEN_STATES. */
+int ckv_plan_needs_hidden_states(const ckv_plan* plan);
 
 /* ---- what a layer holds ----------------------------------------------------------------------------- */
 
@@ -178,23 +184,27 @@ typedef ckv_status (*ckv_views)(void* context, size_t layer, ckv_kv* kv);
 typedef enum ckv_shown {
   CKV_SHOWS_QUERIES = 0,   /* data: [query_head][query][dim], after rotary embedding */
   CKV_SHOWS_ATTENTION = 1, /* data: [query_head][query][token], after the softmax */
-  CKV_SHOWS_SUMS = 2       /* data: float, [query_head][token], attention summed over the queries */
+  CKV_SHOWS_SUMS = 2,      /* data: float, [query_head][token], attention summed over the queries */
+  /* data: [token][hidden_size], what goes into the layer's attention, after the norm */
+  CKV_SHOWS_HIDDEN_STATES = 3
 } ckv_shown;
 
-/* The last queries of a layer, or how they attend; the last belongs to the last row. */
+/* The last queries of a layer, how they attend, or its hidden states; the last belongs to the last row. */
 typedef struct ckv_observation {
   size_t struct_size; /* set by ckv_observation_init */
   ckv_shown shown;
   ckv_element element; /* CKV_F32, CKV_F16 or CKV_BF16 */
   const void* data;
   size_t queries;
-  size_t tokens;         /* of attention and sums: one column a cached row */
+  size_t tokens;         /* of attention and sums: one column a cached row; of hidden states: how many */
   size_t head_stride;    /* of queries; 0 with query_stride 0: side by side */
   size_t query_stride;   /* of queries */
   float scale;           /* of the logits; 0: 1 / sqrt(head_dim) */
   float soft_cap;        /* c of c * tanh(logit / c); 0: none */
   size_t sliding_window; /* positions that a query sees; 0: all before it */
   const float* sinks;    /* [query_head]; NULL: none */
+  size_t hidden_size;    /* of hidden states: elements of one */
+  size_t token_stride;   /* of hidden states; 0: side by side */
 } ckv_observation;
 
 void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size);

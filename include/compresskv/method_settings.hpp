@@ -14,6 +14,7 @@
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/query_statistics.hpp"
+#include "compresskv/core/surrogate.hpp"
 #include "compresskv/kernel/pool.hpp"
 
 namespace compresskv {
@@ -47,6 +48,7 @@ enum class Method {
   q_filter,
   triattention,
   rkv,
+  kvzap,
 };
 
 /// One row of the table of methods.
@@ -59,6 +61,7 @@ struct MethodInfo {
   bool per_head = false;          ///< KV heads keep rows of their own
   bool needs_scores = false;      ///< raw head scores: a ranking is not enough
   bool needs_statistics = false;  ///< query statistics
+  bool needs_surrogate = false;   ///< a surrogate, and hidden states in place of queries
   bool repeats = false;           ///< the engine feeds the context once more: `observe` in place of `arrive`
   std::size_t window = 8;         ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
@@ -66,7 +69,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 27> methods = {{
+inline constexpr std::array<MethodInfo, 28> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -164,6 +167,12 @@ inline constexpr std::array<MethodInfo, 27> methods = {{
      .per_head = true,
      .pool = kernel::Pool::max,
      .pool_width = 7},
+    {.method = Method::kvzap,
+     .name = "kvzap",
+     .summary = "what kvzip would keep, foretold from hidden states: no second pass",
+     .paper = "2601.07891",
+     .per_head = true,
+     .needs_surrogate = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -173,6 +182,12 @@ constexpr const MethodInfo& info(Method method) {
     }
   }
   return methods.front();
+}
+
+/// Most recent tokens that a method keeps whatever their scores, where nothing else is said; `by_threshold`:
+/// rows are judged one by one (`MethodSettings::score_threshold`).
+constexpr std::size_t own_window(Method method, bool by_threshold) {
+  return by_threshold && info(method).needs_surrogate ? 128 : info(method).window;
 }
 
 /// The row of a method's name. Throws ArgumentError that lists the names.
@@ -196,6 +211,7 @@ struct MethodSettings {
   std::optional<HeadRanking> heads = std::nullopt;           ///< for methods with `needs_heads`
   std::optional<HeadScores> scores = std::nullopt;           ///< for methods with `needs_scores`
   std::optional<QueryStatistics> statistics = std::nullopt;  ///< for methods with `needs_statistics`
+  std::optional<Surrogate> surrogate = std::nullopt;         ///< for methods with `needs_surrogate`
   std::optional<LayerErrors> errors =
       std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
@@ -215,6 +231,9 @@ struct MethodSettings {
   std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
   float lambda = 0.07F;                                  ///< of rkv: weight of attention
   float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
+  /// Of kvzap: the lowest score of a row that stays, the budget being what a KV head keeps at most, and the
+  /// window 128 where it is not given. Absent: the budget alone.
+  std::optional<float> score_threshold = std::nullopt;
 };
 
 }  // namespace compresskv

@@ -12,6 +12,7 @@
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/surrogate.hpp"
 #include "compresskv/method_settings.hpp"
 
 namespace compresskv::detail {
@@ -62,6 +63,9 @@ inline MethodSettings settings_of_layers(MethodSettings settings, const ModelSha
   }
   if (settings.statistics && settings.statistics->layers() == shape.layers) {
     settings.statistics = settings.statistics->of_layers(layers);
+  }
+  if (settings.surrogate && settings.surrogate->layers() == shape.layers) {
+    settings.surrogate = settings.surrogate->of_layers(layers);
   }
   if (settings.errors && settings.errors->layers() == shape.layers) {
     settings.errors = errors_of_layers(*settings.errors, layers);

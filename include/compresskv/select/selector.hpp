@@ -19,11 +19,20 @@ namespace compresskv::select {
 /// | `select(scores, capacity, workspace, selection)` | ascending rows, `capacity` a KV head (mean), the
 /// window whole |
 ///
+/// Optional: `judges_rows_alone`, true where each row stays or goes by its own score. Rows may then go where
+/// the capacity would hold all, and one that stayed is not judged again.
+///
 /// Higher score first, then lower position, then lower KV head.
 template <class S>
 concept Selector = std::copyable<S> && requires(Granularity granularity) {
   { S::reach } -> std::same_as<const Reach&>;
   { S::accepts(granularity) } -> std::same_as<bool>;
+};
+
+/// See `Selector`.
+template <class S>
+inline constexpr bool judges_rows_alone = requires {
+  requires S::judges_rows_alone;
 };
 
 }  // namespace compresskv::select
