@@ -55,9 +55,9 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 9> names = {"--model",       "model",        "--prompt-file",
-                                                     "--heads",       "--errors",     "--haystack",
-                                                     "--needle-file", "--statistics", "--load-cache"};
+  constexpr std::array<std::string_view, 10> names = {
+      "--model",    "model",         "--prompt-file", "--heads",     "--errors",
+      "--haystack", "--needle-file", "--statistics",  "--surrogate", "--load-cache"};
   const bool is_flag = option.get_items_expected_max() == 0;  // as is --statistics of calibrate
   return !is_flag && std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }
@@ -317,9 +317,12 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
         CalibrationFiles made{.heads = folder.path() / (name + "_head_idx.json"),
                               .errors = folder.path() / (name + "_layer_score.jsonl"),
                               .scores = folder.path() / (name + "_head_scores.json"),
-                              .statistics = folder.path() / (name + "_query_statistics.bin")};
-        if (!fs::exists(made.statistics, failure)) {
-          made.statistics.clear();
+                              .statistics = folder.path() / (name + "_query_statistics.bin"),
+                              .surrogate = folder.path() / (name + "_surrogate.bin")};
+        for (fs::path* measured : {&made.statistics, &made.surrogate}) {
+          if (!fs::exists(*measured, failure)) {
+            measured->clear();
+          }
         }
         if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured
           made.errors.clear();

@@ -53,9 +53,10 @@ void PromptCompressor::shrink(engine::LayerView& layer, Change&& change) {
 }
 
 void PromptCompressor::compress(engine::LayerView& layer, const Observed& observed) {
-  const compresskv::AnyObservation observation = observed.sums != nullptr
-                                                     ? compresskv::AnyObservation(*observed.sums)
-                                                     : compresskv::AnyObservation(observed.queries);
+  const compresskv::AnyObservation observation =
+      observed.hidden_states != nullptr ? compresskv::AnyObservation(*observed.hidden_states)
+      : observed.sums != nullptr        ? compresskv::AnyObservation(*observed.sums)
+                                        : compresskv::AnyObservation(observed.queries);
   shrink(layer, [&](const auto& views) {
     return compressor_.arrive(static_cast<std::size_t>(layer.layer), views, observation);
   });
@@ -95,6 +96,7 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .heads = how.heads,
           .scores = how.scores,
           .statistics = how.statistics,
+          .surrogate = how.surrogate,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,
@@ -110,7 +112,8 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .model_share = how.model_share,
           .lag = how.lag,
           .block = how.block,
-          .chunk = how.chunk};
+          .chunk = how.chunk,
+          .score_threshold = how.score_threshold};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <compresskv/io/calibration_files.hpp>
 #include <compresskv/io/json_file.hpp>
@@ -56,6 +57,7 @@ struct EvaluateArguments {
   std::filesystem::path heads;
   std::filesystem::path errors;
   std::filesystem::path statistics;
+  std::filesystem::path surrogate;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
   std::size_t max_new_tokens = 32;
@@ -102,7 +104,7 @@ constexpr std::array<MethodOption, 13> method_options = {{
 }};
 
 std::string method_option_help() {
-  std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing";
+  std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing, threshold=SCORE";
   for (const MethodOption& option : method_options) {
     text += fmt::format(", {}={}", option.name, option.unit);
   }
@@ -150,6 +152,13 @@ Compression parse_method(const std::string& text, const Compression& base,
       by_errors = true;
     } else if (part == "equal") {
       how.equal_weights = true;
+    } else if (name == "threshold") {
+      float threshold = 0.0F;
+      const auto read = std::from_chars(value.data(), value.data() + value.size(), threshold);
+      if (read.ec != std::errc() || read.ptr != value.data() + value.size() || !std::isfinite(threshold)) {
+        refuse(fmt::format("threshold '{}' is no number: give a score, such as -4", value));
+      }
+      how.score_threshold = threshold;
     } else if (name == "pool") {
       how.pool = pool_named(value);
       if (!how.pool) {
@@ -165,8 +174,8 @@ Compression parse_method(const std::string& text, const Compression& base,
   return how;
 }
 
-/// Of `all` those that need query statistics are left out where there are none.
-std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool has_statistics) {
+/// Of `all` those that need query statistics or a surrogate are left out where there are none.
+std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, const CalibrationFiles& files) {
   std::vector<std::string> names;
   for (const std::string& name : arguments.methods) {
     const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
@@ -175,7 +184,8 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool
           !goes_with_llama_cpp(compresskv::method_named(method).method)) {
         continue;
       }
-      if (name == "all" && !has_statistics && compresskv::method_named(method).needs_statistics) {
+      if (name == "all" && ((files.statistics.empty() && compresskv::method_named(method).needs_statistics) ||
+                            (files.surrogate.empty() && compresskv::method_named(method).needs_surrogate))) {
         continue;
       }
       // The full cache always answers first.
@@ -188,8 +198,8 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool
 }
 
 /// Whether a method asked for needs what this member of its row says.
-bool wants(const EvaluateArguments& arguments, bool has_statistics, bool MethodInfo::*what) {
-  const auto wanted = wanted_methods(arguments, has_statistics);
+bool wants(const EvaluateArguments& arguments, const CalibrationFiles& files, bool MethodInfo::*what) {
+  const auto wanted = wanted_methods(arguments, files);
   return std::any_of(wanted.begin(), wanted.end(), [&](const std::string& text) {
     return std::any_of(compresskv::methods.begin(), compresskv::methods.end(), [&](const MethodInfo& row) {
       return row.*what && row.name == text.substr(0, text.find(':'));
@@ -218,6 +228,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.statistics.empty()) {
     base.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
+  if (!files.surrogate.empty()) {
+    base.surrogate = compresskv::io::load_surrogate(files.surrogate);
+  }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
     errors = compresskv::io::load_layer_errors(files.errors);
@@ -240,6 +253,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--methods {} {}", method,
                                    no_statistics_in(arguments.models_dir, arguments.model.model)));
     }
+    if (info(variant.how.method).needs_surrogate && !base.surrogate) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_surrogate_in(arguments.models_dir, arguments.model.model)));
+    }
     variants.push_back(std::move(variant));
   };
   for (const double ratio : arguments.ratios) {
@@ -247,7 +264,7 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
     }
   }
-  for (const std::string& method : wanted_methods(arguments, base.statistics.has_value())) {
+  for (const std::string& method : wanted_methods(arguments, files)) {
     for (const double ratio : arguments.ratios) {
       add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
     }
@@ -275,6 +292,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                    {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
   if (!files.statistics.empty()) {
     settings["statistics_sha256"] = file_digest(files.statistics);
+  }
+  if (!files.surrogate.empty()) {
+    settings["surrogate_sha256"] = file_digest(files.surrogate);
   }
   if (arguments.model.is_llama_cpp()) {
     settings["engine"] = arguments.model.engine;
@@ -351,7 +371,9 @@ class Grid {
       keep(record);
     }
     for (const Variant& variant : variants) {
-      widest_ = std::max(widest_, window_of(variant.how));
+      if (!wants_hidden_states(variant.how.method)) {
+        widest_ = std::max(widest_, window_of(variant.how));
+      }
     }
   }
 
@@ -451,8 +473,12 @@ class Grid {
     const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
       return wants_all_queries(variant->how.method);
     });
+    const bool hidden_states = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
+      return wants_hidden_states(variant->how.method);
+    });
     const auto held = model_->hold(prompt, {.kv_type = arguments_->cache.type(),
                                             .window = all_queries ? 0 : widest_,
+                                            .hidden_states = hidden_states,
                                             .max_new_tokens = arguments_->max_new_tokens,
                                             .progress = [&](double share) { show(0.4 * share, "reading"); }});
     if (full_record == records_.end()) {
@@ -483,12 +509,13 @@ class Grid {
     return true;
   }
 
-  /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
+  /// Every method holds the same bytes at one budget, or the comparison is worth nothing; with a threshold at
+  /// most these.
   void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
     const compresskv::ModelShape& shape = shape_;
     const std::size_t expected =
         variant.how.budget->resolve(tokens, window_of(variant.how), shape) * shape.layers * shape.kv_heads;
-    if (rows != expected) {
+    if (variant.how.score_threshold ? rows > expected : rows != expected) {
       throw engine::Error(
           fmt::format("{} at {} keeps {} rows of a prompt of {} tokens, all methods are to keep {}: not a "
                       "fair comparison",
@@ -627,7 +654,12 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
       "result: answers that are right, also where a text is asked several questions, perplexity, or "
       "relative error, as the task is");
   if (!variants.empty()) {
-    print_text("Every method held the same bytes at each budget: checked.");
+    const bool judged = std::any_of(variants.begin(), variants.end(), [](const Variant& variant) {
+      return variant.how.score_threshold.has_value();
+    });
+    print_text(judged ? "Every method held the same bytes at each budget, those with a threshold at most "
+                        "these: checked."
+                      : "Every method held the same bytes at each budget: checked.");
   }
 }
 
@@ -676,24 +708,32 @@ void evaluate(const EvaluateArguments& arguments) {
   check_once("--tasks", arguments.tasks);
   compresskv::io::detail::require_regular(arguments.model.model);
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
-  CalibrationFiles files{
-      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
-  const auto found = files.heads.empty() || files.statistics.empty()
+  CalibrationFiles files{.heads = arguments.heads,
+                         .errors = arguments.errors,
+                         .statistics = arguments.statistics,
+                         .surrogate = arguments.surrogate};
+  const auto found = files.heads.empty() || files.statistics.empty() || files.surrogate.empty()
                          ? find_calibration(arguments.models_dir, sha256)
                          : std::nullopt;
   if (files.statistics.empty() && found) {
     files.statistics = found->statistics;
   }
+  if (files.surrogate.empty() && found) {
+    files.surrogate = found->surrogate;
+  }
   if (files.heads.empty() && found) {
     files.heads = found->heads;
     files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
     files.scores = found->scores;
-  } else if (!files.heads.empty() && wants(arguments, !files.statistics.empty(), &MethodInfo::needs_scores)) {
+  } else if (!files.heads.empty() && wants(arguments, files, &MethodInfo::needs_scores)) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
   }
   // What no method asks for is not looked at, and old records go on without it.
-  if (!wants(arguments, !files.statistics.empty(), &MethodInfo::needs_statistics)) {
+  if (!wants(arguments, files, &MethodInfo::needs_statistics)) {
     files.statistics.clear();
+  }
+  if (!wants(arguments, files, &MethodInfo::needs_surrogate)) {
+    files.surrogate.clear();
   }
   const std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {
@@ -732,10 +772,12 @@ void add_evaluate(CLI::App& app) {
   const auto arguments = std::make_shared<EvaluateArguments>();
   arguments->model.add_to(*command);
   command
-      ->add_option("--methods", arguments->methods,
-                   "Methods to compare, or `all`; the full cache always answers first. Options may follow: "
-                   "compresskv:uniform, snapkv:errors, compresskv:heads=8:window=16:pool=max\n" +
-                       method_help())
+      ->add_option(
+          "--methods", arguments->methods,
+          "Methods to compare, or `all`; the full cache always answers first. Options may follow: "
+          "compresskv:uniform, snapkv:errors, compresskv:heads=8:window=16:pool=max, kvzap:threshold=-4 (the "
+          "budget is then what is kept at most)\n" +
+              method_help())
       ->delimiter(',')
       ->capture_default_str();
   command->add_option("--tasks", arguments->tasks, "What is asked\n" + task_help())
@@ -774,6 +816,11 @@ void add_evaluate(CLI::App& app) {
       ->add_option("--statistics", arguments->statistics,
                    "Query statistics, for expected-attention, q-filter and triattention; default: as with "
                    "--heads. `all` leaves these methods out where there are none")
+      ->type_name("FILE");
+  command
+      ->add_option(
+          "--surrogate", arguments->surrogate,
+          "Surrogate, for kvzap; default: as with --heads. `all` leaves this method out where there is none")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

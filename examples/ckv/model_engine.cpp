@@ -25,6 +25,8 @@ std::string_view why_not_in_llama_cpp(Method method) {
       return "wants the attention of all queries, which llama.cpp does not show";
     case Method::kvzip:
       return "feeds the context once more, which is built for the small engine alone";
+    case Method::kvzap:
+      return "looks at hidden states, which are shown by the small engine alone";
     default:
       return {};
   }

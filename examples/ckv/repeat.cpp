@@ -29,7 +29,7 @@ std::vector<TokenId> repeat_request(const ModelEngine& loaded, std::span<const T
 }
 
 void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> context,
-                    std::span<PromptCompressor* const> compressors, std::size_t at_once) {
+                    const OnRepeat& on_repeat, std::size_t at_once) {
   for (std::size_t first = 0; first < context.size(); first += at_once) {
     const std::size_t count = std::min(at_once, context.size() - first);
     std::vector<TokenId> tokens = repeat_request(loaded, context, first);
@@ -42,9 +42,7 @@ void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::
           context.size(), tokens.size(), loaded.model.config().context));
     }
     const auto show = [&](engine::LayerView& layer) {
-      for (PromptCompressor* compressor : compressors) {
-        compressor->observe(layer, {.first = first, .last = first + count});
-      }
+      on_repeat(layer, {.first = first, .last = first + count});
       check_interrupt();
     };
     sequence.prefill(tokens, {.window = count, .on_layer = show, .on_logits = {}});
@@ -53,6 +51,18 @@ void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::
   // The logits are again those of the context's last token.
   sequence.truncate(context.size() - 1);
   sequence.prefill(context.last(1));
+}
+
+void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> context,
+                    std::span<PromptCompressor* const> compressors, std::size_t at_once) {
+  repeat_context(
+      loaded, sequence, context,
+      [&](engine::LayerView& layer, const compresskv::Stretch& stretch) {
+        for (PromptCompressor* compressor : compressors) {
+          compressor->observe(layer, stretch);
+        }
+      },
+      at_once);
 }
 
 }  // namespace ckv
