@@ -19,6 +19,7 @@
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
+#include "compresskv/score/kv_zip_plus.hpp"
 #include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/q_filter.hpp"
@@ -38,7 +39,7 @@ namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
 /// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking, head
-/// scores, query statistics), and options that a policy refuses: ArgumentError.
+/// scores, query statistics, output weights), and options that a policy refuses: ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -49,6 +50,8 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
   detail::require(!info(method).needs_statistics || settings.statistics.has_value(), "method ",
                   info(method).name,
                   " needs query statistics: give those that calibration wrote for this model");
+  detail::require(!info(method).needs_outputs || settings.output_weights.has_value(), "method ",
+                  info(method).name, " needs output weights: give the model's own, OutputWeights");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -142,6 +145,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::SharedTopK{}, budgets);
     case Method::kvzip:
       return f(score::KvZip{{.sinks = settings.sinks, .window = window}}, select::WholeModel{}, budgets);
+    case Method::kvzip_plus:
+      return f(score::KvZipPlus{*settings.output_weights, {.sinks = settings.sinks, .window = window}},
+               select::WholeModel{}, budgets);
     case Method::expected_attention:
       return f(score::ExpectedAttention{*settings.statistics, {.window = window}}, select::GroupedTopK{},
                budgets);

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -82,6 +83,7 @@ MethodSettings settings() {
           .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
           .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
           .statistics = reference::query_statistics(shape),
+          .output_weights = reference::output_weights(shape),
           .model_heads = 4};
 }
 
