@@ -216,7 +216,7 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
 template <class S>
 std::string shown_to() {
   std::string more;
-  if constexpr (requires { requires S::reads_values; }) {
+  if constexpr (reads_values<S>) {
     more += ", values";
   }
   if constexpr (requires { requires S::needs_hidden_norms; }) {

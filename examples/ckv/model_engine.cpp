@@ -23,6 +23,8 @@ std::string_view why_not_in_llama_cpp(Method method) {
       return "gives KV heads unequal rows, and a cell of llama.cpp is one row of all heads";
     case Method::h2o:
       return "wants the attention of all queries, which llama.cpp does not show";
+    case Method::criticalkv:
+      return "weighs values by the model's output projection, which llama.cpp does not show";
     case Method::kvzip:
     case Method::kvzip_plus:
       return "feeds the context once more, which is built for the small engine alone";

@@ -101,7 +101,7 @@ typedef struct ckv_settings {
   size_t chunk;                 /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
-  /* Of kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of output_element,
+  /* Of criticalkv and kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of output_element,
    * which is CKV_F32, CKV_F16 or CKV_BF16; NULL: none. The list is copied, the weights are not: they outlive
    * plan and sequences. */
   const void* const* output_weights;

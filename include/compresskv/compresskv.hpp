@@ -42,6 +42,7 @@
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
 #include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/critical_kv.hpp"
 #include "compresskv/score/cur.hpp"
 #include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"

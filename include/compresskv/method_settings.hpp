@@ -36,6 +36,7 @@ enum class Method {
   lagkv,
   cur,
   chunkkv,
+  criticalkv,
   streaming,
   random,
   carried,
@@ -69,7 +70,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 28> methods = {{
+inline constexpr std::array<MethodInfo, 29> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -97,6 +98,12 @@ inline constexpr std::array<MethodInfo, 28> methods = {{
      false, true},
     {Method::cur, "cur", "long keys with long values, beside those around them", "2509.15038", false, true},
     {Method::chunkkv, "chunkkv", "as snapkv, whole chunks of neighbouring tokens", "2502.00299", false, true},
+    {.method = Method::criticalkv,
+     .name = "criticalkv",
+     .summary = "as snapkv, half of the rows by what their values add to the layer's output too",
+     .paper = "2502.03805",
+     .per_head = true,
+     .needs_outputs = true},
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
      "2309.17453"},
     {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},

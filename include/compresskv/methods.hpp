@@ -12,6 +12,7 @@
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
 #include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/critical_kv.hpp"
 #include "compresskv/score/cur.hpp"
 #include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
@@ -102,6 +103,12 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::GroupedTopK{}, budgets);
     case Method::chunkkv:
       return f(score::ChunkKv{snap(), {.chunk = settings.chunk}}, select::GroupedTopK{}, budgets);
+    case Method::criticalkv:
+      // kvpress's 1e-4 is of means over the window, ours are sums.
+      return f(
+          score::CriticalKv{
+              snap(), *settings.output_weights, {.epsilon = 1e-4F * static_cast<float>(window)}},
+          select::GroupedTopK{}, budgets);
     case Method::streaming:
       return f(score::StreamingLlm{{.window = window}}, select::SharedTopK{}, budgets);
     case Method::random:

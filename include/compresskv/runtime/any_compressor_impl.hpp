@@ -218,7 +218,7 @@ class SequenceOf final : public AnySequence {
       fail_of_repeats();
     } else if constexpr (by_queries) {
       fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
-    } else if constexpr (reads_rows(S::needs)) {
+    } else if constexpr (reads_rows(S::needs) || reads_values<S>) {
       fail<ArgumentError>("method ", info_->name,
                           S::needs == Needs::keys ? " reads the keys" : " reads keys and values",
                           ": give the layer's view as well");
