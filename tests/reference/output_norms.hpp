@@ -25,12 +25,16 @@ inline std::vector<float> random_outputs(std::uint64_t seed, const ModelShape& s
   return weights;
 }
 
-/// Output weights of a model of this shape; the same memory for all its layers, held until the program ends.
+/// Output weights of a model of this shape, held until the program ends. Each layer's begin a number later.
 inline OutputWeights output_weights(const ModelShape& shape, std::uint64_t seed = 31) {
   static std::deque<std::vector<float>> held;
-  held.push_back(random_outputs(seed, shape));
-  return {std::vector<const float*>(shape.layers, held.back().data()),
-          {.hidden = output_rows, .query_heads = shape.query_heads, .head_dim = shape.head_dim}};
+  std::vector<float>& numbers = held.emplace_back(random_outputs(seed, shape));
+  numbers.resize(numbers.size() + shape.layers, 0.5F);
+  std::vector<const float*> layers;
+  for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+    layers.push_back(numbers.data() + layer);
+  }
+  return {layers, {.hidden = output_rows, .query_heads = shape.query_heads, .head_dim = shape.head_dim}};
 }
 
 /// `W_o[query_head] value` of one row.

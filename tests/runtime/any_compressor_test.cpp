@@ -380,12 +380,13 @@ TEST(AnyCompressor, PlansForSomeLayersAreThoseOfAModelOfTheseAlone) {
   runs.erase(runs.begin() + 4, runs.begin() + 8);
   two.scores = HeadScores(2, 4, runs);
   two.statistics = reference::query_statistics(shape).of_layers(std::array<std::size_t, 2>{0, 2});
+  two.output_weights = all.output_weights->of_layers(std::array<std::size_t, 2>{0, 2});
   two.errors = LayerErrors({0.2, 0.5}, {{.name = "set", .errors = {0.2, 0.5}}});
   ModelShape less = shape;
   less.layers = 2;
   const std::array<std::size_t, 2> layers = {0, 2};
   for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide",
-                             "expected-attention"}) {
+                             "expected-attention", "criticalkv"}) {
     const AnyPlan plan = AnyPlan{shape, method, all}.of_layers(layers);
     EXPECT_EQ(plan.shape().layers, 2U);
     EXPECT_EQ(plan.method().name, method);

@@ -204,21 +204,24 @@ class RepeatScores {
   }
 
  private:
-  static void check_hidden_norms(std::size_t layer, std::span<const float> norms, std::size_t queries) {
+  /// Other scorers do not look at them.
+  static void check_hidden_norms([[maybe_unused]] std::size_t layer,
+                                 [[maybe_unused]] std::span<const float> norms,
+                                 [[maybe_unused]] std::size_t queries) {
     if constexpr (requires { requires P::scorer_type::needs_hidden_norms; }) {
       detail::require(
           !norms.empty(), "layer ", layer,
           " was shown no hidden_norms, by which this scorer divides attention: give the length of "
           "the hidden state of each of the ",
           queries, " queries shown");
-    }
-    detail::require(norms.empty() || norms.size() == queries, "layer ", layer, " was shown ", norms.size(),
-                    " hidden_norms for ", queries, " queries: give one a query shown");
-    for (std::size_t i = 0; i < norms.size(); ++i) {
-      detail::require(detail::is_finite(norms[i]) && norms[i] > 0.0F, "hidden_norms[", i, "] of layer ",
-                      layer, " is ", norms[i],
-                      ", must be finite and above 0: the length of the hidden state that the "
-                      "layer's attention was given");
+      detail::require(norms.size() == queries, "layer ", layer, " was shown ", norms.size(),
+                      " hidden_norms for ", queries, " queries: give one a query shown");
+      for (std::size_t i = 0; i < norms.size(); ++i) {
+        detail::require(detail::is_finite(norms[i]) && norms[i] > 0.0F, "hidden_norms[", i, "] of layer ",
+                        layer, " is ", norms[i],
+                        ", must be finite and above 0: the length of the hidden state that the layer's "
+                        "attention was given");
+      }
     }
   }
 
