@@ -17,6 +17,7 @@
 
 #include "reference/allocations.hpp"
 #include "reference/hidden_states.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -151,6 +152,7 @@ double share_held(const MethodInfo& method, const Case& c) {
       .scores = HeadScores(c.shape.layers, c.shape.query_heads,
                            std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5})),
       .statistics = flat_statistics(method, c.shape),
+      .output_weights = reference::output_weights(c.shape),
       .surrogate = reference::surrogate(c.shape, c.shape.query_heads * c.shape.head_dim),
       .window = 8};
   std::vector<std::uint32_t> first(rows);

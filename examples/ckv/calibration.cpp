@@ -274,9 +274,9 @@ Json PromptCalibration::fit_surrogate(std::size_t length, std::size_t texts,
   const LoadedModel& loaded = small();
   const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
   const auto hidden_size = static_cast<std::size_t>(loaded.model.config().embedding);
-  const compresskv::Plan plan{shape, compresskv::score::KvZip{{.sinks = first_tokens}},
-                              compresskv::select::WholeModel{},
-                              compresskv::budget::Uniform{compresskv::Budget::kept_ratio(1.0)}};
+  const compresskv::Plan plan{
+      shape, compresskv::score::KvZipPlus{loaded.output_weights().value(), {.sinks = first_tokens}},
+      compresskv::select::WholeModel{}, compresskv::budget::Uniform{compresskv::Budget::kept_ratio(1.0)}};
   calibrate::SurrogateAccumulator fitted{shape.layers, shape.kv_heads, hidden_size};
   calibrate::SurrogateAccumulator held_out = fitted;
   const std::size_t more = std::max<std::size_t>(1, texts / 8);
@@ -295,7 +295,7 @@ Json PromptCalibration::fit_surrogate(std::size_t length, std::size_t texts,
     repeat_context(loaded, sequence, tokens,
                    [&](engine::LayerView& layer, const compresskv::Stretch& stretch) {
                      compressor.observe(static_cast<std::size_t>(layer.layer), view_of<float>(layer), stretch,
-                                        queries_of(layer));
+                                        queries_of(layer), {layer.hidden_norms, layer.window});
                    });
     const std::size_t skipped = std::min(first_tokens, tokens.size() - 1);
     const std::size_t count = tokens.size() - skipped;

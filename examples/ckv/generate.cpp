@@ -548,6 +548,7 @@ void load_and_ask(const GenerateArguments& given) {
                                .surrogate = arguments.surrogate};
   load(files, method, how);
   const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+  model.show_outputs(how);
   check_interrupt();
   if (how.method != Method::full) {
     check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -575,6 +576,7 @@ void generate(const GenerateArguments& arguments) {
   load(files, method, how);
   if (!arguments.save_cache.empty()) {
     const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+    model.show_outputs(how);
     check_interrupt();
     if (how.method != Method::full) {
       check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -584,6 +586,7 @@ void generate(const GenerateArguments& arguments) {
   }
   const std::unique_ptr<ModelEngine> model =
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
+  model->show_outputs(how);
   check_interrupt();
   const std::vector<TokenId> prompt =
       arguments.raw ? encode_prompt(*model, text)

@@ -5,6 +5,7 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
+#include <compresskv/core/output_weights.hpp>
 #include <compresskv/core/query_statistics.hpp>
 #include <compresskv/core/surrogate.hpp>
 #include <compresskv/kernel/pool.hpp>
@@ -30,6 +31,7 @@ struct Compression {
   std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
   std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
   std::optional<compresskv::Surrogate> surrogate = std::nullopt;         ///< for methods that need one
+  std::optional<compresskv::OutputWeights> output_weights = std::nullopt;  ///< likewise
   /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
   /// same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
@@ -39,16 +41,16 @@ struct Compression {
   std::optional<compresskv::kernel::Pool> pool = std::nullopt;
   std::optional<std::size_t> pool_width = std::nullopt;
   std::size_t heads_per_layer = 4;
-  std::uint64_t seed = 0;                               ///< of `random`
-  float decay = 0.7F;                                   ///< of `carried` and `blend-carried`
-  std::size_t hold_layers = 0;                          ///< of `carried` and `blend-carried`
-  std::size_t model_heads = 16;                         ///< of `model-wide` and `blend`
-  bool equal_weights = false;                           ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;                                ///< of both blends, `lagkv`, `cur` and `kvzip`
-  double model_share = 0.6;                             ///< of both blends
-  std::size_t lag = 128;                                ///< of `lagkv`
-  std::size_t block = 16;                               ///< of `cur`
-  std::size_t chunk = 20;                               ///< of `chunkkv`
+  std::uint64_t seed = 0;        ///< of `random`
+  float decay = 0.7F;            ///< of `carried` and `blend-carried`
+  std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
+  std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
+  bool equal_weights = false;    ///< of `carried` and `model-wide`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip` and `kvzip-plus`
+  double model_share = 0.6;      ///< of both blends
+  std::size_t lag = 128;         ///< of `lagkv`
+  std::size_t block = 16;        ///< of `cur`
+  std::size_t chunk = 20;        ///< of `chunkkv`
   std::optional<float> score_threshold = std::nullopt;  ///< of `kvzap`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.

@@ -119,6 +119,7 @@ LayerView& LayerView::shadow() {
     shadow_.reset(new LayerView{layer, *shadow_cache_, heads});
     shadow_->window = window;
     shadow_->queries = queries;
+    shadow_->hidden_norms = hidden_norms;
     shadow_->tokens = tokens;
     shadow_->hidden_states = hidden_states;
     shadow_->hidden_size = hidden_size;
@@ -303,6 +304,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
 
   const auto window = static_cast<Index>(std::min(options.window, tokens.size()));
   std::vector<float> window_queries(static_cast<std::size_t>(c.heads * window * head_dim));
+  std::vector<float> hidden_norms(tokens.size());
   Matrix queries(count, c.heads * head_dim);
   Matrix attention;
   Matrix hidden_states;
@@ -322,6 +324,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       multiply(rows_from(normed, 0), rows, weights.key, false, rows_from(keys, 0));
       multiply(rows_from(normed, 0), rows, weights.value, false, rows_from(values, 0));
       for (Index t = 0; t < rows; ++t) {
+        hidden_norms[static_cast<std::size_t>(first + t)] = length(row_of(normed, t));
         const Rotation& rotation = rotations[static_cast<std::size_t>(first + t)];
         rotation.apply(row_of(queries, first + t), head_size);
         rotation.apply(row_of(keys, t), head_size);
@@ -353,6 +356,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       shrunk = show_layer(l,
                           {.window = static_cast<std::size_t>(window),
                            .queries = window_queries.data(),
+                           .hidden_norms = hidden_norms.data() + (count - window),
                            .tokens = tokens.size(),
                            .hidden_states = options.hidden_states ? hidden_states.data() : nullptr},
                           options.on_layer) ||
@@ -398,6 +402,7 @@ bool Sequence::show_layer(int layer, const Shown& shown, const std::function<voi
   LayerView view{layer, caches_[l], model_->config().heads};
   view.window = shown.window;
   view.queries = shown.queries;
+  view.hidden_norms = shown.hidden_norms;
   view.tokens = shown.tokens;
   view.hidden_states = shown.hidden_states;
   view.hidden_size = model_->config().embedding;

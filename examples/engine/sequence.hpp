@@ -40,7 +40,9 @@ class LayerView {
   std::span<const std::size_t> head_rows;
   std::size_t window = 0;          ///< queries per head: min(PrefillOptions::window, tokens just read)
   const float* queries = nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last tokens read
-  std::size_t tokens = 0;          ///< just read
+  /// [window], of the same tokens: the length of the hidden state that attention was given, after its norm.
+  const float* hidden_norms = nullptr;
+  std::size_t tokens = 0;  ///< just read
   /// [tokens][hidden_size], what goes into the layer's attention, normed; null where it was not asked for.
   const float* hidden_states = nullptr;
   int hidden_size = 0;
@@ -224,6 +226,7 @@ class Sequence {
   struct Shown {
     std::size_t window = 0;
     const float* queries = nullptr;
+    const float* hidden_norms = nullptr;
     std::size_t tokens = 0;
     const float* hidden_states = nullptr;
   };

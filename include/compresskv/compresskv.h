@@ -64,6 +64,15 @@ typedef enum ckv_pool {
   CKV_POOL_OF_METHOD = 3 /* the method's own */
 } ckv_pool;
 
+typedef enum ckv_element {
+  CKV_F32 = 0,
+  CKV_F16 = 1,
+  CKV_BF16 = 2,
+  CKV_Q8_0 = 3, /* ggml's blocks of 32 */
+  CKV_Q4_0 = 4,
+  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero); rows side by side */
+} ckv_element;
+
 /* What a method is made from. Options that a method does not have are ignored. Arrays are copied. */
 typedef struct ckv_settings {
   size_t struct_size; /* set by ckv_settings_init */
@@ -79,23 +88,29 @@ typedef struct ckv_settings {
   size_t heads_per_layer;
   size_t window; /* 0: the method's own */
   ckv_pool pool;
-  size_t pool_width;            /* 0: the method's own */
-  uint64_t seed;                /* of random */
-  float decay;                  /* of carried and blend-carried */
-  size_t hold_layers;           /* of carried and blend-carried */
-  size_t model_heads;           /* of model-wide and blend */
-  int equal_weights;            /* of carried and model-wide */
-  size_t sinks;                 /* of both blends, lagkv, cur and kvzip: first positions that stay */
-  double model_share;           /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
-  size_t lag;                   /* of lagkv: rows of a stretch */
-  size_t block;                 /* of cur: rows that lengths are shared out among */
-  size_t chunk;                 /* of chunkkv: positions of a chunk */
+  size_t pool_width;  /* 0: the method's own */
+  uint64_t seed;      /* of random */
+  float decay;        /* of carried and blend-carried */
+  size_t hold_layers; /* of carried and blend-carried */
+  size_t model_heads; /* of model-wide and blend */
+  int equal_weights;  /* of carried and model-wide */
+  size_t sinks;       /* of both blends, lagkv, cur, kvzip and kvzip-plus: first positions that stay */
+  double model_share; /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
+  size_t lag;         /* of lagkv: rows of a stretch */
+  size_t block;       /* of cur: rows that lengths are shared out among */
+  size_t chunk;       /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
-  const char* surrogate;        /* path of the file that calibration wrote, for kvzap; NULL: none */
-  float score_threshold;        /* of kvzap: lowest score of a row that stays, the budget being what a KV head
-                                   keeps at most, and the method's own window 128; -INFINITY, the default: the budget
-                                   alone */
+  /* Of criticalkv and kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of
+   * output_element, which is CKV_F32, CKV_F16 or CKV_BF16; NULL: none. The list is copied, the weights are
+   * not: they outlive plan and sequences. */
+  const void* const* output_weights;
+  ckv_element output_element;
+  size_t hidden;         /* elements of the hidden state */
+  const char* surrogate; /* path of the file that calibration wrote, for kvzap; NULL: none */
+  float score_threshold; /* of kvzap: lowest score of a row that stays, the budget being what a KV head
+                            keeps at most, and the method's own window 128; -INFINITY, the default: the budget
+                            alone */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;
@@ -115,25 +130,16 @@ ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv
 void ckv_plan_free(ckv_plan* plan);
 /* Queries of each layer that observe and whose rows are always kept. */
 size_t ckv_plan_window(const ckv_plan* plan);
-/* Whether ckv_arrive needs an observation (of rkv: queries), and whether it may shrink layers before the one that
- * arrives. */
+/* Whether ckv_arrive needs an observation (of rkv: queries), and whether it may shrink layers before the one
+ * that arrives. */
 int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
-/* Whether the engine feeds the context once more (kvzip): ckv_observe in place of ckv_arrive. */
+/* Whether the engine feeds the context once more (kvzip, kvzip-plus): ckv_observe in place of ckv_arrive. */
 int ckv_plan_repeats(const ckv_plan* plan);
 /* Whether ckv_arrive needs hidden states (kvzap): CKV_SHOWS_HIDDEN_STATES. */
 int ckv_plan_needs_hidden_states(const ckv_plan* plan);
 
 /* ---- what a layer holds ----------------------------------------------------------------------------- */
-
-typedef enum ckv_element {
-  CKV_F32 = 0,
-  CKV_F16 = 1,
-  CKV_BF16 = 2,
-  CKV_Q8_0 = 3, /* ggml's blocks of 32 */
-  CKV_Q4_0 = 4,
-  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero); rows side by side */
-} ckv_element;
 
 /* Keys or values of a layer:
  *
@@ -203,8 +209,11 @@ typedef struct ckv_observation {
   float soft_cap;        /* c of c * tanh(logit / c); 0: none */
   size_t sliding_window; /* positions that a query sees; 0: all before it */
   const float* sinks;    /* [query_head]; NULL: none */
-  size_t hidden_size;    /* of hidden states: elements of one */
-  size_t token_stride;   /* of hidden states; 0: side by side */
+  /* Of kvzip-plus, to ckv_observe: [queries], length of the hidden state that the layer's attention was given
+   * for each query, after the norm before attention; NULL: none. */
+  const float* hidden_norms;
+  size_t hidden_size;  /* of hidden states: elements of one */
+  size_t token_stride; /* of hidden states; 0: side by side */
 } ckv_observation;
 
 void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size);

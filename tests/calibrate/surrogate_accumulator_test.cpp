@@ -75,8 +75,8 @@ TEST(SurrogateAccumulator, IsRidgeRegressionAsItIsWrittenDown) {
         for (std::size_t e = 0; e < size; ++e) {
           hidden[layer].back().push_back(static_cast<double>(some.states[t * some.stride + e]));
         }
-        targets[layer].push_back({std::log(std::max(static_cast<double>(scores[t]), 0x1p-24)),
-                                  std::log(std::max(static_cast<double>(scores[tokens + t]), 0x1p-24))});
+        targets[layer].push_back({std::log(std::max(static_cast<double>(scores[t]), 0x1p-36)),
+                                  std::log(std::max(static_cast<double>(scores[tokens + t]), 0x1p-36))});
       }
     }
   }
@@ -210,7 +210,7 @@ TEST(SurrogateAccumulator, WhatNeverVariesIsTheBias) {
                   std::vector<float>(5, 0.0F));
   const Surrogate found = accumulator.surrogate();
   EXPECT_EQ(found.weights(0, 0)[1], 0.0F);
-  EXPECT_NEAR(found.bias(0, 0), std::log(0x1p-24F), 1e-4F) << "the least score";
+  EXPECT_NEAR(found.bias(0, 0), std::log(0x1p-36F), 1e-4F) << "the least score";
   EXPECT_EQ(accumulator.explained(found)[0], 0.0);
 }
 

@@ -24,6 +24,7 @@
 
 #include "reference/allocations.hpp"
 #include "reference/hidden_states.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -85,6 +86,7 @@ MethodSettings settings() {
           .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
           .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
           .statistics = reference::query_statistics(shape),
+          .output_weights = reference::output_weights(shape),
           .surrogate = reference::surrogate(shape, 12),
           .model_heads = 4};
 }
@@ -195,7 +197,7 @@ TEST(AnyCompressor, RepeatsAreShownAsTheCompressorTakesThem) {
   other.begin(context);
   EXPECT_SAYS(other.observe(0, by_name.view(0), {.first = 0, .last = context}, by_name.observation(0, 20)),
               "method snapkv does not ask for the context to be repeated");
-  run(any, by_name, [&](std::size_t layer) { return AnyObservation(by_name.observation(layer, 20)); });
+  run(any, by_name, [&](std::size_t layer) { return by_name.observation(layer, 20); });
 
   Cache by_type;
   const Plan plan{shape, score::KvZip{}, select::WholeModel{}, budget::Uniform{Budget::tokens_per_layer(24)}};
@@ -443,12 +445,13 @@ TEST(AnyCompressor, PlansForSomeLayersAreThoseOfAModelOfTheseAlone) {
   runs.erase(runs.begin() + 4, runs.begin() + 8);
   two.scores = HeadScores(2, 4, runs);
   two.statistics = reference::query_statistics(shape).of_layers(std::array<std::size_t, 2>{0, 2});
+  two.output_weights = all.output_weights->of_layers(std::array<std::size_t, 2>{0, 2});
   two.errors = LayerErrors({0.2, 0.5}, {{.name = "set", .errors = {0.2, 0.5}}});
   ModelShape less = shape;
   less.layers = 2;
   const std::array<std::size_t, 2> layers = {0, 2};
   for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide",
-                             "expected-attention"}) {
+                             "expected-attention", "criticalkv"}) {
     const AnyPlan plan = AnyPlan{shape, method, all}.of_layers(layers);
     EXPECT_EQ(plan.shape().layers, 2U);
     EXPECT_EQ(plan.method().name, method);

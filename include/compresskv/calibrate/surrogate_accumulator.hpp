@@ -29,7 +29,8 @@ namespace compresskv::calibrate {
 ///
 /// in closed form for each layer and KV head, `n` being the tokens and `v` the mean variance of an element,
 /// so that `ridge` has no unit. The bias is not held back. An engine feeds it texts of the kind that the
-/// model will read: what goes into each layer's attention, and what KVzip's repeats gave the tokens
+/// model will read: what goes into each layer's attention, and what repeats gave the tokens by
+/// `score::KvZipPlus`
 /// (`Compressor::repeat_scores`).
 ///
 /// Sums in float64 around running means, so that a mean far from 0 costs no digits. Accumulators of several
@@ -38,9 +39,8 @@ namespace compresskv::calibrate {
 /// of memory.
 class SurrogateAccumulator {
  public:
-  /// Scores below it are taken for it: the least that a half float holds, which is how repeats are
-  /// remembered.
-  static constexpr double least_score = 0x1p-24;
+  /// Scores below it are taken for it: the least that those of `score::KvZipPlus` are told from 0 by.
+  static constexpr double least_score = 0x1p-36;
 
   /// Throws ArgumentError when a size is 0 or beyond memory.
   SurrogateAccumulator(std::size_t layers, std::size_t kv_heads, std::size_t hidden_size)

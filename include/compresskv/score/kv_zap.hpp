@@ -26,16 +26,16 @@ struct KvZapOptions {
   std::size_t window = 128;  ///< most recent tokens, kept whatever their scores
 };
 
-/// KVzap, linear: what KVzip would find worth keeping, foretold from what goes into the layer's attention.
+/// KVzap, linear: what KVzip+ would find worth keeping, foretold from what goes into the layer's attention.
 ///
 ///     score[g][t] = weight[g] . hidden[t] + bias[g]
 ///
-/// fitted to the logarithm of KVzip's scores. No second pass over the text, no query, no key: a row can be
+/// fitted to the logarithm of KVzip+'s scores. No second pass over the text, no query, no key: a row can be
 /// judged as soon as its token was read, while an answer grows too. Goes with `select::Threshold`; a capacity
 /// can be shared out by these scores as well.
 ///
 /// After a compaction by a threshold rows whose hidden states are no longer shown stay: they were judged when
-/// they were. Paper: Jégou and Jeblick (arXiv 2601.07891); docs/method.md 3.24. Departure: the surrogate is
+/// they were. Paper: Jégou and Jeblick (arXiv 2601.07891); docs/method.md 3.25. Departure: the surrogate is
 /// fitted in closed form. Cost: hidden_size multiply-adds a token and KV head; hidden states are read once.
 class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, KvZapOptions> {
  public:
