@@ -46,7 +46,7 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip` and `kvzip-plus`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip`, `kvzip-plus` and `kvzap`
   double model_share = 0.6;      ///< of both blends
   std::size_t lag = 128;         ///< of `lagkv`
   std::size_t block = 16;        ///< of `cur`

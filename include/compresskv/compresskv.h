@@ -94,7 +94,7 @@ typedef struct ckv_settings {
   size_t hold_layers; /* of carried and blend-carried */
   size_t model_heads; /* of model-wide and blend */
   int equal_weights;  /* of carried and model-wide */
-  size_t sinks;       /* of both blends, lagkv, cur, kvzip and kvzip-plus: first positions that stay */
+  size_t sinks;       /* of both blends, lagkv, cur, kvzip, kvzip-plus and kvzap: first positions that stay */
   double model_share; /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
   size_t lag;         /* of lagkv: rows of a stretch */
   size_t block;       /* of cur: rows that lengths are shared out among */

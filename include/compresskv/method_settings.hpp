@@ -243,7 +243,7 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur, kvzip and kvzip-plus
+  std::size_t sinks = 4;                                 ///< of the blends, lagkv, cur, kvzip(-plus), kvzap
   double model_share = 0.6;                              ///< of both blends
   std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
   std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among

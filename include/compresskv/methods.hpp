@@ -181,7 +181,7 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                            .pool_width = pool_width}},
                select::GroupedTopK{}, budgets);
     case Method::kvzap: {
-      score::KvZap scorer{*settings.surrogate, {.window = window}};
+      score::KvZap scorer{*settings.surrogate, {.window = window, .sinks = settings.sinks}};
       if (settings.score_threshold) {
         return f(std::move(scorer), select::Threshold{*settings.score_threshold}, budgets);
       }

@@ -27,8 +27,9 @@ void expect_reference(const LayerCase& c, std::size_t hidden_size, std::size_t g
   Layer<float> layer(c);
   const Hidden<T> hidden(c.rows, hidden_size, gap, c.seed);
   const Surrogate surrogate = reference::surrogate(layer.shape, hidden_size, c.seed);
-  const Plan plan{layer.shape, score::KvZap{surrogate, {.window = c.window}}, select::Threshold{-4.0F},
-                  no_bound};
+  const std::size_t sinks = c.seed % 3;
+  const Plan plan{layer.shape, score::KvZap{surrogate, {.window = c.window, .sinks = sinks}},
+                  select::Threshold{-4.0F}, no_bound};
   Compressor compressor{plan};
   compressor.begin(c.rows);
   const auto scores = compressor.score(0, layer.cache.view(), hidden.shown());
@@ -36,6 +37,10 @@ void expect_reference(const LayerCase& c, std::size_t hidden_size, std::size_t g
   for (std::size_t head = 0; head < c.kv_heads; ++head) {
     ASSERT_EQ(scores.tokens(head), c.rows - c.observed());
     for (std::size_t t = 0; t < scores.tokens(head); ++t) {
+      if (t < sinks) {
+        ASSERT_GT(scores.row(head)[t], 1e38F);
+        continue;
+      }
       const auto expected = hidden.score(surrogate, 0, head, t);
       ASSERT_NEAR(static_cast<double>(scores.row(head)[t]), expected.score,
                   expected.mass * static_cast<double>(hidden_size) * 1e-7)
@@ -125,7 +130,7 @@ TEST(KvZap, JudgesEachTokenOnceOverTurns) {
     for (std::size_t head = 0; head < 3; ++head) {
       std::vector<std::uint32_t> expected;
       for (std::uint32_t t = 0; t < end; ++t) {
-        if (t + window >= end ||
+        if (t < 4 || t + window >= end ||
             hidden.score(surrogate, 0, head, t).score >= static_cast<double>(threshold)) {
           expected.push_back(t);
         }
@@ -145,7 +150,7 @@ TEST(KvZap, ACapacityWantsAllHiddenStatesAgain) {
   Layer<float> layer(c);
   const Hidden<float> hidden(100, 12, 0, 3);
   const Surrogate surrogate = reference::surrogate(layer.shape, 12);
-  const Plan plan{layer.shape, score::KvZap{surrogate, {.window = 8}}, select::GroupedTopK{},
+  const Plan plan{layer.shape, score::KvZap{surrogate, {.window = 8, .sinks = 0}}, select::GroupedTopK{},
                   budget::Uniform{Budget::tokens_per_layer(20)}};
   Compressor compressor{plan};
   compressor.begin(60);
@@ -193,7 +198,7 @@ TEST(KvZap, ProtectedTokensStayBelowTheThreshold) {
   const LayerCase c{.kv_heads = 2, .head_dim = 4, .rows = 40, .window = 4, .capacity = 8};
   Layer<float> layer(c);
   const Hidden<float> hidden(40, 12, 0, 3);
-  const Plan plan{layer.shape, score::KvZap{reference::surrogate(layer.shape, 12), {.window = 4}},
+  const Plan plan{layer.shape, score::KvZap{reference::surrogate(layer.shape, 12), {.window = 4, .sinks = 1}},
                   select::Threshold{1e6F}, no_bound};
   Compressor compressor{plan};
   compressor.begin(40, {.keep_first = 2});

@@ -24,6 +24,7 @@ namespace compresskv::score {
 
 struct KvZapOptions {
   std::size_t window = 128;  ///< most recent tokens, kept whatever their scores
+  std::size_t sinks = 4;     ///< first positions, kept before any other
 };
 
 /// KVzap, linear: what KVzip+ would find worth keeping, foretold from what goes into the layer's attention.
@@ -35,8 +36,9 @@ struct KvZapOptions {
 /// can be shared out by these scores as well.
 ///
 /// After a compaction by a threshold rows whose hidden states are no longer shown stay: they were judged when
-/// they were. Paper: Jégou and Jeblick (arXiv 2601.07891); docs/method.md 3.25. Departure: the surrogate is
-/// fitted in closed form. Cost: hidden_size multiply-adds a token and KV head; hidden states are read once.
+/// they were. Paper: Jegou and Jeblick (arXiv 2601.07891); docs/method.md 3.25. Departure: the first
+/// positions stay, to which no surrogate is fitted. Cost: hidden_size multiply-adds a token and KV head;
+/// hidden states are read once.
 class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, KvZapOptions> {
  public:
   /// Throws ArgumentError for no window.
@@ -55,9 +57,11 @@ class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, Kv
     const std::size_t heads = in.shape.kv_heads;
     const std::size_t shown = in.observation.tokens();
     const std::size_t first = in.retained.position(in.rows[0]) - shown;
+    // Sinks, and rows that were judged when their hidden states were shown.
+    const std::size_t certain = (std::max)(first, options().sinks);
     for (std::size_t head = 0; head < heads; ++head) {
       const std::span<float> row = scores.row(head);
-      std::fill_n(row.begin(), (std::min)(row.size(), in.retained.rows_before(first, head)), judged_before);
+      std::fill_n(row.begin(), (std::min)(row.size(), in.retained.rows_before(certain, head)), kept_score);
     }
     const kernel::PackedQueries weights = pack(in.layer, workspace);
     const std::size_t tiles = (shown + tile - 1) / tile;
@@ -85,7 +89,7 @@ class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, Kv
   static constexpr std::size_t tile = 256;      // tokens
   static constexpr std::size_t most_parts = 8;  // tiles at a time: each takes memory
   /// Above what a surrogate gives, below that of protected tokens.
-  static constexpr float judged_before = (std::numeric_limits<float>::max)() / 2;
+  static constexpr float kept_score = (std::numeric_limits<float>::max)() / 2;
 
   kernel::PackedQueries pack(std::size_t layer, Workspace& workspace) const {
     const std::size_t heads = surrogate_.kv_heads();
@@ -107,7 +111,8 @@ class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, Kv
     const std::size_t begin = in.retained.rows_before(position, head);
     const std::size_t end = in.retained.rows_before(position + products.size(), head);
     const bool all_held = end - begin == products.size();
-    for (std::size_t t = begin; t < (std::min)(end, row.size()); ++t) {
+    const std::size_t sinks = in.retained.rows_before(options().sinks, head);
+    for (std::size_t t = (std::max)(begin, sinks); t < (std::min)(end, row.size()); ++t) {
       const std::size_t at = all_held ? t - begin : in.retained.position(t, head) - position;
       row[t] = products[at] + bias;
     }
