@@ -271,6 +271,9 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
     if (row.needs_statistics) {
       how.statistics = compresskv::io::load_query_statistics(calibration("_query_statistics.bin"));
     }
+    if (row.needs_kv_scores) {
+      how.kv_scores = compresskv::io::load_head_scores(calibration("_kv_head_scores.json"));
+    }
     if (row.needs_scores) {
       how.scores = compresskv::io::load_head_scores(calibration("_head_scores.json"));
     }

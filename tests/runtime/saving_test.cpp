@@ -39,6 +39,9 @@ MethodSettings settings_saved(Budget budget) {
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>{{2, 0, 1, 3}, {1, 3, 0, 2}, {3, 2, 1, 0}}),
       .scores = HeadScores(3, 4, scores),
       .statistics = reference::query_statistics(model_saved),
+      .kv_scores = HeadScores(
+          3, model_saved.kv_heads,
+          {scores.begin(), scores.begin() + static_cast<std::ptrdiff_t>(3 * model_saved.kv_heads)}),
       .errors = LayerErrors(errors, {{.name = "set", .errors = errors}}),
       .min_rows = 20,
       .heads_per_layer = 2,

@@ -262,6 +262,9 @@ MethodSettings settings() {
                      .heads = HeadRanking(ranking),
                      .scores = HeadScores(layers, query_heads, runs),
                      .statistics = reference::query_statistics(shape),
+                     .kv_scores = HeadScores(
+                         layers, shape.kv_heads,
+                         {runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(layers * shape.kv_heads)}),
                      .window = window};
   out.heads_per_layer = 2;
   out.model_heads = 4;

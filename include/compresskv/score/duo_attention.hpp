@@ -31,7 +31,7 @@ struct DuoAttentionOptions {
 ///
 /// Position only, true positions kept. Sinks are positions, recent tokens are counted in rows: so in a later
 /// turn the rows kept and those appended since are judged anew. Paper: Xiao et al., ICLR 2025
-/// (arXiv 2410.10819); docs/method.md 3.21. Cost: one pass over the scores; no key is read.
+/// (arXiv 2410.10819); docs/method.md 3.23. Cost: one pass over the scores; no key is read.
 class DuoAttention : public WindowScorer<Granularity::kv_head, Needs::nothing, DuoAttentionOptions> {
  public:
   DuoAttention() = default;
