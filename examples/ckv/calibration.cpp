@@ -275,10 +275,14 @@ Json PromptCalibration::measure_kv_heads(std::size_t length, std::size_t texts,
   const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
   calibrate::KvHeadScoreAccumulator scores{shape};
   engine::PoolExecutor executor{&loaded.model.pool()};
+  const engine::PromptText asked = chat_prompt(loaded, "?");
+  const std::vector<TokenId> head = encode_prompt(loaded, asked.substr(0, asked.text().rfind('?')));
   for (std::size_t text = 0; text < texts; ++text) {
     // A text as a user would give it, and no question.
-    const std::vector<TokenId> tokens =
-        task_prompt("later-loss", loaded, haystack_, {.length = length, .index = text}).tokens;
+    const std::vector<TokenId> plain =
+        task_prompt("perplexity", loaded, haystack_, {.length = length, .index = text}).tokens;
+    std::vector<TokenId> tokens = head;
+    tokens.insert(tokens.end(), plain.begin() + (loaded.bos() ? 1 : 0), plain.end());
     engine::Sequence sequence{loaded.model};
     sequence.prefill(tokens);
     scores.begin_text(tokens.size());

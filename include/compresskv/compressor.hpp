@@ -278,7 +278,7 @@ class Compressor {
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     state_.check_layer(layer);
     const std::size_t longest = pass_.check_scores(state_, layer, scores);
-    if constexpr (pass_.by_head) {
+    if constexpr (P::capacity_granularity == Granularity::kv_head) {
       pass_.select_by_head(state_, layer, scores);
     } else {
       pass_.select(state_, layer, scores, pass_.at_least_window(state_.capacities()[layer], longest));

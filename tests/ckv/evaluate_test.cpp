@@ -234,6 +234,9 @@ TEST_F(EvaluateWithModel, OptionsThatMakeNoSenseAreNamed) {
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "compresskv", "--models-dir",
                                     folder.path("none").string()}),
                      "--methods compresskv needs --heads: no calibration of this model in ");
+  expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "kvzip-heads", "--models-dir",
+                                    folder.path("none").string()}),
+                     "--methods kvzip-heads needs --kv-heads: no scores of KV heads of this model in ");
   expect_usage_error(evaluate(out, {"--tokens", "5", "--methods", "snapkv"}),
                      "--methods snapkv: budget is 5 rows a layer, the window alone is 8");
   EXPECT_TRUE(lines_of(folder.path("out.jsonl")).size() <= 1U);
