@@ -87,6 +87,7 @@ struct CalibrationFiles {
   std::filesystem::path errors;
   std::filesystem::path scores = {};      ///< raw, of each head
   std::filesystem::path statistics = {};  ///< of queries; empty where they were not measured
+  std::filesystem::path kv_heads = {};    ///< scores of KV heads; likewise
   std::filesystem::path surrogate = {};   ///< of scores; empty where none was fitted
 };
 

@@ -53,6 +53,7 @@ struct CalibrateArguments {
   std::size_t jobs = 1;
   bool curves = false;
   bool statistics = false;
+  bool kv_heads = false;
   bool surrogate = false;
   std::vector<std::size_t> ablate_heads;  // ascending; empty: no ablation
   std::size_t ablate_length = 512;
@@ -69,8 +70,8 @@ struct CalibrateArguments {
 constexpr std::size_t own_needles = 4;    // of the tool's, where no number is given
 constexpr std::size_t curve_prompts = 4;  // of each data set
 constexpr std::size_t ablation_draws = 5;
-constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths
-constexpr std::size_t surrogate_texts = 16;  // the same; an eighth as many more are held out
+constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths; so of --kv-heads
+constexpr std::size_t surrogate_texts = 16;  // the same length; an eighth as many more are held out
 const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 
 // ---- what is asked for ----
@@ -449,6 +450,9 @@ std::string command_text(const CalibrateArguments& arguments) {
   if (arguments.statistics) {
     text += " --statistics";
   }
+  if (arguments.kv_heads) {
+    text += " --kv-heads";
+  }
   if (arguments.surrogate) {
     text += " --surrogate";
   }
@@ -651,6 +655,13 @@ void calibrate(CalibrateArguments& arguments) {
         });
     told["query_statistics"]["texts"] = statistics_texts;
   }
+  if (arguments.kv_heads) {
+    told["kv_heads"] =
+        measure_texts(arguments, [&](const PromptCalibration& calibration, std::size_t length) {
+          return calibration.measure_kv_heads(length, statistics_texts, file("_kv_head_scores.json"));
+        });
+    told["kv_heads"]["texts"] = statistics_texts;
+  }
   if (arguments.surrogate) {
     told["surrogate"] =
         measure_texts(arguments, [&](const PromptCalibration& calibration, std::size_t length) {
@@ -672,7 +683,8 @@ void calibrate(CalibrateArguments& arguments) {
       "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}{}calibration.json, "
       "records.jsonl",
       arguments.out.string(), name, errors ? "_layer_score.jsonl, " : "",
-      arguments.statistics ? "_query_statistics.bin, " : "", arguments.surrogate ? "_surrogate.bin, " : ""));
+      arguments.statistics ? "_query_statistics.bin, " : "",
+      arguments.kv_heads ? "_kv_head_scores.json, " : "", arguments.surrogate ? "_surrogate.bin, " : ""));
 }
 
 /// Throws UsageError where an option was given that needs the small engine.
@@ -687,6 +699,7 @@ void refuse_what_needs_small_engine(const CLI::App& command) {
   refuse({"--texts", "--error-rows", "--curves", "--window", "--heads-per-layer", "--pool"},
          "what a layer loses by eviction (layer errors)");
   refuse({"--statistics"}, "queries and how they were rotated (query statistics)");
+  refuse({"--kv-heads"}, "the queries of a text that is fed once more (scores of KV heads)");
   refuse({"--surrogate"}, "what goes into a layer's attention (surrogates)");
   refuse({"--ablate"}, "a model without some of its heads (masks)");
 }
@@ -759,6 +772,12 @@ void add_calibrate(CLI::App& app) {
                                 "expected-attention, q-filter and triattention",
                                 statistics_texts));
   command->add_flag(
+      "--kv-heads", arguments->kv_heads,
+      fmt::format("Score KV heads by what they look at when the model repeats a text, too, over "
+                  "{} stretches of the haystack of the longest length: NAME_kv_head_scores.json, "
+                  "for kvzip-heads",
+                  statistics_texts));
+  command->add_flag(
       "--surrogate", arguments->surrogate,
       fmt::format("Fit a map from hidden states to what repeats of the text look at, too, over {} "
                   "stretches of the haystack of the longest length: NAME_surrogate.bin, for kvzap",
@@ -796,7 +815,7 @@ void add_calibrate(CLI::App& app) {
       "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
       "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
       "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, "
-      "--statistics, --surrogate, --texts "
+      "--statistics, --kv-heads, --surrogate, --texts "
       "and --error-rows may be added to a folder later.\n--engine llama.cpp finds the heads of any model "
       "that it "
       "runs; layer errors, masks, query statistics and surrogates need the small engine.");

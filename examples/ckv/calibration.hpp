@@ -93,6 +93,10 @@ class PromptCalibration {
   /// keys of equal tokens contradict the rotary embedding that is written down, and compresskv::FileError.
   Json measure_statistics(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
 
+  /// How well each KV head retrieves, by what it looks at when the model repeats `texts` stretches of the
+  /// haystack of `length` tokens, into `file`; what it came to.
+  Json measure_kv_heads(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
+
   /// A surrogate of what repeats look at, fitted to `texts` stretches of the haystack of `length` tokens
   /// without the first 4 of each, into `file`; what it came to: tokens, and how much of the variance of
   /// others' scores it explains in each layer, of an eighth as many stretches that are held out. Throws

@@ -57,6 +57,7 @@ struct EvaluateArguments {
   std::filesystem::path heads;
   std::filesystem::path errors;
   std::filesystem::path statistics;
+  std::filesystem::path kv_heads;
   std::filesystem::path surrogate;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
@@ -84,7 +85,7 @@ struct MethodOption {
   void (*set)(Compression& how, std::uint64_t number);
 };
 
-constexpr std::array<MethodOption, 13> method_options = {{
+constexpr std::array<MethodOption, 15> method_options = {{
     {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
     {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
     {"heads", "N", 1, most_tokens,
@@ -101,6 +102,10 @@ constexpr std::array<MethodOption, 13> method_options = {{
     {"lag", "ROWS", 2, most_tokens, [](Compression& how, std::uint64_t number) { how.lag = number; }},
     {"block", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.block = number; }},
     {"chunk", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.chunk = number; }},
+    {"head-sinks", "N", 0, most_tokens,
+     [](Compression& how, std::uint64_t number) { how.head_sinks = number; }},
+    {"head-recent", "N", 0, most_tokens,
+     [](Compression& how, std::uint64_t number) { how.head_recent = number; }},
 }};
 
 std::string method_option_help() {
@@ -174,7 +179,7 @@ Compression parse_method(const std::string& text, const Compression& base,
   return how;
 }
 
-/// Of `all` those that need query statistics or a surrogate are left out where there are none.
+/// Of `all` those that need what is measured when asked for are left out where it was not.
 std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, const CalibrationFiles& files) {
   std::vector<std::string> names;
   for (const std::string& name : arguments.methods) {
@@ -185,6 +190,7 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, cons
         continue;
       }
       if (name == "all" && ((files.statistics.empty() && compresskv::method_named(method).needs_statistics) ||
+                            (files.kv_heads.empty() && compresskv::method_named(method).needs_kv_scores) ||
                             (files.surrogate.empty() && compresskv::method_named(method).needs_surrogate))) {
         continue;
       }
@@ -228,6 +234,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.statistics.empty()) {
     base.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
+  if (!files.kv_heads.empty()) {
+    base.kv_scores = compresskv::io::load_head_scores(files.kv_heads);
+  }
   if (!files.surrogate.empty()) {
     base.surrogate = compresskv::io::load_surrogate(files.surrogate);
   }
@@ -252,6 +261,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
     if (info(variant.how.method).needs_statistics && !base.statistics) {
       throw UsageError(fmt::format("--methods {} {}", method,
                                    no_statistics_in(arguments.models_dir, arguments.model.model)));
+    }
+    if (info(variant.how.method).needs_kv_scores && !base.kv_scores) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_kv_heads_in(arguments.models_dir, arguments.model.model)));
     }
     if (info(variant.how.method).needs_surrogate && !base.surrogate) {
       throw UsageError(fmt::format("--methods {} {}", method,
@@ -292,6 +305,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                    {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
   if (!files.statistics.empty()) {
     settings["statistics_sha256"] = file_digest(files.statistics);
+  }
+  if (!files.kv_heads.empty()) {
+    settings["kv_heads_sha256"] = file_digest(files.kv_heads);
   }
   if (!files.surrogate.empty()) {
     settings["surrogate_sha256"] = file_digest(files.surrogate);
@@ -711,12 +727,17 @@ void evaluate(const EvaluateArguments& arguments) {
   CalibrationFiles files{.heads = arguments.heads,
                          .errors = arguments.errors,
                          .statistics = arguments.statistics,
+                         .kv_heads = arguments.kv_heads,
                          .surrogate = arguments.surrogate};
-  const auto found = files.heads.empty() || files.statistics.empty() || files.surrogate.empty()
-                         ? find_calibration(arguments.models_dir, sha256)
-                         : std::nullopt;
+  const auto found =
+      files.heads.empty() || files.statistics.empty() || files.kv_heads.empty() || files.surrogate.empty()
+          ? find_calibration(arguments.models_dir, sha256)
+          : std::nullopt;
   if (files.statistics.empty() && found) {
     files.statistics = found->statistics;
+  }
+  if (files.kv_heads.empty() && found) {
+    files.kv_heads = found->kv_heads;
   }
   if (files.surrogate.empty() && found) {
     files.surrogate = found->surrogate;
@@ -731,6 +752,9 @@ void evaluate(const EvaluateArguments& arguments) {
   // What no method asks for is not looked at, and old records go on without it.
   if (!wants(arguments, files, &MethodInfo::needs_statistics)) {
     files.statistics.clear();
+  }
+  if (!wants(arguments, files, &MethodInfo::needs_kv_scores)) {
+    files.kv_heads.clear();
   }
   if (!wants(arguments, files, &MethodInfo::needs_surrogate)) {
     files.surrogate.clear();
@@ -817,6 +841,8 @@ void add_evaluate(CLI::App& app) {
       ->add_option("--statistics", arguments->statistics,
                    "Query statistics, for expected-attention, q-filter and triattention; default: as with "
                    "--heads. `all` leaves these methods out where there are none")
+      ->type_name("FILE");
+  command->add_option("--kv-heads", arguments->kv_heads, "Scores of KV heads, for kvzip-heads; likewise")
       ->type_name("FILE");
   command
       ->add_option(

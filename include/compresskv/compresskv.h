@@ -106,7 +106,10 @@ typedef struct ckv_settings {
    * not: they outlive plan and sequences. */
   const void* const* output_weights;
   ckv_element output_element;
-  size_t hidden;         /* elements of the hidden state */
+  size_t hidden; /* elements of the hidden state */
+  const double* kv_scores; /* [layer][kv_head], scores of KV heads, for kvzip-heads; NULL: none */
+  size_t head_sinks;       /* of duoattention and kvzip-heads: first and most recent tokens of heads that do */
+  size_t head_recent;      /* not keep all */
   const char* surrogate; /* path of the file that calibration wrote, for kvzap; NULL: none */
   float score_threshold; /* of kvzap: lowest score of a row that stays, the budget being what a KV head
                             keeps at most, and the method's own window 128; -INFINITY, the default: the budget
@@ -269,7 +272,8 @@ ckv_status ckv_next_position(const ckv_sequence* sequence, size_t layer, size_t*
 /* Rows that the layer holds when the sequence has `tokens` tokens, those appended since included. */
 ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t layer, size_t kv_head,
                          size_t* rows);
-/* Rows that the layer may keep, as of the last begin. */
+/* Rows that a KV head of the layer may keep, as of the last begin; of duoattention and kvzip-heads the head
+ * that may keep most. */
 ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows);
 /* Bytes of scratch and of positions held. */
 size_t ckv_memory_bytes(const ckv_sequence* sequence);

@@ -7,6 +7,7 @@
 #include "compresskv/budget/one_of.hpp"
 #include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/budget/whole_heads.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/method_settings.hpp"
 #include "compresskv/score/blend.hpp"
@@ -16,6 +17,7 @@
 #include "compresskv/score/chunk_kv.hpp"
 #include "compresskv/score/critical_kv.hpp"
 #include "compresskv/score/cur.hpp"
+#include "compresskv/score/duo_attention.hpp"
 #include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
@@ -43,8 +45,9 @@
 namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
-/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking, head
-/// scores, query statistics, output weights, a surrogate), and options that a policy refuses: ArgumentError.
+/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking,
+/// scores of query or KV heads, query statistics, output weights, a surrogate), and options that a policy
+/// refuses: ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -57,6 +60,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                   " needs query statistics: give those that calibration wrote for this model");
   detail::require(!info(method).needs_outputs || settings.output_weights.has_value(), "method ",
                   info(method).name, " needs output weights: give the model's own, OutputWeights");
+  detail::require(!info(method).needs_kv_scores || settings.kv_scores.has_value(), "method ",
+                  info(method).name,
+                  " needs scores of KV heads: give those that calibration wrote for this model");
   detail::require(!info(method).needs_surrogate || settings.surrogate.has_value(), "method ",
                   info(method).name,
                   " needs a surrogate: give the one that calibration wrote for this model");
@@ -82,6 +88,12 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                                              .pool_width = pool_width};
   };
   const auto snap = [&] { return score::SnapKv{{.window = window, .pool = pool, .pool_width = pool_width}}; };
+  const auto whole_heads = [&](const HeadScores& scores) -> decltype(auto) {
+    return f(
+        score::DuoAttention{{.sinks = settings.head_sinks, .recent = settings.head_recent, .window = window}},
+        select::GroupedTopK{},
+        budget::WholeHeads{scores, settings.budget, settings.head_sinks + settings.head_recent});
+  };
   switch (method) {
     case Method::compresskv_grouped:
       return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::GroupedTopK{}, budgets);
@@ -180,6 +192,10 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                            .pool = pool,
                            .pool_width = pool_width}},
                select::GroupedTopK{}, budgets);
+    case Method::duoattention:
+      return whole_heads(*settings.scores);
+    case Method::kvzip_heads:
+      return whole_heads(*settings.kv_scores);
     case Method::kvzap: {
       score::KvZap scorer{*settings.surrogate, {.window = window, .sinks = settings.sinks}};
       if (settings.score_threshold) {

@@ -62,7 +62,7 @@ struct Hidden {
     double score = 0.0;
     double mass = 0.0;  ///< sum of absolute products: what rounding is a share of
   };
-  /// docs/method.md, 3.25.
+  /// docs/method.md, 3.26.
   Foretold score(const Surrogate& by, std::size_t layer, std::size_t kv_head, std::size_t token) const {
     Foretold out{.score = static_cast<double>(by.bias(layer, kv_head))};
     out.mass = std::abs(out.score);

@@ -36,7 +36,7 @@ struct KvZapOptions {
 /// can be shared out by these scores as well.
 ///
 /// After a compaction by a threshold rows whose hidden states are no longer shown stay: they were judged when
-/// they were. Paper: Jegou and Jeblick (arXiv 2601.07891); docs/method.md 3.25. Departure: the first
+/// they were. Paper: Jegou and Jeblick (arXiv 2601.07891); docs/method.md 3.26. Departure: the first
 /// positions stay, to which no surrogate is fitted. Cost: hidden_size multiply-adds a token and KV head;
 /// hidden states are read once.
 class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, KvZapOptions> {
