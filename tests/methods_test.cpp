@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <string>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "reference/errors.hpp"
+#include "reference/hidden_states.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
@@ -34,6 +36,7 @@ MethodSettings settings_of(std::size_t rows) {
           .statistics = reference::query_statistics(shape),
           .output_weights = reference::output_weights(shape),
           .kv_scores = HeadScores(layers, 3, std::vector<std::vector<double>>(layers * 3, {0.5})),
+          .surrogate = reference::surrogate(shape, 20),
           .window = 8,
           .lag = 16};
 }
@@ -53,6 +56,11 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
       EXPECT_EQ(scorer.window(), row.method == Method::tova ? 1U : 12U) << row.name;
     });
   }
+  settings.window.reset();
+  settings.score_threshold = -4.0F;
+  with_method(Method::kvzap, settings, [&](const auto& scorer, const auto&, const auto&) {
+    EXPECT_EQ(scorer.window(), score::KvZapOptions{}.window);
+  });
   const score::Blend::Options blend;
   EXPECT_EQ(blend.window, info(Method::blend).window);
   EXPECT_EQ(blend.pool, info(Method::blend).pool);
@@ -75,6 +83,7 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
   const Layer<float> layer(
       {.group = 2, .kv_heads = 3, .head_dim = 16, .rows = tokens + 8, .extra_queries = tokens - 8});
   std::vector<Layer<float>> model(layers, layer);
+  const reference::Hidden<float> hidden(tokens, 20, 0, 9);
   std::size_t kept = 0;
   with_method(method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
     const Plan plan{shape, scorer, selector, allocator};
@@ -100,6 +109,8 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
                            QueryWindow<float>(model[l].queries.data(),
                                               QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}),
                            std::vector<float>(8, 2.0F));
+      } else if constexpr (std::remove_cvref_t<decltype(scorer)>::needs == Needs::hidden_states) {
+        compressor.compress(l, view(l), hidden.shown());
       } else if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(l, view(l), model[l].observation());
       } else {
@@ -184,6 +195,10 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs output weights"});
     }
+    if (row.needs_surrogate) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs a surrogate"});
+    }
   }
 }
 
@@ -226,6 +241,22 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::chunkkv, settings, look); }, {"chunk is 0"});
 }
 
+TEST(Methods, AThresholdLeavesTheBudgetAsTheMost) {
+  MethodSettings settings = settings_of(40);
+  settings.score_threshold = -1e6F;
+  EXPECT_EQ(rows_kept(Method::kvzap, settings, 200), 40U * layers * 3);
+  settings.score_threshold = 1e6F;
+  EXPECT_EQ(rows_kept(Method::kvzap, settings, 200), (8U + 4U) * layers * 3) << "the window and the sinks";
+  settings.budget = Budget::kept_ratio(1.0);
+  settings.score_threshold = -4.0F;
+  const std::size_t kept = rows_kept(Method::kvzap, settings, 200);
+  EXPECT_GT(kept, 40U * layers * 3);
+  EXPECT_LT(kept, 160U * layers * 3);
+  settings.score_threshold = std::numeric_limits<float>::infinity();
+  expect_error<ArgumentError>([&] { with_method(Method::kvzap, settings, [](const auto&...) {}); },
+                              {"threshold is inf"});
+}
+
 /// As the guide's table says it.
 template <class S>
 std::string shown_to() {
@@ -250,6 +281,8 @@ std::string shown_to() {
       return "| yes | all queries and keys" + more + " |";
     case Needs::repeats:
       return "| no | queries of the context fed once more, keys" + more + " |";
+    case Needs::hidden_states:
+      return "| no | hidden states |";
   }
   return "";
 }

@@ -63,7 +63,8 @@ void run(const std::vector<std::string>& args) {
   std::cout.precision(std::numeric_limits<float>::max_digits10);
   ckv::with_method(ckv::method_named(args[0]).method, settings,
                    [&](const auto& scorer, const auto& selector, const auto& allocator) {
-                     if constexpr (std::remove_cvref_t<decltype(scorer)>::needs != ckv::Needs::repeats) {
+                     constexpr ckv::Needs needs = std::remove_cvref_t<decltype(scorer)>::needs;
+                     if constexpr (needs != ckv::Needs::repeats && needs != ckv::Needs::hidden_states) {
                        const ckv::Plan plan{shape, scorer, selector, allocator};
                        ckv::Compressor compressor{plan};
                        compressor.begin(tokens);

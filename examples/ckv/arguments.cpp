@@ -55,10 +55,10 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 10> names = {
-      "--model",    "model",         "--prompt-file", "--heads",    "--errors",
-      "--haystack", "--needle-file", "--statistics",  "--kv-heads", "--load-cache"};
-  const bool is_flag = option.get_items_expected_max() == 0;  // as are two of calibrate
+  constexpr std::array<std::string_view, 11> names = {
+      "--model",       "model",        "--prompt-file", "--heads",    "--errors",    "--haystack",
+      "--needle-file", "--statistics", "--surrogate",   "--kv-heads", "--load-cache"};
+  const bool is_flag = option.get_items_expected_max() == 0;  // as are three of calibrate
   return !is_flag && std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }
 
@@ -318,8 +318,9 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
                               .errors = folder.path() / (name + "_layer_score.jsonl"),
                               .scores = folder.path() / (name + "_head_scores.json"),
                               .statistics = folder.path() / (name + "_query_statistics.bin"),
-                              .kv_heads = folder.path() / (name + "_kv_head_scores.json")};
-        for (fs::path* measured_when_asked : {&made.statistics, &made.kv_heads}) {
+                              .kv_heads = folder.path() / (name + "_kv_head_scores.json"),
+                              .surrogate = folder.path() / (name + "_surrogate.bin")};
+        for (fs::path* measured_when_asked : {&made.statistics, &made.kv_heads, &made.surrogate}) {
           if (!fs::exists(*measured_when_asked, failure)) {
             measured_when_asked->clear();
           }

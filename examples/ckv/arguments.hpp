@@ -88,6 +88,7 @@ struct CalibrationFiles {
   std::filesystem::path scores = {};      ///< raw, of each head
   std::filesystem::path statistics = {};  ///< of queries; empty where they were not measured
   std::filesystem::path kv_heads = {};    ///< scores of KV heads; likewise
+  std::filesystem::path surrogate = {};   ///< of scores; empty where none was fitted
 };
 
 /// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot

@@ -54,6 +54,7 @@ struct CalibrateArguments {
   bool curves = false;
   bool statistics = false;
   bool kv_heads = false;
+  bool surrogate = false;
   std::vector<std::size_t> ablate_heads;  // ascending; empty: no ablation
   std::size_t ablate_length = 512;
   std::size_t ablate_prompts = 40;
@@ -70,6 +71,7 @@ constexpr std::size_t own_needles = 4;    // of the tool's, where no number is g
 constexpr std::size_t curve_prompts = 4;  // of each data set
 constexpr std::size_t ablation_draws = 5;
 constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths; so of --kv-heads
+constexpr std::size_t surrogate_texts = 16;  // the same length; an eighth as many more are held out
 const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 
 // ---- what is asked for ----
@@ -392,23 +394,19 @@ class CalibrationWork {
   double done_ = 0.0;                 // tokens
 };
 
-/// Query statistics or scores of KV heads, in a process of its own, as this one may have to fork again. What
-/// they came to.
-Json measure_texts(const CalibrateArguments& arguments, const std::filesystem::path& file,
-                   Json (PromptCalibration::*measure)(std::size_t length, std::size_t texts,
-                                                      const std::filesystem::path& file) const) {
+/// What `measure` makes of stretches of the longest length, in a process of its own, as this one may have to
+/// fork again.
+Json measure_texts(const CalibrateArguments& arguments,
+                   const std::function<Json(const PromptCalibration&, std::size_t length)>& measure) {
   const std::size_t longest = *std::max_element(arguments.lengths.begin(), arguments.lengths.end());
   Json told;
   const auto start = [&] {
     const auto calibration = std::make_shared<PromptCalibration>(arguments.settings, arguments.model.model,
                                                                  arguments.model.threads);
-    return [&, calibration](std::size_t, const Take& hand_on) {
-      hand_on(((*calibration).*measure)(longest, statistics_texts, file));
-    };
+    return [&, calibration](std::size_t, const Take& hand_on) { hand_on(measure(*calibration, longest)); };
   };
   share_out(
       1, 1, start, [&](const Json& record) { told = record; }, [](std::size_t) {});
-  told["texts"] = statistics_texts;
   told["length"] = longest;
   return told;
 }
@@ -454,6 +452,9 @@ std::string command_text(const CalibrateArguments& arguments) {
   }
   if (arguments.kv_heads) {
     text += " --kv-heads";
+  }
+  if (arguments.surrogate) {
+    text += " --surrogate";
   }
   if (arguments.ablates()) {
     text += fmt::format(" --ablate {} --ablate-length {} --ablate-prompts {}",
@@ -540,6 +541,19 @@ void print_masks(const Json& rows) {
   }
 }
 
+void print_surrogate(const Json& told) {
+  const auto explained = told.at("explained").get<std::vector<double>>();
+  fmt::print("\n");
+  print_text(fmt::format(
+      "surrogate from {} tokens: of {} held out it explains {:.2f} of the scores' variance, mean over layers "
+      "({:.2f} "
+      "to {:.2f})",
+      told.at("tokens").get<std::size_t>(), told.at("held_out").get<std::size_t>(),
+      std::accumulate(explained.begin(), explained.end(), 0.0) / static_cast<double>(explained.size()),
+      *std::min_element(explained.begin(), explained.end()),
+      *std::max_element(explained.begin(), explained.end())));
+}
+
 void print_layers(const compresskv::LayerErrors& errors) {
   fmt::print("\nlayers by what evicting costs\n");
   std::vector<std::size_t> order(errors.layers());
@@ -578,6 +592,9 @@ void print_summary(const CalibrateArguments& arguments, const CalibrationWork& w
     print_layers(*errors);
   }
   print_stability(told.at("stability"));
+  if (arguments.surrogate) {
+    print_surrogate(told.at("surrogate"));
+  }
   if (arguments.ablates()) {
     print_masks(told.at("ablation"));
   }
@@ -633,11 +650,23 @@ void calibrate(CalibrateArguments& arguments) {
   Json told = calibration_json(arguments, name, sha256, records, work);
   if (arguments.statistics) {
     told["query_statistics"] =
-        measure_texts(arguments, file("_query_statistics.bin"), &PromptCalibration::measure_statistics);
+        measure_texts(arguments, [&](const PromptCalibration& calibration, std::size_t length) {
+          return calibration.measure_statistics(length, statistics_texts, file("_query_statistics.bin"));
+        });
+    told["query_statistics"]["texts"] = statistics_texts;
   }
   if (arguments.kv_heads) {
     told["kv_heads"] =
-        measure_texts(arguments, file("_kv_head_scores.json"), &PromptCalibration::measure_kv_heads);
+        measure_texts(arguments, [&](const PromptCalibration& calibration, std::size_t length) {
+          return calibration.measure_kv_heads(length, statistics_texts, file("_kv_head_scores.json"));
+        });
+    told["kv_heads"]["texts"] = statistics_texts;
+  }
+  if (arguments.surrogate) {
+    told["surrogate"] =
+        measure_texts(arguments, [&](const PromptCalibration& calibration, std::size_t length) {
+          return calibration.fit_surrogate(length, surrogate_texts, file("_surrogate.bin"));
+        });
   }
   compresskv::io::save_head_scores(file("_head_scores.json"), scores);
   compresskv::io::save_head_scores(file("_classic_scores.json"),
@@ -655,7 +684,7 @@ void calibrate(CalibrateArguments& arguments) {
       "records.jsonl",
       arguments.out.string(), name, errors ? "_layer_score.jsonl, " : "",
       arguments.statistics ? "_query_statistics.bin, " : "",
-      arguments.kv_heads ? "_kv_head_scores.json, " : ""));
+      arguments.kv_heads ? "_kv_head_scores.json, " : "", arguments.surrogate ? "_surrogate.bin, " : ""));
 }
 
 /// Throws UsageError where an option was given that needs the small engine.
@@ -671,6 +700,7 @@ void refuse_what_needs_small_engine(const CLI::App& command) {
          "what a layer loses by eviction (layer errors)");
   refuse({"--statistics"}, "queries and how they were rotated (query statistics)");
   refuse({"--kv-heads"}, "the queries of a text that is fed once more (scores of KV heads)");
+  refuse({"--surrogate"}, "what goes into a layer's attention (surrogates)");
   refuse({"--ablate"}, "a model without some of its heads (masks)");
 }
 
@@ -747,6 +777,11 @@ void add_calibrate(CLI::App& app) {
                   "{} stretches of the haystack of the longest length: NAME_kv_head_scores.json, "
                   "for kvzip-heads",
                   statistics_texts));
+  command->add_flag(
+      "--surrogate", arguments->surrogate,
+      fmt::format("Fit a map from hidden states to what repeats of the text look at, too, over {} "
+                  "stretches of the haystack of the longest length: NAME_surrogate.bin, for kvzap",
+                  surrogate_texts));
   CLI::Option* ablate =
       command
           ->add_option("--ablate", arguments->ablate_heads,
@@ -780,10 +815,10 @@ void add_calibrate(CLI::App& app) {
       "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
       "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
       "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, "
-      "--statistics, --kv-heads, --texts "
+      "--statistics, --kv-heads, --surrogate, --texts "
       "and --error-rows may be added to a folder later.\n--engine llama.cpp finds the heads of any model "
       "that it "
-      "runs; layer errors, masks and query statistics need the small engine.");
+      "runs; layer errors, masks, query statistics and surrogates need the small engine.");
   command->callback([arguments, command] {
     check_engine(arguments->model.engine);
     if (arguments->model.is_llama_cpp()) {

@@ -8,9 +8,11 @@
 #include <compresskv/calibrate/kv_head_score_accumulator.hpp>
 #include <compresskv/calibrate/query_statistics_accumulator.hpp>
 #include <compresskv/calibrate/rouge1_recall.hpp>
+#include <compresskv/calibrate/surrogate_accumulator.hpp>
 #include <compresskv/core/rotary.hpp>
 #include <compresskv/io/calibration_files.hpp>
 #include <compresskv/io/query_statistics_file.hpp>
+#include <compresskv/io/surrogate_file.hpp>
 #include <map>
 #include <utility>
 
@@ -24,7 +26,8 @@ namespace {
 
 namespace calibrate = compresskv::calibrate;
 
-constexpr std::size_t text_steps = 32;  // that a stretch of text goes on
+constexpr std::size_t text_steps = 32;   // that a stretch of text goes on
+constexpr std::size_t first_tokens = 4;  // which attend otherwise than all others
 
 Json merged(Json key, Json more) {
   key.update(more);
@@ -238,7 +241,6 @@ void PromptCalibration::measure_errors(const ErrorPrompt& prompt, const compress
 
 Json PromptCalibration::measure_statistics(std::size_t length, std::size_t texts,
                                            const std::filesystem::path& file) const {
-  constexpr std::size_t first_tokens = 4;      // which attend otherwise than all others
   constexpr double most_contradiction = 1e-2;  // rounding gives less than 1e-4, another base about 1
   const LoadedModel& loaded = small();
   const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
@@ -294,6 +296,56 @@ Json PromptCalibration::measure_kv_heads(std::size_t length, std::size_t texts,
   }
   compresskv::io::save_head_scores(file, scores.scores());
   return Json::object();
+}
+
+Json PromptCalibration::fit_surrogate(std::size_t length, std::size_t texts,
+                                      const std::filesystem::path& file) const {
+  const LoadedModel& loaded = small();
+  const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
+  const auto hidden_size = static_cast<std::size_t>(loaded.model.config().embedding);
+  const compresskv::Plan plan{
+      shape, compresskv::score::KvZipPlus{loaded.output_weights().value(), {.sinks = first_tokens}},
+      compresskv::select::WholeModel{}, compresskv::budget::Uniform{compresskv::Budget::kept_ratio(1.0)}};
+  calibrate::SurrogateAccumulator fitted{shape.layers, shape.kv_heads, hidden_size};
+  calibrate::SurrogateAccumulator held_out = fitted;
+  const std::size_t more = std::max<std::size_t>(1, texts / 8);
+  for (std::size_t text = 0; text < texts + more; ++text) {
+    const std::vector<TokenId> tokens =
+        task_prompt("perplexity", loaded, haystack_, {.length = length, .index = text}).tokens;
+    engine::Sequence sequence{loaded.model};
+    HeldStates states{loaded.model.config()};
+    sequence.prefill(tokens, {.window = 1,
+                              .hidden_states = true,
+                              .on_layer = [&](const engine::LayerView& layer) { states.add(layer); },
+                              .on_logits = {}});
+    engine::PoolExecutor executor{&loaded.model.pool()};
+    compresskv::Compressor compressor{plan, executor};
+    compressor.begin(tokens.size());
+    repeat_context(loaded, sequence, tokens,
+                   ShowRepeats([&](engine::LayerView& layer, const compresskv::Stretch& stretch) {
+                     compressor.observe(static_cast<std::size_t>(layer.layer), view_of<float>(layer), stretch,
+                                        queries_of(layer), {layer.hidden_norms, layer.window});
+                   }));
+    const std::size_t skipped = std::min(first_tokens, tokens.size() - 1);
+    const std::size_t count = tokens.size() - skipped;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      std::vector<float> scores;
+      for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+        const std::vector<float> of_head = compressor.repeat_scores(layer, head);
+        scores.insert(scores.end(), of_head.begin() + static_cast<std::ptrdiff_t>(skipped), of_head.end());
+      }
+      const float* const first = states.view(static_cast<int>(layer)).hidden_run().row(skipped);
+      (text < texts ? fitted : held_out)
+          .add(layer, compresskv::HiddenStates<float>(first, {.tokens = count, .hidden_size = hidden_size}),
+               scores);
+    }
+  }
+  const compresskv::Surrogate surrogate = fitted.surrogate();
+  compresskv::io::save_surrogate(file, surrogate);
+  return {{"texts", texts},
+          {"tokens", fitted.count(0)},
+          {"held_out", held_out.count(0)},
+          {"explained", held_out.explained(surrogate)}};
 }
 
 void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

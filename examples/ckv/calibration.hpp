@@ -97,6 +97,12 @@ class PromptCalibration {
   /// haystack of `length` tokens, into `file`; what it came to.
   Json measure_kv_heads(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
 
+  /// A surrogate of what repeats look at, fitted to `texts` stretches of the haystack of `length` tokens
+  /// without the first 4 of each, into `file`; what it came to: tokens, and how much of the variance of
+  /// others' scores it explains in each layer, of an eighth as many stretches that are held out. Throws
+  /// compresskv::FileError.
+  Json fit_surrogate(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
+
   /// Whether each of these masks leaves a needle prompt's answer right; a record each. The prompts are those
   /// of the task "needle", by `run`. Ends where the answer is wrong with nothing masked.
   void ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

@@ -62,9 +62,10 @@ void PromptCompressor::shrink(engine::LayerView& layer, Change&& change) {
 }
 
 void PromptCompressor::compress(engine::LayerView& layer, const Observed& observed) {
-  const compresskv::AnyObservation observation = observed.sums != nullptr
-                                                     ? compresskv::AnyObservation(*observed.sums)
-                                                     : compresskv::AnyObservation(observed.queries);
+  const compresskv::AnyObservation observation =
+      observed.hidden_states != nullptr ? compresskv::AnyObservation(*observed.hidden_states)
+      : observed.sums != nullptr        ? compresskv::AnyObservation(*observed.sums)
+                                        : compresskv::AnyObservation(observed.queries);
   shrink(layer, [&](const auto& views) {
     return compressor_.arrive(static_cast<std::size_t>(layer.layer), views, observation);
   });
@@ -107,6 +108,7 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .statistics = how.statistics,
           .output_weights = how.output_weights,
           .kv_scores = how.kv_scores,
+          .surrogate = how.surrogate,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,
@@ -124,7 +126,8 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .block = how.block,
           .chunk = how.chunk,
           .head_sinks = how.head_sinks,
-          .head_recent = how.head_recent};
+          .head_recent = how.head_recent,
+          .score_threshold = how.score_threshold};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

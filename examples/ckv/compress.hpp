@@ -5,6 +5,7 @@
 #include <compresskv/core/shape.hpp>
 #include <compresskv/runtime/any_compressor.hpp>
 #include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/hidden_states.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <cstddef>
 #include <iosfwd>
@@ -19,10 +20,11 @@
 namespace ckv {
 
 /// What shows how a layer is looked at: queries, and where a method wants those of the whole prompt perhaps
-/// their attention, summed already.
+/// their attention, summed already; or what goes into its attention.
 struct Observed {
   compresskv::QueryWindow<float> queries;
   const compresskv::AttentionSums* sums = nullptr;
+  const compresskv::HiddenStates<float>* hidden_states = nullptr;  ///< before the others
 };
 
 /// Belongs to one sequence. Throws as the library's AnyCompressor does.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <compresskv/io/calibration_files.hpp>
 #include <compresskv/io/json_file.hpp>
@@ -57,6 +58,7 @@ struct EvaluateArguments {
   std::filesystem::path errors;
   std::filesystem::path statistics;
   std::filesystem::path kv_heads;
+  std::filesystem::path surrogate;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
   std::size_t max_new_tokens = 32;
@@ -107,7 +109,7 @@ constexpr std::array<MethodOption, 15> method_options = {{
 }};
 
 std::string method_option_help() {
-  std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing";
+  std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing, threshold=SCORE";
   for (const MethodOption& option : method_options) {
     text += fmt::format(", {}={}", option.name, option.unit);
   }
@@ -155,6 +157,13 @@ Compression parse_method(const std::string& text, const Compression& base,
       by_errors = true;
     } else if (part == "equal") {
       how.equal_weights = true;
+    } else if (name == "threshold") {
+      float threshold = 0.0F;
+      const auto read = std::from_chars(value.data(), value.data() + value.size(), threshold);
+      if (read.ec != std::errc() || read.ptr != value.data() + value.size() || !std::isfinite(threshold)) {
+        refuse(fmt::format("threshold '{}' is no number: give a score, such as -4", value));
+      }
+      how.score_threshold = threshold;
     } else if (name == "pool") {
       how.pool = pool_named(value);
       if (!how.pool) {
@@ -181,7 +190,8 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, cons
         continue;
       }
       if (name == "all" && ((files.statistics.empty() && compresskv::method_named(method).needs_statistics) ||
-                            (files.kv_heads.empty() && compresskv::method_named(method).needs_kv_scores))) {
+                            (files.kv_heads.empty() && compresskv::method_named(method).needs_kv_scores) ||
+                            (files.surrogate.empty() && compresskv::method_named(method).needs_surrogate))) {
         continue;
       }
       // The full cache always answers first.
@@ -227,6 +237,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.kv_heads.empty()) {
     base.kv_scores = compresskv::io::load_head_scores(files.kv_heads);
   }
+  if (!files.surrogate.empty()) {
+    base.surrogate = compresskv::io::load_surrogate(files.surrogate);
+  }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
     errors = compresskv::io::load_layer_errors(files.errors);
@@ -252,6 +265,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
     if (info(variant.how.method).needs_kv_scores && !base.kv_scores) {
       throw UsageError(fmt::format("--methods {} {}", method,
                                    no_kv_heads_in(arguments.models_dir, arguments.model.model)));
+    }
+    if (info(variant.how.method).needs_surrogate && !base.surrogate) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_surrogate_in(arguments.models_dir, arguments.model.model)));
     }
     variants.push_back(std::move(variant));
   };
@@ -291,6 +308,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
   }
   if (!files.kv_heads.empty()) {
     settings["kv_heads_sha256"] = file_digest(files.kv_heads);
+  }
+  if (!files.surrogate.empty()) {
+    settings["surrogate_sha256"] = file_digest(files.surrogate);
   }
   if (arguments.model.is_llama_cpp()) {
     settings["engine"] = arguments.model.engine;
@@ -367,7 +387,9 @@ class Grid {
       keep(record);
     }
     for (const Variant& variant : variants) {
-      widest_ = std::max(widest_, window_of(variant.how));
+      if (!wants_hidden_states(variant.how.method)) {
+        widest_ = std::max(widest_, window_of(variant.how));
+      }
     }
   }
 
@@ -467,8 +489,12 @@ class Grid {
     const bool all_queries = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
       return wants_all_queries(variant->how.method);
     });
+    const bool hidden_states = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
+      return wants_hidden_states(variant->how.method);
+    });
     const auto held = model_->hold(prompt, {.kv_type = arguments_->cache.type(),
                                             .window = all_queries ? 0 : widest_,
+                                            .hidden_states = hidden_states,
                                             .max_new_tokens = arguments_->max_new_tokens,
                                             .progress = [&](double share) { show(0.4 * share, "reading"); }});
     if (full_record == records_.end()) {
@@ -499,12 +525,13 @@ class Grid {
     return true;
   }
 
-  /// Every method holds the same bytes at one budget, or the comparison is worth nothing.
+  /// Every method holds the same bytes at one budget, or the comparison is worth nothing; with a threshold at
+  /// most these.
   void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
     const compresskv::ModelShape& shape = shape_;
     const std::size_t expected =
         variant.how.budget->resolve(tokens, window_of(variant.how), shape) * shape.layers * shape.kv_heads;
-    if (rows != expected) {
+    if (variant.how.score_threshold ? rows > expected : rows != expected) {
       throw engine::Error(
           fmt::format("{} at {} keeps {} rows of a prompt of {} tokens, all methods are to keep {}: not a "
                       "fair comparison",
@@ -643,7 +670,12 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
       "result: answers that are right, also where a text is asked several questions, perplexity, or "
       "relative error, as the task is");
   if (!variants.empty()) {
-    print_text("Every method held the same bytes at each budget: checked.");
+    const bool judged = std::any_of(variants.begin(), variants.end(), [](const Variant& variant) {
+      return variant.how.score_threshold.has_value();
+    });
+    print_text(judged ? "Every method held the same bytes at each budget, those with a threshold at most "
+                        "these: checked."
+                      : "Every method held the same bytes at each budget: checked.");
   }
 }
 
@@ -695,15 +727,20 @@ void evaluate(const EvaluateArguments& arguments) {
   CalibrationFiles files{.heads = arguments.heads,
                          .errors = arguments.errors,
                          .statistics = arguments.statistics,
-                         .kv_heads = arguments.kv_heads};
-  const auto found = files.heads.empty() || files.statistics.empty() || files.kv_heads.empty()
-                         ? find_calibration(arguments.models_dir, sha256)
-                         : std::nullopt;
+                         .kv_heads = arguments.kv_heads,
+                         .surrogate = arguments.surrogate};
+  const auto found =
+      files.heads.empty() || files.statistics.empty() || files.kv_heads.empty() || files.surrogate.empty()
+          ? find_calibration(arguments.models_dir, sha256)
+          : std::nullopt;
   if (files.statistics.empty() && found) {
     files.statistics = found->statistics;
   }
   if (files.kv_heads.empty() && found) {
     files.kv_heads = found->kv_heads;
+  }
+  if (files.surrogate.empty() && found) {
+    files.surrogate = found->surrogate;
   }
   if (files.heads.empty() && found) {
     files.heads = found->heads;
@@ -718,6 +755,9 @@ void evaluate(const EvaluateArguments& arguments) {
   }
   if (!wants(arguments, files, &MethodInfo::needs_kv_scores)) {
     files.kv_heads.clear();
+  }
+  if (!wants(arguments, files, &MethodInfo::needs_surrogate)) {
+    files.surrogate.clear();
   }
   std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {
@@ -757,10 +797,12 @@ void add_evaluate(CLI::App& app) {
   const auto arguments = std::make_shared<EvaluateArguments>();
   arguments->model.add_to(*command);
   command
-      ->add_option("--methods", arguments->methods,
-                   "Methods to compare, or `all`; the full cache always answers first. Options may follow: "
-                   "compresskv:uniform, snapkv:errors, compresskv:heads=8:window=16:pool=max\n" +
-                       method_help())
+      ->add_option(
+          "--methods", arguments->methods,
+          "Methods to compare, or `all`; the full cache always answers first. Options may follow: "
+          "compresskv:uniform, snapkv:errors, compresskv:heads=8:window=16:pool=max, kvzap:threshold=-4 (the "
+          "budget is then what is kept at most)\n" +
+              method_help())
       ->delimiter(',')
       ->capture_default_str();
   command->add_option("--tasks", arguments->tasks, "What is asked\n" + task_help())
@@ -801,6 +843,11 @@ void add_evaluate(CLI::App& app) {
                    "--heads. `all` leaves these methods out where there are none")
       ->type_name("FILE");
   command->add_option("--kv-heads", arguments->kv_heads, "Scores of KV heads, for kvzip-heads; likewise")
+      ->type_name("FILE");
+  command
+      ->add_option(
+          "--surrogate", arguments->surrogate,
+          "Surrogate, for kvzap; default: as with --heads. `all` leaves this method out where there is none")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

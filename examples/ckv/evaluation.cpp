@@ -22,7 +22,7 @@ class HeldInSmallEngine final : public HeldPrompt {
       : prompt_(&prompt),
         batch_bytes_(options.batch_bytes),
         evaluation_(loaded, options.kv_type, options.max_new_tokens),
-        read_(evaluation_.read(prompt.tokens, options.window, options.progress)) {}
+        read_(evaluation_.read(prompt.tokens, options.window, options.progress, options.hidden_states)) {}
 
   double prefill_ms() const override { return read_.prefill_ms; }
 
@@ -169,18 +169,25 @@ Evaluation::Evaluation(const LoadedModel& loaded, engine::KvType type, std::size
       max_new_tokens_(max_new_tokens) {}
 
 ReadPrompt Evaluation::read(std::span<const TokenId> prompt, std::size_t window,
-                            const std::function<void(double)>& progress) const {
+                            const std::function<void(double)>& progress, bool hidden_states) const {
   const auto start = Clock::now();
   ReadPrompt out{.sequence = engine::Sequence{loaded_->model, {.kv_type = type_}},
                  .window = window == 0 ? prompt.size() : std::min(window, prompt.size())};
+  if (hidden_states) {
+    out.states.emplace(loaded_->model.config());
+  }
   const auto on_layer = [&](engine::LayerView& layer) {
+    if (out.states) {
+      out.states->add(layer);
+    }
     const auto count =
         static_cast<std::size_t>(layer.heads) * layer.window * static_cast<std::size_t>(layer.head_dim);
     out.queries.emplace_back(layer.queries, layer.queries + count);
     progress(static_cast<double>(layer.layer + 1) / static_cast<double>(shape_.layers));
     check_interrupt();
   };
-  out.sequence.prefill(prompt, {.window = out.window, .on_layer = on_layer, .on_logits = {}});
+  out.sequence.prefill(
+      prompt, {.window = out.window, .hidden_states = hidden_states, .on_layer = on_layer, .on_logits = {}});
   out.prefill_ms = milliseconds_since(start);
   return out;
 }
@@ -247,8 +254,13 @@ std::pair<engine::Sequence, Outcome> Evaluation::compress(ReadPrompt& prompt, co
           prompt.sums[index].data(),
           compresskv::AttentionShape{.query_heads = shape_.query_heads, .queries = tokens, .tokens = tokens});
     }
-    compressor->compress(beside ? layer.shadow() : layer,
-                         {.queries = queries_of(prompt, index), .sums = sums ? &*sums : nullptr});
+    std::optional<compresskv::HiddenStates<float>> states;
+    if (wants_hidden_states(how.method)) {
+      states.emplace(prompt.states.value().view(layer.layer));
+    }
+    compressor->compress(beside ? layer.shadow() : layer, {.queries = queries_of(prompt, index),
+                                                           .sums = sums ? &*sums : nullptr,
+                                                           .hidden_states = states ? &*states : nullptr});
     outcome.compress_ms += milliseconds_since(start);
   });
   outcome.compress_ms += sequence.shrink_time().count() + (by_sums ? prompt.sums_ms : 0.0) +

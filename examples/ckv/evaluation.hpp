@@ -53,7 +53,8 @@ double surprise(std::span<const float> logits, TokenId token);
 /// How a prompt is read that is then compressed in many ways.
 struct HoldOptions {
   engine::KvType kv_type = engine::KvType::f32;
-  std::size_t window = 8;  ///< queries of each layer that methods may look at; 0: all
+  std::size_t window = 8;      ///< queries of each layer that methods may look at; 0: all
+  bool hidden_states = false;  ///< whether methods may look at what goes into each layer's attention
   std::size_t max_new_tokens = 32;
   /// Compressed copies that answer as one batch, in bytes of their caches: what is more answers afterwards.
   std::size_t batch_bytes = std::size_t{4} << 30U;
@@ -83,9 +84,10 @@ class HeldPrompt {
 /// A prompt that was read, with the queries that methods want to see.
 struct ReadPrompt {
   engine::Sequence sequence;
-  std::size_t window = 0;                        ///< queries kept
-  std::vector<std::vector<float>> queries = {};  ///< [layer][head][window][head_dim]
-  std::vector<std::vector<float>> sums = {};     ///< [layer][head][token], once asked for
+  std::size_t window = 0;                           ///< queries kept
+  std::vector<std::vector<float>> queries = {};     ///< [layer][head][window][head_dim]
+  std::vector<std::vector<float>> sums = {};        ///< [layer][head][token], once asked for
+  std::optional<HeldStates> states = std::nullopt;  ///< where they were asked for
   double prefill_ms = 0.0;
   double sums_ms = 0.0;
   double repeat_ms = 0.0;
@@ -99,7 +101,7 @@ class Evaluation {
 
   /// `window` queries a layer are kept; 0 stands for all.
   ReadPrompt read(std::span<const TokenId> prompt, std::size_t window,
-                  const std::function<void(double)>& progress) const;
+                  const std::function<void(double)>& progress, bool hidden_states = false) const;
 
   /// For each way the compressor of a method that has the context repeated, by one second pass for all of
   /// them; none for the others. The pass's time is counted as each one's.

@@ -45,6 +45,8 @@ struct GenerateArguments {
   std::filesystem::path errors;
   std::filesystem::path statistics;
   std::filesystem::path kv_heads;
+  std::filesystem::path surrogate;
+  std::optional<float> threshold;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
@@ -94,6 +96,16 @@ Compression compression_of(const GenerateArguments& arguments) {
   Compression how{.method = method.method, .budget = budget_of(arguments)};
   arguments.cache.apply_to(how);
   how.working_rows = arguments.working_rows;
+  how.score_threshold = arguments.threshold;
+  if (how.score_threshold && !method.needs_surrogate) {
+    throw UsageError(
+        fmt::format("--threshold is for kvzap, the method is {}: drop it, or give that one", method.name));
+  }
+  if (how.score_threshold && !how.budget) {
+    // What is kept, the threshold says alone.
+    how.budget = how.working_rows > 0 ? compresskv::Budget::tokens_per_layer(how.working_rows)
+                                      : compresskv::Budget::kept_ratio(1.0);
+  }
   if (how.working_rows > 0 && how.method == Method::full) {
     throw UsageError(fmt::format("--working-rows {} asks for evictions, and --method full has none: drop one",
                                  how.working_rows));
@@ -116,18 +128,19 @@ Compression compression_of(const GenerateArguments& arguments) {
                                  how.working_rows, window_of(how)));
   }
   if (how.method != Method::full && !how.budget) {
-    throw UsageError(
-        fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
+    throw UsageError(fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes{}",
+                                 method.name, method.needs_surrogate ? ", or --threshold" : ""));
   }
   if (how.method == Method::full) {
-    const std::array<std::pair<const char*, bool>, 7> unused = {
+    const std::array<std::pair<const char*, bool>, 8> unused = {
         {{"--rows", arguments.budget == "rows"},
          {"--ratio", arguments.budget == "ratio"},
          {"--bytes", arguments.budget == "bytes"},
          {"--heads", !arguments.heads.empty()},
          {"--errors", !arguments.errors.empty()},
          {"--statistics", !arguments.statistics.empty()},
-         {"--kv-heads", !arguments.kv_heads.empty()}}};
+         {"--kv-heads", !arguments.kv_heads.empty()},
+         {"--surrogate", !arguments.surrogate.empty()}}};
     for (const auto& [option, given] : unused) {
       if (given) {
         throw UsageError(
@@ -145,7 +158,8 @@ CalibrationFiles calibration_given(const GenerateArguments& arguments) {
   return {.heads = arguments.heads,
           .errors = arguments.errors,
           .statistics = arguments.statistics,
-          .kv_heads = arguments.kv_heads};
+          .kv_heads = arguments.kv_heads,
+          .surrogate = arguments.surrogate};
 }
 
 /// The calibration to run with: the user's; of what a method needs and is not given, the one made from this
@@ -169,6 +183,15 @@ CalibrationFiles calibration_of(const GenerateArguments& arguments, const Method
                                    no_kv_heads_in(arguments.models_dir, arguments.model.model)));
     }
     files.kv_heads = found->kv_heads;
+  }
+  if (method.needs_surrogate && files.surrogate.empty()) {
+    const std::optional<CalibrationFiles> found =
+        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
+    if (!found || found->surrogate.empty()) {
+      throw UsageError(fmt::format("--method {} {}", method.name,
+                                   no_surrogate_in(arguments.models_dir, arguments.model.model)));
+    }
+    files.surrogate = found->surrogate;
   }
   if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
     return files;
@@ -204,6 +227,9 @@ void load(const CalibrationFiles& files, const MethodInfo& method, Compression& 
   if (method.needs_kv_scores) {
     how.kv_scores = compresskv::io::load_head_scores(files.kv_heads);
   }
+  if (method.needs_surrogate) {
+    how.surrogate = compresskv::io::load_surrogate(files.surrogate);
+  }
   if (!files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
   }
@@ -235,6 +261,8 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"errors", file_json(files.errors)},
           {"statistics", file_json(files.statistics)},
           {"kv_heads", file_json(files.kv_heads)},
+          {"surrogate", file_json(files.surrogate)},
+          {"threshold", arguments.threshold ? Json(*arguments.threshold) : Json()},
           {"window", arguments.cache.window.value()},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
@@ -329,9 +357,9 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
 }
 
 /// Options whose value a saved cache says.
-constexpr std::array<const char*, 10> said_by_cache = {
-    "--method", "--rows",    "--ratio", "--bytes",           "--window",
-    "--pool",   "--kv-type", "--raw",   "--heads-per-layer", "--working-rows"};
+constexpr std::array<const char*, 11> said_by_cache = {
+    "--method",  "--rows", "--ratio",           "--bytes",        "--window",   "--pool",
+    "--kv-type", "--raw",  "--heads-per-layer", "--working-rows", "--threshold"};
 
 /// Throws UsageError where options do not go with a cache that is saved or loaded.
 void check_saving(const GenerateArguments& arguments) {
@@ -373,12 +401,16 @@ void check_saving(const GenerateArguments& arguments) {
 
 /// What decides what a cache holds, beside the method, its budget and its calibration.
 nlohmann::json saved_settings(const GenerateArguments& arguments) {
-  return {{"window", arguments.cache.window.value()},
-          {"heads_per_layer", arguments.cache.heads_per_layer},
-          {"pool", arguments.cache.pool},
-          {"kv_type", arguments.cache.kv_type},
-          {"prefill_chunk", arguments.working_rows == 0 ? 0 : arguments.prefill_chunk},
-          {"working_rows", arguments.working_rows}};
+  nlohmann::json settings = {{"window", arguments.cache.window.value()},
+                             {"heads_per_layer", arguments.cache.heads_per_layer},
+                             {"pool", arguments.cache.pool},
+                             {"kv_type", arguments.cache.kv_type},
+                             {"prefill_chunk", arguments.working_rows == 0 ? 0 : arguments.prefill_chunk},
+                             {"working_rows", arguments.working_rows}};
+  if (arguments.threshold) {  // caches of methods without one are those of before
+    settings["threshold"] = *arguments.threshold;
+  }
+  return settings;
 }
 
 /// The arguments with which a cache was saved. Throws engine::Error where the file names none that there are.
@@ -400,6 +432,9 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
     settings.at("kv_type").get_to(arguments.cache.kv_type);
     settings.at("prefill_chunk").get_to(arguments.prefill_chunk);
     settings.at("working_rows").get_to(arguments.working_rows);
+    if (settings.contains("threshold")) {
+      arguments.threshold = settings.at("threshold").get<float>();
+    }
     arguments.cache.type();
   } catch (const std::exception& error) {
     throw engine::Error(fmt::format("{}: what it says of its origin cannot be used: {}",
@@ -412,6 +447,7 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
   unless_given(arguments.errors, origin.calibration.errors);
   unless_given(arguments.statistics, origin.calibration.statistics);
   unless_given(arguments.kv_heads, origin.calibration.kv_heads);
+  unless_given(arguments.surrogate, origin.calibration.surrogate);
   return arguments;
 }
 
@@ -498,7 +534,8 @@ void save_and_ask(const GenerateArguments& arguments, const CalibrationFiles& fi
                              .calibration = {.heads = from_anywhere(files.heads),
                                              .errors = from_anywhere(files.errors),
                                              .statistics = from_anywhere(files.statistics),
-                                             .kv_heads = from_anywhere(files.kv_heads)}};
+                                             .kv_heads = from_anywhere(files.kv_heads),
+                                             .surrogate = from_anywhere(files.surrogate)}};
   write_text_file(arguments.save_cache, save_context(origin, model, how, context));
   if (!arguments.question.empty()) {
     ask_and_print(arguments, files, model, how, text, context, options, progress);
@@ -644,6 +681,15 @@ void add_generate(CLI::App& app) {
                    "For kvzip-heads: scores of KV heads, as `ckv calibrate --kv-heads` writes them; default: "
                    "likewise")
       ->type_name("FILE");
+  command
+      ->add_option("--surrogate", arguments->surrogate,
+                   "For kvzap: a surrogate, as `ckv calibrate --surrogate` writes it; default: the one in "
+                   "--models-dir made from this model file")
+      ->type_name("FILE");
+  command->add_option(
+      "--threshold", arguments->threshold,
+      "For kvzap: the lowest score of a row that stays, such as -4; a budget is then the most that is "
+      "kept");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");
   CLI::Option* chunk = command
@@ -694,7 +740,11 @@ void add_generate(CLI::App& app) {
         arguments->budget = name;
       }
     }
-    arguments->cache.fill(compresskv::method_named(arguments->method).method);
+    const Method method = compresskv::method_named(arguments->method).method;
+    if (arguments->threshold && !arguments->cache.window) {
+      arguments->cache.window = compresskv::own_window(method, true);
+    }
+    arguments->cache.fill(method);
     generate(*arguments);
   });
 }

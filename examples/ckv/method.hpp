@@ -7,6 +7,7 @@
 #include <compresskv/core/layer_errors.hpp>
 #include <compresskv/core/output_weights.hpp>
 #include <compresskv/core/query_statistics.hpp>
+#include <compresskv/core/surrogate.hpp>
 #include <compresskv/kernel/pool.hpp>
 #include <compresskv/method_settings.hpp>
 #include <cstddef>
@@ -29,6 +30,7 @@ struct Compression {
   std::optional<compresskv::HeadRanking> heads = std::nullopt;           ///< for methods that need it
   std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
   std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
+  std::optional<compresskv::Surrogate> surrogate = std::nullopt;         ///< for methods that need one
   std::optional<compresskv::OutputWeights> output_weights = std::nullopt;  ///< likewise
   std::optional<compresskv::HeadScores> kv_scores = std::nullopt;          ///< of KV heads, likewise
   /// Budgets by these errors, but for methods with budgets of their own; absent: every layer the same.
@@ -44,13 +46,14 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip` and `kvzip-plus`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip`, `kvzip-plus` and `kvzap`
   double model_share = 0.6;      ///< of both blends
   std::size_t lag = 128;         ///< of `lagkv`
   std::size_t block = 16;        ///< of `cur`
   std::size_t chunk = 20;        ///< of `chunkkv`
   std::size_t head_sinks = 128;  ///< of `duoattention` and `kvzip-heads`; so the next one
   std::size_t head_recent = 256;
+  std::optional<float> score_threshold = std::nullopt;  ///< of `kvzap`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;
@@ -58,8 +61,11 @@ struct Compression {
 
 /// Queries of each layer that observe, and whose rows stay.
 constexpr std::size_t window_of(const Compression& how) {
-  return how.window.value_or(info(how.method).window);
+  return how.window.value_or(compresskv::own_window(how.method, how.score_threshold.has_value()));
 }
+
+/// Whether a method looks at what goes into each layer's attention, and at no query.
+constexpr bool wants_hidden_states(Method method) { return info(method).needs_surrogate; }
 
 /// Whether a method wants the queries of the whole prompt, not those of the window alone.
 constexpr bool wants_all_queries(Method method) { return method == Method::h2o; }
@@ -77,6 +83,9 @@ constexpr std::string_view why_not_while_decoding(Method method) {
   }
   if (info(method).repeats) {
     return "feeds the whole context once more";
+  }
+  if (wants_hidden_states(method)) {
+    return "wants hidden states, which are not kept of what is decoded";
   }
   if (wants_all_queries(method)) {
     return "wants the queries of all tokens";

@@ -30,6 +30,8 @@ std::string_view why_not_in_llama_cpp(Method method) {
     case Method::kvzip:
     case Method::kvzip_plus:
       return "feeds the context once more, which is built for the small engine alone";
+    case Method::kvzap:
+      return "looks at hidden states, which are shown by the small engine alone";
     default:
       return {};
   }

@@ -69,6 +69,10 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
     if (!chunk_alone) {
       recent.emplace(config, observers);
     }
+    std::optional<HeldStates> states;
+    if (wants_hidden_states(how.method)) {
+      states.emplace(config);
+    }
     bool begun = false;
     for_chunks([&](std::span<const TokenId> chunk, std::size_t tokens) {
       const bool last = tokens == prompt.size();
@@ -84,13 +88,22 @@ std::size_t prefill(const LoadedModel& loaded, engine::Sequence& sequence, std::
       const auto on_layer = [&](engine::LayerView& layer) {
         began = Clock::now();
         const compresskv::QueryWindow<float> queries = recent ? recent->add(layer) : queries_of(layer);
-        if (compress && !compressor->repeats()) {
+        if (states) {
+          const compresskv::HiddenStates<float> shown = states->add(layer);
+          if (compress) {
+            compressor->compress(layer, {.queries = queries, .hidden_states = &shown});
+            // What a threshold has judged need not be shown again; a budget judges all rows.
+            states->keep(layer.layer, last ? 0 : how.score_threshold ? window_of(how) : tokens);
+          }
+        } else if (compress && !compressor->repeats()) {
           compressor->compress(layer, {.queries = queries});
         }
         result.compress_ms += milliseconds_since(began);
         layer_done();
       };
-      sequence.prefill(chunk, {.window = observers, .on_layer = on_layer, .on_logits = {}});
+      sequence.prefill(
+          chunk,
+          {.window = observers, .hidden_states = states.has_value(), .on_layer = on_layer, .on_logits = {}});
     });
     if (compressor->repeats()) {
       const auto began = Clock::now();
@@ -242,6 +255,13 @@ std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::f
       models_dir.string(), model.string());
 }
 
+std::string no_surrogate_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
+  return fmt::format(
+      "needs --surrogate: none of this model in '{}'; `ckv calibrate --model {} --out DIR --surrogate` makes "
+      "one",
+      models_dir.string(), model.string());
+}
+
 compresskv::AnyKv any_view_of(const engine::LayerView& layer) {
   return engine::with_kv_type(layer.type,
                               [&]<typename T>(T*) { return compresskv::AnyKv(view_of<T>(layer)); });
@@ -274,6 +294,28 @@ void RecentQueries::add(int layer, std::span<const float> queries) {
 
 compresskv::QueryWindow<float> RecentQueries::view(int layer) const {
   return layers_[static_cast<std::size_t>(layer)].view();
+}
+
+HeldStates::HeldStates(const engine::ModelConfig& config)
+    : hidden_size_(static_cast<std::size_t>(config.embedding)),
+      layers_(static_cast<std::size_t>(config.layers)) {}
+
+compresskv::HiddenStates<float> HeldStates::add(const engine::LayerView& layer) {
+  std::vector<float>& held = layers_[static_cast<std::size_t>(layer.layer)];
+  held.insert(held.end(), layer.hidden_states, layer.hidden_states + layer.tokens * hidden_size_);
+  return view(layer.layer);
+}
+
+void HeldStates::keep(int layer, std::size_t tokens) {
+  std::vector<float>& held = layers_[static_cast<std::size_t>(layer)];
+  const std::size_t kept = std::min(tokens * hidden_size_, held.size());
+  held = std::vector<float>(held.end() - static_cast<std::ptrdiff_t>(kept), held.end());
+}
+
+compresskv::HiddenStates<float> HeldStates::view(int layer) const {
+  const std::vector<float>& held = layers_[static_cast<std::size_t>(layer)];
+  return {held.data(),
+          compresskv::HiddenShape{.tokens = held.size() / hidden_size_, .hidden_size = hidden_size_}};
 }
 
 void give_back(engine::LayerView& layer, const compresskv::Retained& kept) {

@@ -73,6 +73,9 @@ compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvTyp
 void check_calibration(const std::filesystem::path& heads, const std::filesystem::path& errors,
                        const compresskv::ModelShape& shape);
 
+/// The same of a surrogate.
+std::string no_surrogate_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
+
 /// What is left to say where a method needs query statistics and there are none: who makes them.
 std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
 /// Likewise of scores of KV heads.
@@ -112,6 +115,24 @@ class RecentQueries {
 
  private:
   std::vector<compresskv::RecentQueries<float>> layers_;
+};
+
+/// What goes into each layer's attention, gathered from chunk to chunk.
+class HeldStates {
+ public:
+  explicit HeldStates(const engine::ModelConfig& config);
+
+  /// Adds those of the tokens just read; those of the layer that are held, valid until the next call.
+  compresskv::HiddenStates<float> add(const engine::LayerView& layer);
+
+  /// Those of a layer's last `tokens` tokens are held on to, others let go.
+  void keep(int layer, std::size_t tokens);
+
+  compresskv::HiddenStates<float> view(int layer) const;
+
+ private:
+  std::size_t hidden_size_;
+  std::vector<std::vector<float>> layers_;  // [layer], [token][hidden_size]
 };
 
 /// Positions of a layer's rows: one list where all KV heads share it, else one a KV head.

@@ -75,6 +75,7 @@ std::string digests_of(const CalibrationFiles& files) {
   add("errors", files.errors);
   add("statistics", files.statistics);
   add("KV heads", files.kv_heads);
+  add("surrogate", files.surrogate);
   return out;
 }
 
@@ -103,7 +104,8 @@ std::string save_context(const ContextOrigin& origin, const LoadedModel& loaded,
                        {"heads", origin.calibration.heads.string()},
                        {"errors", origin.calibration.errors.string()},
                        {"statistics", origin.calibration.statistics.string()},
-                       {"kv_heads", origin.calibration.kv_heads.string()}};
+                       {"kv_heads", origin.calibration.kv_heads.string()},
+                       {"surrogate", origin.calibration.surrogate.string()}};
   SavedWriter head;
   head.number(version, 4);
   try {
@@ -166,6 +168,7 @@ SavedContext::SavedContext(std::filesystem::path path, std::string bytes)
     origin_.calibration.errors = header.at("errors").get<std::string>();
     origin_.calibration.statistics = header.at("statistics").get<std::string>();
     origin_.calibration.kv_heads = header.value("kv_heads", "");  // absent where none were known yet
+    origin_.calibration.surrogate = header.value("surrogate", std::string());  // caches of before have none
   } catch (const Json::exception& error) {
     refuse(fmt::format("what it says of its origin cannot be read: {}", error.what()));
   } catch (const compresskv::FileError& error) {

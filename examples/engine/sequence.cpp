@@ -120,6 +120,9 @@ LayerView& LayerView::shadow() {
     shadow_->window = window;
     shadow_->queries = queries;
     shadow_->hidden_norms = hidden_norms;
+    shadow_->tokens = tokens;
+    shadow_->hidden_states = hidden_states;
+    shadow_->hidden_size = hidden_size;
     shadow_->shadows_ = shadows_;
   }
   return *shadow_;
@@ -202,8 +205,7 @@ Sequence Sequence::clone(const std::function<void(LayerView&)>& on_layer) const 
   for (std::size_t l = 0; l < caches_.size(); ++l) {
     copy.caches_[l] = caches_[l];
     copy.meter_.change(0, caches_[l].bytes());
-    if (copy.show_layer(static_cast<int>(l), 0, nullptr, nullptr, on_layer))
-      copy.contiguous_from_ = next_position_;
+    if (copy.show_layer(static_cast<int>(l), {}, on_layer)) copy.contiguous_from_ = next_position_;
     copy.caches_[l].fit(copy.meter_);
   }
   copy.prefill_peak_ = copy.meter_.peak;
@@ -243,7 +245,7 @@ void Sequence::revisit(const std::function<void(LayerView&)>& on_layer) {
   check_no_shadow("revisit");
   try {
     for (int l = 0; l < model_->config().layers; ++l) {
-      if (show_layer(l, 0, nullptr, nullptr, on_layer)) contiguous_from_ = next_position_;
+      if (show_layer(l, {}, on_layer)) contiguous_from_ = next_position_;
       caches_[static_cast<std::size_t>(l)].fit(meter_);
     }
   } catch (...) {
@@ -305,6 +307,8 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
   std::vector<float> hidden_norms(tokens.size());
   Matrix queries(count, c.heads * head_dim);
   Matrix attention;
+  Matrix hidden_states;
+  if (options.hidden_states) hidden_states.resize(count, c.embedding);
   bool shrunk = false;
 
   for (int l = 0; l < c.layers; ++l) {
@@ -344,8 +348,18 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
         Eigen::Map<Matrix>{window_queries.data() + h * window * head_dim, window, head_dim} =
             queries.block(count - window, h * head_dim, window, head_dim);
       }
-      shrunk = show_layer(l, static_cast<std::size_t>(window), window_queries.data(),
-                          hidden_norms.data() + (count - window), options.on_layer) ||
+      if (options.hidden_states) {
+        for_token_tiles([&](Index first, Index rows) {
+          hidden_states.middleRows(first, rows) = norm_tile(first, rows, weights.attention_norm);
+        });
+      }
+      shrunk = show_layer(l,
+                          {.window = static_cast<std::size_t>(window),
+                           .queries = window_queries.data(),
+                           .hidden_norms = hidden_norms.data() + (count - window),
+                           .tokens = tokens.size(),
+                           .hidden_states = options.hidden_states ? hidden_states.data() : nullptr},
+                          options.on_layer) ||
                shrunk;
     }
     const auto start = std::chrono::steady_clock::now();
@@ -383,22 +397,24 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
 }
 
 // Shows a layer and takes from it, and from those before it, what the callback gave up; whether it did.
-bool Sequence::show_layer(int layer, std::size_t window, const float* queries, const float* hidden_norms,
-                          const std::function<void(LayerView&)>& on_layer) {
+bool Sequence::show_layer(int layer, const Shown& shown, const std::function<void(LayerView&)>& on_layer) {
   const auto l = static_cast<std::size_t>(layer);
   LayerView view{layer, caches_[l], model_->config().heads};
-  view.window = window;
-  view.queries = queries;
-  view.hidden_norms = hidden_norms;
+  view.window = shown.window;
+  view.queries = shown.queries;
+  view.hidden_norms = shown.hidden_norms;
+  view.tokens = shown.tokens;
+  view.hidden_states = shown.hidden_states;
+  view.hidden_size = model_->config().embedding;
   view.before_ = std::span(caches_).first(l);
   view.shadows_ = shadows_;
   on_layer(view);
   bool shrunk = !view.kept_.empty();
   if (shrunk) caches_[l].truncate(view.kept_);
   const auto start = std::chrono::steady_clock::now();
-  const auto cut = [](LayerCache& cache, const LayerView& shown, CacheMeter& meter) {
-    if (shown.kept_.empty()) return false;
-    cache.truncate(shown.kept_);
+  const auto cut = [](LayerCache& cache, const LayerView& seen, CacheMeter& meter) {
+    if (seen.kept_.empty()) return false;
+    cache.truncate(seen.kept_);
     cache.fit(meter);
     return true;
   };

@@ -42,6 +42,10 @@ class LayerView {
   const float* queries = nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last tokens read
   /// [window], of the same tokens: the length of the hidden state that attention was given, after its norm.
   const float* hidden_norms = nullptr;
+  std::size_t tokens = 0;  ///< just read
+  /// [tokens][hidden_size], what goes into the layer's attention, normed; null where it was not asked for.
+  const float* hidden_states = nullptr;
+  int hidden_size = 0;
 
   /// [kv_heads][allocated_rows][head_dim], post-RoPE; T must be the element type of `type`.
   template <typename T>
@@ -84,6 +88,7 @@ class LayerView {
 
 struct PrefillOptions {
   std::size_t window = 8;                    ///< queries kept for `LayerView::queries`
+  bool hidden_states = false;                ///< whether `LayerView::hidden_states` are shown
   std::function<void(LayerView&)> on_layer;  ///< after each layer; may throw to stop
   /// Asked for: the logits of all positions read, a tile at a time, ascending: [tokens][vocabulary] from
   /// position `first` on.
@@ -217,8 +222,15 @@ class Sequence {
   friend void decode_batch(std::span<const DecodeStep> steps);
 
   void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
-  bool show_layer(int layer, std::size_t window, const float* queries, const float* hidden_norms,
-                  const std::function<void(LayerView&)>& on_layer);
+  /// What is shown of a layer beside its cache.
+  struct Shown {
+    std::size_t window = 0;
+    const float* queries = nullptr;
+    const float* hidden_norms = nullptr;
+    std::size_t tokens = 0;
+    const float* hidden_states = nullptr;
+  };
+  bool show_layer(int layer, const Shown& shown, const std::function<void(LayerView&)>& on_layer);
   void show_last_attention(int layer, std::span<const float> query) const;
   void mask_heads(int layer, std::span<float> attention) const;
   void check_truncate(std::size_t position) const;

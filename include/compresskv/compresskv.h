@@ -88,28 +88,32 @@ typedef struct ckv_settings {
   size_t heads_per_layer;
   size_t window; /* 0: the method's own */
   ckv_pool pool;
-  size_t pool_width;            /* 0: the method's own */
-  uint64_t seed;                /* of random */
-  float decay;                  /* of carried and blend-carried */
-  size_t hold_layers;           /* of carried and blend-carried */
-  size_t model_heads;           /* of model-wide and blend */
-  int equal_weights;            /* of carried and model-wide */
-  size_t sinks;                 /* of both blends, lagkv, cur, kvzip and kvzip-plus: first positions that stay */
-  double model_share;           /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
-  size_t lag;                   /* of lagkv: rows of a stretch */
-  size_t block;                 /* of cur: rows that lengths are shared out among */
-  size_t chunk;                 /* of chunkkv: positions of a chunk */
+  size_t pool_width;  /* 0: the method's own */
+  uint64_t seed;      /* of random */
+  float decay;        /* of carried and blend-carried */
+  size_t hold_layers; /* of carried and blend-carried */
+  size_t model_heads; /* of model-wide and blend */
+  int equal_weights;  /* of carried and model-wide */
+  size_t sinks;       /* of both blends, lagkv, cur, kvzip, kvzip-plus and kvzap: first positions that stay */
+  double model_share; /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
+  size_t lag;         /* of lagkv: rows of a stretch */
+  size_t block;       /* of cur: rows that lengths are shared out among */
+  size_t chunk;       /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
-  /* Of criticalkv and kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of output_element,
-   * which is CKV_F32, CKV_F16 or CKV_BF16; NULL: none. The list is copied, the weights are not: they outlive
-   * plan and sequences. */
+  /* Of criticalkv and kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of
+   * output_element, which is CKV_F32, CKV_F16 or CKV_BF16; NULL: none. The list is copied, the weights are
+   * not: they outlive plan and sequences. */
   const void* const* output_weights;
   ckv_element output_element;
   size_t hidden; /* elements of the hidden state */
   const double* kv_scores; /* [layer][kv_head], scores of KV heads, for kvzip-heads; NULL: none */
   size_t head_sinks;       /* of duoattention and kvzip-heads: first and most recent tokens of heads that do */
   size_t head_recent;      /* not keep all */
+  const char* surrogate; /* path of the file that calibration wrote, for kvzap; NULL: none */
+  float score_threshold; /* of kvzap: lowest score of a row that stays, the budget being what a KV head
+                            keeps at most, and the method's own window 128; -INFINITY, the default: the budget
+                            alone */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;
@@ -129,12 +133,14 @@ ckv_status ckv_plan_create(const ckv_model* model, const char* method, const ckv
 void ckv_plan_free(ckv_plan* plan);
 /* Queries of each layer that observe and whose rows are always kept. */
 size_t ckv_plan_window(const ckv_plan* plan);
-/* Whether ckv_arrive needs an observation (of rkv: queries), and whether it may shrink layers before the one that
- * arrives. */
+/* Whether ckv_arrive needs an observation (of rkv: queries), and whether it may shrink layers before the one
+ * that arrives. */
 int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
 /* Whether the engine feeds the context once more (kvzip, kvzip-plus): ckv_observe in place of ckv_arrive. */
 int ckv_plan_repeats(const ckv_plan* plan);
+/* Whether ckv_arrive needs hidden states (kvzap): CKV_SHOWS_HIDDEN_STATES. */
+int ckv_plan_needs_hidden_states(const ckv_plan* plan);
 
 /* ---- what a layer holds ----------------------------------------------------------------------------- */
 
@@ -187,17 +193,19 @@ typedef ckv_status (*ckv_views)(void* context, size_t layer, ckv_kv* kv);
 typedef enum ckv_shown {
   CKV_SHOWS_QUERIES = 0,   /* data: [query_head][query][dim], after rotary embedding */
   CKV_SHOWS_ATTENTION = 1, /* data: [query_head][query][token], after the softmax */
-  CKV_SHOWS_SUMS = 2       /* data: float, [query_head][token], attention summed over the queries */
+  CKV_SHOWS_SUMS = 2,      /* data: float, [query_head][token], attention summed over the queries */
+  /* data: [token][hidden_size], what goes into the layer's attention, after the norm */
+  CKV_SHOWS_HIDDEN_STATES = 3
 } ckv_shown;
 
-/* The last queries of a layer, or how they attend; the last belongs to the last row. */
+/* The last queries of a layer, how they attend, or its hidden states; the last belongs to the last row. */
 typedef struct ckv_observation {
   size_t struct_size; /* set by ckv_observation_init */
   ckv_shown shown;
   ckv_element element; /* CKV_F32, CKV_F16 or CKV_BF16 */
   const void* data;
   size_t queries;
-  size_t tokens;         /* of attention and sums: one column a cached row */
+  size_t tokens;         /* of attention and sums: one column a cached row; of hidden states: how many */
   size_t head_stride;    /* of queries; 0 with query_stride 0: side by side */
   size_t query_stride;   /* of queries */
   float scale;           /* of the logits; 0: 1 / sqrt(head_dim) */
@@ -207,6 +215,8 @@ typedef struct ckv_observation {
   /* Of kvzip-plus, to ckv_observe: [queries], length of the hidden state that the layer's attention was given
    * for each query, after the norm before attention; NULL: none. */
   const float* hidden_norms;
+  size_t hidden_size;  /* of hidden states: elements of one */
+  size_t token_stride; /* of hidden states; 0: side by side */
 } ckv_observation;
 
 void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size);

@@ -5,8 +5,8 @@
 /// This header is the table of contents of the online part; each header below also compiles alone. Data flows
 /// one way: view -> kernel -> score -> select -> compact, budgets beside it.
 ///
-/// Files (rankings, layer errors, query statistics): compresskv/io/calibration_files.hpp. Calibration:
-/// compresskv/calibrate/.
+/// Files (rankings, layer errors, query statistics, surrogates): compresskv/io/calibration_files.hpp.
+/// Calibration: compresskv/calibrate/.
 
 #include "compresskv/core/version.hpp"
 
@@ -21,9 +21,11 @@
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/core/stretch.hpp"
+#include "compresskv/core/surrogate.hpp"
 
 // The engine's memory, and what shows the window's attention
 #include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/hidden_states.hpp"
 #include "compresskv/view/int8_kv.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
@@ -52,6 +54,7 @@
 #include "compresskv/score/head_mean.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
+#include "compresskv/score/kv_zap.hpp"
 #include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/kv_zip_plus.hpp"
 #include "compresskv/score/lag_kv.hpp"
@@ -67,6 +70,7 @@
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
+#include "compresskv/select/threshold.hpp"
 #include "compresskv/select/whole_model.hpp"
 
 // The calls that an engine makes

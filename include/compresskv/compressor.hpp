@@ -216,6 +216,18 @@ class Compressor {
     }
   }
 
+  /// What the repeats shown so far gave the rows of a KV head, the window's too: by these `finish` chooses,
+  /// and a surrogate is fitted to them. Throws ArgumentError where the layer or the KV head is not there, and
+  /// after `finish`, which marks them.
+  std::vector<float> repeat_scores(std::size_t layer,
+                                   std::size_t kv_head) const requires sequence::ObservesRepeats<P> {
+    state_.check_layer(layer);
+    detail::require(kv_head < plan().shape().kv_heads, "kv_head is ", kv_head,
+                    ", the model has KV heads 0 to ", plan().shape().kv_heads - 1);
+    arrivals_.check_turn();
+    return over_layers_.scores(layer, kv_head, state_);
+  }
+
   /// Shrinks all layers of a composition that must see the whole model first, once each has arrived, or was
   /// shown repeats of the whole context. Returns all layers.
   ///

@@ -15,6 +15,7 @@
 #include "compresskv/core/layer_errors.hpp"
 #include "compresskv/core/output_weights.hpp"
 #include "compresskv/core/query_statistics.hpp"
+#include "compresskv/core/surrogate.hpp"
 #include "compresskv/kernel/pool.hpp"
 
 namespace compresskv {
@@ -52,6 +53,7 @@ enum class Method {
   rkv,
   duoattention,
   kvzip_heads,
+  kvzap,
 };
 
 /// One row of the table of methods.
@@ -66,6 +68,7 @@ struct MethodInfo {
   bool needs_statistics = false;  ///< query statistics
   bool needs_outputs = false;     ///< output weights
   bool needs_kv_scores = false;   ///< scores of KV heads
+  bool needs_surrogate = false;   ///< a surrogate, and hidden states in place of queries
   bool repeats = false;           ///< the engine feeds the context once more: `observe` in place of `arrive`
   std::size_t window = 8;         ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
@@ -73,7 +76,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 31> methods = {{
+inline constexpr std::array<MethodInfo, 32> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -197,6 +200,12 @@ inline constexpr std::array<MethodInfo, 31> methods = {{
      .paper = "2505.23416",
      .per_head = true,
      .needs_kv_scores = true},
+    {.method = Method::kvzap,
+     .name = "kvzap",
+     .summary = "what kvzip-plus would keep, foretold from hidden states: no second pass",
+     .paper = "2601.07891",
+     .per_head = true,
+     .needs_surrogate = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -206,6 +215,12 @@ constexpr const MethodInfo& info(Method method) {
     }
   }
   return methods.front();
+}
+
+/// Most recent tokens that a method keeps whatever their scores, where nothing else is said; `by_threshold`:
+/// rows are judged one by one (`MethodSettings::score_threshold`).
+constexpr std::size_t own_window(Method method, bool by_threshold) {
+  return by_threshold && info(method).needs_surrogate ? 128 : info(method).window;
 }
 
 /// The row of a method's name. Throws ArgumentError that lists the names.
@@ -231,6 +246,7 @@ struct MethodSettings {
   std::optional<QueryStatistics> statistics = std::nullopt;    ///< for methods with `needs_statistics`
   std::optional<OutputWeights> output_weights = std::nullopt;  ///< for methods with `needs_outputs`
   std::optional<HeadScores> kv_scores = std::nullopt;  ///< of KV heads, for methods with `needs_kv_scores`
+  std::optional<Surrogate> surrogate = std::nullopt;   ///< for methods with `needs_surrogate`
   std::optional<LayerErrors> errors =
       std::nullopt;  ///< error-aware budgets, for all whose layers do not share by rules of their own
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
@@ -243,7 +259,7 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur, kvzip and kvzip-plus
+  std::size_t sinks = 4;                                 ///< of the blends, lagkv, cur, kvzip(-plus), kvzap
   double model_share = 0.6;                              ///< of both blends
   std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
   std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among
@@ -252,6 +268,9 @@ struct MethodSettings {
   float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
   std::size_t head_sinks = 128;                          ///< of duoattention and kvzip-heads: what heads
   std::size_t head_recent = 256;                         ///< keep that do not keep all
+  /// Of kvzap: the lowest score of a row that stays, the budget being what a KV head keeps at most, and the
+  /// window 128 where it is not given. Absent: the budget alone.
+  std::optional<float> score_threshold = std::nullopt;
 };
 
 }  // namespace compresskv

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "compresskv/budget/cake.hpp"
 #include "compresskv/budget/error_aware.hpp"
 #include "compresskv/budget/one_of.hpp"
@@ -21,6 +23,7 @@
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
+#include "compresskv/score/kv_zap.hpp"
 #include "compresskv/score/kv_zip.hpp"
 #include "compresskv/score/kv_zip_plus.hpp"
 #include "compresskv/score/lag_kv.hpp"
@@ -36,14 +39,15 @@
 #include "compresskv/select/adaptive.hpp"
 #include "compresskv/select/grouped_top_k.hpp"
 #include "compresskv/select/shared_top_k.hpp"
+#include "compresskv/select/threshold.hpp"
 #include "compresskv/select/whole_model.hpp"
 
 namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
 /// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking,
-/// scores of query or KV heads, query statistics, output weights), and options that a policy refuses:
-/// ArgumentError.
+/// scores of query or KV heads, query statistics, output weights, a surrogate), and options that a policy
+/// refuses: ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -59,6 +63,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
   detail::require(!info(method).needs_kv_scores || settings.kv_scores.has_value(), "method ",
                   info(method).name,
                   " needs scores of KV heads: give those that calibration wrote for this model");
+  detail::require(!info(method).needs_surrogate || settings.surrogate.has_value(), "method ",
+                  info(method).name,
+                  " needs a surrogate: give the one that calibration wrote for this model");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -69,7 +76,8 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
     }
     return budget::Uniform{settings.budget};
   }();
-  const std::size_t window = settings.window.value_or(info(method).window);
+  const std::size_t window =
+      settings.window.value_or(own_window(method, settings.score_threshold.has_value()));
   const kernel::Pool pool = settings.pool.value_or(info(method).pool);
   const std::size_t pool_width = settings.pool_width.value_or(info(method).pool_width);
   const score::BlendShares shares{.sinks = settings.sinks, .model_share = settings.model_share};
@@ -188,6 +196,13 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
       return whole_heads(*settings.scores);
     case Method::kvzip_heads:
       return whole_heads(*settings.kv_scores);
+    case Method::kvzap: {
+      score::KvZap scorer{*settings.surrogate, {.window = window, .sinks = settings.sinks}};
+      if (settings.score_threshold) {
+        return f(std::move(scorer), select::Threshold{*settings.score_threshold}, budgets);
+      }
+      return f(std::move(scorer), select::GroupedTopK{}, budgets);
+    }
     case Method::compresskv:
     case Method::full:
       break;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <new>
 #include <optional>
 #include <span>
@@ -12,8 +13,10 @@
 
 #include "compresskv/compresskv.h"
 #include "compresskv/io/query_statistics_file.hpp"
+#include "compresskv/io/surrogate_file.hpp"
 #include "compresskv/runtime/any_compressor.hpp"
 #include "compresskv/view/attention_matrix.hpp"
+#include "compresskv/view/hidden_states.hpp"
 #include "compresskv/view/int8_kv.hpp"
 #include "compresskv/view/paged_kv.hpp"
 #include "compresskv/view/query_window.hpp"
@@ -208,6 +211,12 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
   if (c.output_weights != nullptr) {
     settings.output_weights = outputs_of(c, shape);
   }
+  if (c.surrogate != nullptr) {
+    settings.surrogate = ckv::io::load_surrogate(c.surrogate, shape);
+  }
+  if (!(c.score_threshold == -std::numeric_limits<float>::infinity())) {
+    settings.score_threshold = c.score_threshold;
+  }
   if (c.layer_errors != nullptr) {
     settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),
                             std::vector<ckv::LayerErrors::DataSet>{});
@@ -340,12 +349,18 @@ void with_observation(const ckv_observation* given, const ckv::ModelShape& model
     f(ckv::AttentionSums(static_cast<const float*>(o.data), attention));
     return;
   }
-  require(o.shown == CKV_SHOWS_QUERIES || o.shown == CKV_SHOWS_ATTENTION, "ckv_observation: shown is ",
-          static_cast<int>(o.shown), ", must be a CKV_SHOWS_ value");
+  require(
+      o.shown == CKV_SHOWS_QUERIES || o.shown == CKV_SHOWS_ATTENTION || o.shown == CKV_SHOWS_HIDDEN_STATES,
+      "ckv_observation: shown is ", static_cast<int>(o.shown), ", must be a CKV_SHOWS_ value");
   require(o.element >= CKV_F32 && o.element <= CKV_BF16, "ckv_observation: element is ",
           static_cast<int>(o.element), ", must be CKV_F32, CKV_F16 or CKV_BF16");
   ckv::with_plain_kind(kind_of(o.element), [&]<class T>(T*) {
     const T* const data = static_cast<const T*>(o.data);
+    if (o.shown == CKV_SHOWS_HIDDEN_STATES) {
+      f(ckv::HiddenStates<T>(
+          data, {.tokens = o.tokens, .hidden_size = o.hidden_size, .token_stride = o.token_stride}));
+      return;
+    }
     if (o.shown == CKV_SHOWS_ATTENTION) {
       f(ckv::AttentionMatrix<T>(data, attention));
       return;
@@ -417,6 +432,7 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.chunk = library.chunk;
   defaults.head_sinks = library.head_sinks;
   defaults.head_recent = library.head_recent;
+  defaults.score_threshold = -std::numeric_limits<float>::infinity();
   init_as(settings, defaults, struct_size);
 }
 
@@ -452,6 +468,10 @@ int ckv_plan_reaches_back(const ckv_plan* plan) {
 
 int ckv_plan_repeats(const ckv_plan* plan) {
   return plan != nullptr && plan->plan.needs() == ckv::Needs::repeats ? 1 : 0;
+}
+
+int ckv_plan_needs_hidden_states(const ckv_plan* plan) {
+  return plan != nullptr && plan->plan.needs() == ckv::Needs::hidden_states ? 1 : 0;
 }
 
 ckv_status ckv_sequence_create(const ckv_plan* plan, ckv_sequence** sequence) {

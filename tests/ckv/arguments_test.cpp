@@ -194,13 +194,14 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
   const Folder folder;
   const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
-  const std::array<std::pair<const char*, std::string>, 7> budgets = {{{"--ratio", "0.5"},
+  const std::array<std::pair<const char*, std::string>, 8> budgets = {{{"--ratio", "0.5"},
                                                                        {"--rows", "9"},
                                                                        {"--bytes", "2MiB"},
                                                                        {"--heads", ranking},
                                                                        {"--errors", ranking},
                                                                        {"--statistics", ranking},
-                                                                       {"--kv-heads", ranking}}};
+                                                                       {"--kv-heads", ranking},
+                                                                       {"--surrogate", ranking}}};
   for (const auto& [option, value] : budgets) {
     expect_usage_error({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "full", option, value},
                        std::string(option) + " has no use with --method full, which keeps the whole cache");
@@ -246,12 +247,16 @@ TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   refuse({"generate", "--model", model, "--prompt", "x", "--method", "kvzip-heads", "--rows", "9",
           "--kv-heads", none},
          "--kv-heads");
+  refuse({"generate", "--model", model, "--prompt", "x", "--method", "kvzap", "--threshold", "-4",
+          "--surrogate", none},
+         "--surrogate");
   refuse({"demo", "--model", none}, "--model");
   refuse({"evaluate", "--model", none, "--ratios", "0.5", "--out", out}, "--model");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--heads", none}, "--heads");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--statistics", none},
          "--statistics");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--kv-heads", none}, "--kv-heads");
+  refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--surrogate", none}, "--surrogate");
   refuse({"calibrate", "--model", none, "--out", out}, "--model");
   refuse({"calibrate", "--model", model, "--out", out, "--needle-file", none}, "--needle-file");
 }

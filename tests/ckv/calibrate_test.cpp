@@ -552,6 +552,69 @@ TEST_F(CalibrateWithModel, ScoresOfKvHeadsAreAddedLaterAndFound) {
   EXPECT_EQ(found.at("kept_positions"), generate({"--kv-heads", file}).at("kept_positions"));
 }
 
+/// A surrogate is added to a folder that was made without it; generate finds it there.
+TEST_F(CalibrateWithModel, ASurrogateIsAddedLaterAndFound) {
+  const std::filesystem::path folder = path("models") / "tiny";
+  const Outcome outcome = run_well(calibrate("models/tiny", {{"--texts", "0"}, {"--surrogate", ""}}));
+  EXPECT_NE(outcome.out.find("_surrogate.bin"), std::string::npos) << outcome.out;
+  EXPECT_NE(outcome.out.find("surrogate from "), std::string::npos) << outcome.out;
+  const compresskv::ModelShape shape = ckv::shape_of_file(ckv::small_engine, model_path());
+  const std::string file = (folder / "tiny_surrogate.bin").string();
+  const compresskv::Surrogate surrogate = compresskv::io::load_surrogate(file, shape);
+  EXPECT_EQ(surrogate.hidden_size(), static_cast<std::size_t>(model().model.config().embedding));
+  const Json told = Json::parse(files_of(folder).at("calibration.json")).at("surrogate");
+  EXPECT_EQ(told.at("explained").size(), shape.layers);
+  EXPECT_GT(told.at("tokens").get<std::size_t>(), told.at("held_out").get<std::size_t>());
+
+  const auto generate = [&](const Arguments& more) {
+    Arguments all = {"generate",
+                     "--model",
+                     model_path(),
+                     "--json",
+                     "--positions",
+                     "--max-new-tokens",
+                     "4",
+                     "--prompt",
+                     read(haystack_).substr(0, 900),
+                     "--method",
+                     "kvzap",
+                     "--models-dir",
+                     path("models").string()};
+    all.insert(all.end(), more.begin(), more.end());
+    return run_well(all).json();
+  };
+  const Json budget = generate({"--rows", "40"});
+  EXPECT_EQ(budget.at("settings").at("surrogate"), file);
+  EXPECT_EQ(budget.at("settings").at("window"), 8);
+  EXPECT_TRUE(budget.at("settings").at("threshold").is_null());
+  EXPECT_EQ(budget.at("kept_positions"),
+            generate({"--rows", "40", "--surrogate", file}).at("kept_positions"));
+  EXPECT_EQ(budget.at("kept_positions"),
+            generate({"--rows", "40", "--prefill-chunk", "50"}).at("kept_positions"));
+  // All above a threshold that is below any score; of one above any the window and the first tokens.
+  const Json all = generate({"--threshold", "-1000000"});
+  EXPECT_EQ(all.at("kv_bytes_kept"), all.at("kv_bytes_full"));
+  const Json window = generate({"--threshold", "1000000", "--window", "20"});
+  EXPECT_EQ(window.at("kept_positions").at(0).at(0).size(), 24U) << "and the sinks";
+  EXPECT_EQ(window.at("settings").at("threshold"), 1e6);
+  EXPECT_EQ(generate({"--threshold", "1000000"}).at("settings").at("window"), 128);
+  // A token is judged once: read in chunks, of which each is compressed, the same stays of the first layer,
+  // whose hidden states do not know of other tokens.
+  double middle = 0.0;  // a threshold between the scores
+  for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+    middle += static_cast<double>(surrogate.bias(0, head)) / static_cast<double>(shape.kv_heads);
+  }
+  const std::string threshold = std::to_string(middle);
+  EXPECT_EQ(generate({"--threshold", threshold, "--window", "20"}).at("kept_positions").at(0),
+            generate({"--threshold", threshold, "--window", "20", "--prefill-chunk", "30", "--working-rows",
+                      "1000"})
+                .at("kept_positions")
+                .at(0));
+  expect_failure({"generate", "--model", model_path(), "--prompt", "x", "--method", "kvzap", "--models-dir",
+                  path("models").string()},
+                 "needs a budget: give one of --rows, --ratio and --bytes, or --threshold");
+}
+
 // Its files are those that generate takes, and another model's are refused by layer and head.
 TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
   const std::string needles =

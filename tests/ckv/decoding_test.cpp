@@ -86,7 +86,8 @@ TEST_F(DecodingOnABudget, IsAnOptionOfGenerate) {
       {"blend-carried", "cuts a layer only when others have come"},
       {"kvzip", "feeds the whole context once more"},
       {"kvzip-plus", "feeds the whole context once more"},
-      {"h2o", "wants the queries of all tokens"}};
+      {"h2o", "wants the queries of all tokens"},
+      {"kvzap", "wants hidden states, which are not kept of what is decoded"}};
   for (const auto& [method, why] : refused) {
     const Outcome wrong = with({"--method", method, "--rows", "16", "--decode-every", "4"});
     EXPECT_EQ(wrong.code, 2) << method;

@@ -258,8 +258,10 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
   }
   // `all` leaves out what the calibration in the repository does not hold.
   const std::filesystem::path kv_heads = calibration("_kv_head_scores.json");
+  const std::filesystem::path surrogate = calibration("_surrogate.bin");
   const auto left_out = [&](const compresskv::MethodInfo& row) {
-    return row.needs_kv_scores && !std::filesystem::exists(kv_heads);
+    return (row.needs_kv_scores && !std::filesystem::exists(kv_heads)) ||
+           (row.needs_surrogate && !std::filesystem::exists(surrogate));
   };
   ASSERT_EQ(by_method.size() + static_cast<std::size_t>(std::ranges::count_if(compresskv::methods, left_out)),
             compresskv::methods.size());
@@ -284,6 +286,9 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
       how.statistics = compresskv::io::load_query_statistics(calibration("_query_statistics.bin"));
     }
     model().show_outputs(how);
+    if (row.needs_surrogate) {
+      how.surrogate = compresskv::io::load_surrogate(surrogate);
+    }
     if (row.needs_kv_scores) {
       how.kv_scores = compresskv::io::load_head_scores(kv_heads);
     }

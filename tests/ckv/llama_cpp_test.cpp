@@ -811,7 +811,7 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
   refused({"--method", "snapkv", "--prefill-chunk", "64", "--working-rows", "64"}, "--prefill-chunk" + with);
   refused({"--method", "snapkv", "--errors", errors}, "--errors" + with);
   for (const std::string method : {"pyramidkv", "cake", "adakv", "compresskv-adaptive", "h2o", "criticalkv",
-                                   "kvzip", "kvzip-plus", "duoattention", "kvzip-heads"}) {
+                                   "kvzip", "kvzip-plus", "duoattention", "kvzip-heads", "kvzap"}) {
     refused({"--method", method}, "--method " + method + with);
   }
   expect_usage_error({"demo", "--engine", "llama.cpp", "--model", model, "--errors", errors},

@@ -139,6 +139,44 @@ TEST(SequenceTurns, ShowTheQueriesOfTheChunk) {
   EXPECT_EQ(last_queries({43, 7}), expected);
 }
 
+// What goes into each layer's attention, of the tokens just read: the same however the prompt is cut, and in
+// the first layer by the token alone.
+TEST(SequenceTurns, ShowTheHiddenStatesOfTheChunk) {
+  const TinyModel tiny;
+  const Model model = tiny.model();
+  const auto size = static_cast<std::size_t>(model.config().embedding);
+  std::vector<TokenId> tokens = random_tokens(50, 41, 2);
+  tokens[30] = tokens[7];
+  using Shown = std::vector<std::vector<float>>;  // [layer]
+  const auto states = [&](const std::vector<std::size_t>& chunks) {
+    Sequence sequence{model};
+    Shown shown(static_cast<std::size_t>(model.config().layers));
+    for (const std::size_t chunk : chunks) {
+      sequence.prefill(std::span{tokens}.subspan(sequence.next_position(), chunk),
+                       {.hidden_states = true,
+                        .on_layer =
+                            [&](const LayerView& view) {
+                              EXPECT_EQ(view.tokens, chunk);
+                              EXPECT_EQ(static_cast<std::size_t>(view.hidden_size), size);
+                              auto& layer = shown[static_cast<std::size_t>(view.layer)];
+                              layer.insert(layer.end(), view.hidden_states,
+                                           view.hidden_states + chunk * size);
+                            },
+                        .on_logits = {}});
+    }
+    return shown;
+  };
+  const Shown whole = states({50});
+  for (std::size_t e = 0; e < size; ++e) {
+    EXPECT_EQ(whole[0][30 * size + e], whole[0][7 * size + e]);
+  }
+  EXPECT_NE(whole[1][30 * size], whole[1][7 * size]);
+  EXPECT_EQ(states({4, 40, 6}), whole);
+  Sequence sequence{model};
+  sequence.prefill(tokens, {.on_layer = [](const LayerView& view) { EXPECT_EQ(view.hidden_states, nullptr); },
+                            .on_logits = {}});
+}
+
 // What a cache holds by the caller's own books, and when the rest went: every layer and KV head its own.
 struct Books {
   struct Head {

@@ -93,13 +93,13 @@ void needles(const fs::path& file) {
   }
 }
 
-/// A file of query statistics as far as magic and checksum go, which nothing would come upon.
-fs::path statistics_of(std::string_view text) {
+/// A file of numbers as far as magic and checksum go, which nothing would come upon.
+fs::path numbers_of(std::string_view magic, std::string_view text) {
   detail::ByteWriter out;
-  out.add_text(detail::statistics_magic);
+  out.add_text(magic);
   out.add_text(text);
   out.add(detail::checksum(out.bytes()));
-  return write("statistics", out.bytes());
+  return write("numbers", out.bytes());
 }
 
 }  // namespace
@@ -115,7 +115,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       file, [](const fs::path& from) { return load_layer_errors(from); }, save_layer_errors);
   const auto load_statistics = [](const fs::path& from) { return load_query_statistics(from); };
   round_trip(file, load_statistics, save_query_statistics);
-  round_trip(statistics_of(text), load_statistics, save_query_statistics);
+  round_trip(numbers_of(detail::statistics_magic, text), load_statistics, save_query_statistics);
+  const auto load_one = [](const fs::path& from) { return load_surrogate(from); };
+  round_trip(file, load_one, save_surrogate);
+  round_trip(numbers_of(detail::surrogate_magic, text), load_one, save_surrogate);
   needles(file);
   records(text);
   return 0;

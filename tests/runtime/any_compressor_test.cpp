@@ -8,7 +8,9 @@
 #include <compresskv/compressor.hpp>
 #include <compresskv/plan.hpp>
 #include <compresskv/runtime/any_compressor.hpp>
+#include <compresskv/score/kv_zap.hpp>
 #include <compresskv/score/kv_zip.hpp>
+#include <compresskv/select/threshold.hpp>
 #include <compresskv/select/whole_model.hpp>
 #include <compresskv/view/attention_matrix.hpp>
 #include <compresskv/view/query_window.hpp>
@@ -21,6 +23,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/hidden_states.hpp"
 #include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
@@ -86,6 +89,7 @@ MethodSettings settings() {
       .statistics = reference::query_statistics(shape),
       .output_weights = reference::output_weights(shape),
       .kv_scores = HeadScores(3, shape.kv_heads, std::vector<std::vector<double>>(3 * shape.kv_heads, {0.5})),
+      .surrogate = reference::surrogate(shape, 12),
       .model_heads = 4};
 }
 
@@ -104,8 +108,8 @@ std::string message_of(F&& f) {
 
 TEST(AnyCompressor, AllocatesNothingFromTheSecondSequenceOn) {
   for (const MethodInfo& method : methods) {
-    if (method.repeats) {
-      continue;  // it has no arrive()
+    if (method.repeats || method.needs_surrogate) {
+      continue;  // it has no arrive(), or is shown no queries
     }
     SCOPED_TRACE(method.name);
     Cache cache;
@@ -134,8 +138,8 @@ TEST(AnyCompressor, KeepsAllWhereTheMethodIsFull) {
 
 TEST(AnyCompressor, LeavesAllAsItWasWhereMemoryRunsOut) {
   for (const MethodInfo& method : methods) {
-    if (method.repeats) {
-      continue;  // it has no arrive()
+    if (method.repeats || method.needs_surrogate) {
+      continue;  // it has no arrive(), or is shown no queries
     }
     SCOPED_TRACE(method.name);
     Cache expected;
@@ -195,7 +199,7 @@ TEST(AnyCompressor, RepeatsAreShownAsTheCompressorTakesThem) {
   other.begin(context);
   EXPECT_SAYS(other.observe(0, by_name.view(0), {.first = 0, .last = context}, by_name.observation(0, 20)),
               "method snapkv does not ask for the context to be repeated");
-  run(any, by_name, [&](std::size_t layer) { return AnyObservation(by_name.observation(layer, 20)); });
+  run(any, by_name, [&](std::size_t layer) { return by_name.observation(layer, 20); });
 
   Cache by_type;
   const Plan plan{shape, score::KvZip{}, select::WholeModel{}, budget::Uniform{Budget::tokens_per_layer(24)}};
@@ -217,7 +221,7 @@ TEST(AnyCompressor, RepeatsAreShownAsTheCompressorTakesThem) {
 TEST(AnyCompressor, StepsDoWhatArriveDoes) {
   for (const MethodInfo& method : methods) {
     const AnyPlan plan{shape, method.method, settings()};
-    if (plan.reach() != Reach::own_layer || method.method == Method::full) {
+    if (plan.reach() != Reach::own_layer || method.method == Method::full || method.needs_surrogate) {
       continue;
     }
     SCOPED_TRACE(method.name);
@@ -284,6 +288,67 @@ TEST(AnyCompressor, TakesWhatShowsTheWindow) {
   EXPECT_SAYS(expected.select(2, sums), "method expected-attention reads keys and values");
   knorm.arrive(2, views);
   EXPECT_EQ(knorm.retained(2).rows(), 24U);
+}
+
+TEST(AnyCompressor, JudgesHiddenStatesAsTheCompressorDoes) {
+  MethodSettings by_threshold = settings();
+  by_threshold.window = 8;
+  by_threshold.budget = Budget::kept_ratio(1.0);
+  by_threshold.score_threshold = -4.0F;
+  AnyCompressor any{AnyPlan{shape, "kvzap", by_threshold}};
+  EXPECT_EQ(any.plan().needs(), Needs::hidden_states);
+  const Plan plan{shape, score::KvZap{*by_threshold.surrogate, {.window = 8}}, select::Threshold{-4.0F},
+                  budget::Uniform{Budget::kept_ratio(1.0)}};
+  Compressor compressor{plan};
+  Cache by_name;
+  Cache by_type;
+  const std::vector<reference::Hidden<half>> hidden{
+      {tokens, 12, 3, 1}, {tokens, 12, 0, 2}, {tokens, 12, 1, 3}};
+  const auto views = [&](std::size_t layer) { return by_name.view(layer); };
+  for (std::size_t turn = 0; turn < 2; ++turn) {  // the second allocates nothing
+    by_name = by_type = Cache();
+    const std::size_t before = reference::allocations;
+    any.begin(tokens);
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+      by_name.note(any, any.arrive(layer, views, hidden[layer].shown()));
+    }
+    EXPECT_TRUE(turn == 0 || reference::allocations == before);
+  }
+  compressor.begin(tokens);
+  for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+    const Retained& kept = compressor.compress(layer, by_type.view(layer), hidden[layer].shown());
+    for (std::size_t head = 0; head < 2; ++head) {
+      by_type.rows[layer][head] = kept.rows(head);
+      EXPECT_GT(kept.rows(head), 20U);
+      EXPECT_LT(kept.rows(head), tokens);
+    }
+  }
+  EXPECT_EQ(by_name, by_type);
+
+  any.begin(tokens);
+  Cache cache;
+  EXPECT_SAYS(any.arrive(0, views),
+              "method kvzap looks at what goes into the layer's attention: give HiddenStates");
+  EXPECT_SAYS(any.arrive(0, views, cache.observation(0)),
+              "method kvzap looks at what goes into the layer's attention");
+  EXPECT_SAYS(any.select(0, cache.observation(0)), "method kvzap looks at hidden states, not at attention");
+  EXPECT_EQ(any.score(0, cache.view(0), hidden[0].shown()).tokens(1), tokens - 8);
+  AnyCompressor snapkv{AnyPlan{shape, "snapkv", settings()}};
+  snapkv.begin(tokens);
+  EXPECT_SAYS(snapkv.arrive(0, views, hidden[0].shown()), "method snapkv needs the window's attention");
+  AnyCompressor knorm{AnyPlan{shape, "knorm", settings()}};
+  knorm.begin(tokens);
+  knorm.arrive(
+      0, [&](std::size_t layer) { return cache.view(layer); }, hidden[0].shown());
+  EXPECT_EQ(knorm.retained(0).rows(), 24U) << "what a method does not look at does no harm";
+  AnyCompressor layer_2{AnyPlan{shape, "kvzap", by_threshold}.of_layers(std::array<std::size_t, 1>{2})};
+  layer_2.begin(tokens);
+  Cache alone;
+  layer_2.arrive(
+      0, [&](std::size_t) { return alone.view(2); }, hidden[2].shown());
+  const auto& a = layer_2.retained(0).positions(1);
+  const auto& b = compressor.retained(2).positions(1);
+  EXPECT_TRUE(std::equal(a.begin(), a.end(), b.begin(), b.end()));
 }
 
 TEST(AnyCompressor, SaysWhatDoesNotFit) {

@@ -163,6 +163,42 @@ static void fill_outputs(void) {
   for (size_t l = 0; l < layers; ++l) output_weights[l] = outputs;
 }
 
+static const char* const surrogate_file = "c_api_test_surrogate.bin";
+
+enum { hidden_size = 8 };
+
+/* What goes into the attention of every layer. */
+static float hidden_states[tokens * hidden_size];
+
+/* A surrogate by the form that is written down. */
+static void write_surrogate(void) {
+  const uint32_t numbers[] = {1, layers, kv_heads, hidden_size};
+  const char* const magic = "ckvsurro";
+  uint64_t hash = 0xcbf29ce484222325U;
+  uint64_t unused = 0;
+  FILE* const file = fopen(surrogate_file, "wb");
+  CHECK(file != NULL);
+  if (file == NULL) return;
+  for (size_t i = 0; i < 8; ++i) add_bytes(file, (unsigned char)magic[i], 1, &hash);
+  for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); ++i) add_bytes(file, numbers[i], 4, &hash);
+  for (size_t i = 0; i < (size_t)layers * kv_heads * (hidden_size + 1); ++i)
+    add_float(file, next_number(), &hash);
+  add_bytes(file, hash, 8, &unused);
+  CHECK(fclose(file) == 0);
+  for (size_t i = 0; i < (size_t)tokens * hidden_size; ++i) hidden_states[i] = next_number();
+}
+
+static ckv_observation states_of(size_t count) {
+  ckv_observation shown;
+  ckv_observation_init(&shown);
+  shown.shown = CKV_SHOWS_HIDDEN_STATES;
+  shown.element = CKV_F32;
+  shown.data = hidden_states;
+  shown.tokens = count;
+  shown.hidden_size = hidden_size;
+  return shown;
+}
+
 static void run_method(const char* method) {
   static float original[layers * layer_floats];
   uint32_t ranking[layers * query_heads];
@@ -195,6 +231,7 @@ static void run_method(const char* method) {
   settings.output_weights = output_weights;
   settings.output_element = CKV_F32;
   settings.hidden = hidden;
+  settings.surrogate = surrogate_file;
   settings.model_heads = 4;
   CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
   CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
@@ -202,6 +239,8 @@ static void run_method(const char* method) {
   const int repeats = ckv_plan_repeats(plan);
   const size_t prompt = repeats ? tokens - repeated : tokens;
   CHECK(repeats == (strncmp(method, "kvzip", 5) == 0));
+  const int by_states = ckv_plan_needs_hidden_states(plan);
+  CHECK(by_states == (strcmp(method, "kvzap") == 0));
   ckv_plan_free(plan); /* the sequence goes on */
   CHECK(ckv_begin(sequence, prompt, NULL) == CKV_OK);
   if (strcmp(method, "kvzip-heads") == 0) { /* layer 1 has the first of the best heads, which may keep more */
@@ -209,7 +248,7 @@ static void run_method(const char* method) {
     CHECK(ckv_capacity(sequence, 1, &rows_of_best) == CKV_OK && rows_of_best > budget);
   }
   for (size_t l = 0; l < layers; ++l) {
-    ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
+    ckv_observation shown = by_states ? states_of(tokens) : queries_of(l, repeats ? repeated : tokens);
     if (repeats) { /* the last rows are those of tokens that repeat the others */
       CHECK_FAILS(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
                   "call observe()");
@@ -470,7 +509,8 @@ static void struct_sizes(void) {
   CHECK(shown.struct_size == sizeof(shown) && shown.data == NULL);
   ckv_settings_init_sized(NULL, 8);
   CHECK(ckv_plan_window(NULL) == 0 && ckv_plan_needs_attention(NULL) == 0 &&
-        ckv_plan_reaches_back(NULL) == 0 && ckv_plan_repeats(NULL) == 0);
+        ckv_plan_reaches_back(NULL) == 0 && ckv_plan_repeats(NULL) == 0 &&
+        ckv_plan_needs_hidden_states(NULL) == 0);
   CHECK(ckv_memory_bytes(NULL) == 0);
 }
 
@@ -480,6 +520,41 @@ static ckv_status odd_view(void* context, size_t layer, ckv_kv* kv) {
   if (*(const int*)context == 2) kv->block_rows = 16;
   if (*(const int*)context == 3) kv->values.element = (ckv_element)6;
   return CKV_OK;
+}
+
+/* Every row above the threshold stays, whatever is left of the budget. */
+static void threshold(void) {
+  ckv_settings settings;
+  ckv_plan* plan = NULL;
+  ckv_sequence* sequence = NULL;
+  const size_t* changed = NULL;
+  size_t count = 0;
+  size_t kept[2] = {0, 0};
+  for (int high = 0; high < 2; ++high) {
+    fill();
+    ckv_settings_init(&settings);
+    settings.window = window;
+    settings.surrogate = surrogate_file;
+    settings.score_threshold = high ? 1e6F : 0.0F;
+    CHECK(ckv_plan_create(&model, "kvzap", &settings, &plan) == CKV_OK);
+    CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
+    ckv_plan_free(plan);
+    if (sequence == NULL) return;
+    CHECK(ckv_begin(sequence, tokens, NULL) == CKV_OK);
+    ckv_observation shown = queries_of(0, tokens);
+    CHECK_FAILS(ckv_arrive(sequence, 0, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+                "give HiddenStates");
+    shown = states_of(tokens);
+    shown.hidden_size = hidden_size - 1;
+    CHECK_FAILS(ckv_arrive(sequence, 0, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
+                "hidden states have 7 elements, the surrogate's have 8");
+    shown.hidden_size = hidden_size;
+    CHECK(ckv_arrive(sequence, 0, view_of, NULL, &shown, &changed, &count) == CKV_OK);
+    CHECK(ckv_rows_kept(sequence, 0, 1, &kept[high]) == CKV_OK);
+    ckv_sequence_free(sequence);
+  }
+  CHECK(kept[0] > window && kept[0] < tokens);
+  CHECK(kept[1] == window + settings.sinks);
 }
 
 static void wrong_calls(void) {
@@ -497,6 +572,10 @@ static void wrong_calls(void) {
   ckv_settings_init(&settings);
   CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_BAD_ARGUMENT,
               "needs query statistics");
+  CHECK_FAILS(ckv_plan_create(&model, "kvzap", &settings, &plan), CKV_BAD_ARGUMENT, "needs a surrogate");
+  settings.surrogate = "no such surrogate";
+  CHECK_FAILS(ckv_plan_create(&model, "kvzap", &settings, &plan), CKV_FAILED, "no such file: check the path");
+  settings.surrogate = NULL;
   settings.query_statistics = "no such file";
   CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_FAILED,
               "no such file: check the path");
@@ -618,18 +697,22 @@ int main(void) {
                                         "triattention",
                                         "rkv",
                                         "duoattention",
-                                        "kvzip-heads"};
+                                        "kvzip-heads",
+                                        "kvzap"};
   write_statistics();
   fill_outputs();
+  write_surrogate();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);
     if (failures > before) fprintf(stderr, "method %s\n", methods[i]);
   }
   elements_and_layouts();
+  threshold();
   struct_sizes();
   wrong_calls();
   CHECK(remove(statistics_file) == 0);
+  CHECK(remove(surrogate_file) == 0);
   if (failures == 0) puts("the C API does what compresskv.h says");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

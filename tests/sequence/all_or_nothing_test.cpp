@@ -276,7 +276,7 @@ MethodSettings settings() {
 template <class F>
 void for_each_method(F&& f) {
   for (const MethodInfo& method : methods) {
-    if (method.method != Method::full && !method.repeats) {
+    if (method.method != Method::full && !method.repeats && !method.needs_surrogate) {
       SCOPED_TRACE(std::string(method.name));
       reference::with_arriving_method(method.method, settings(),
                                       [&](auto scorer, auto selector, auto allocator) {

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/hidden_states.hpp>
 #include <compresskv/view/observation.hpp>
 #include <compresskv/view/query_window.hpp>
 #include <compresskv/view/recent_queries.hpp>
@@ -177,6 +178,33 @@ TEST(Observation, OfAUsersOwnIsCheckedToo) {
     expect_error<ArgumentError>([&] { check({.sink = bad}); }, {"observation: sink of query head 3 is "});
   }
   expect_error<ArgumentError>([&] { check({.scale_is = 0.0F}); }, {"observation: scale is 0"});
+}
+
+TEST(HiddenStates, RunIsTheTokensRows) {
+  std::vector<half> states(4 * 7);
+  const HiddenStates beside{states.data(), {.tokens = 4, .hidden_size = 7}};
+  EXPECT_EQ(beside.tokens(), 4U);
+  EXPECT_EQ(beside.hidden_size(), 7U);
+  EXPECT_EQ(beside.hidden_run().row(3), states.data() + 21);
+  EXPECT_EQ(beside.hidden_run().rows, 4U);
+  EXPECT_GE(beside.hidden_run().chunk, 7U) << "elements lie side by side";
+  const HiddenStates apart{states.data(), {.tokens = 3, .hidden_size = 7, .token_stride = 10}};
+  EXPECT_EQ(apart.hidden_run().row(2), states.data() + 20);
+}
+
+TEST(HiddenStates, RejectsWhatItCannotRead) {
+  std::vector<float> states(10);
+  const float* null = nullptr;
+  expect_error<ArgumentError>([&] { HiddenStates(null, {.tokens = 1, .hidden_size = 1}); },
+                              {"HiddenStates: states is null"});
+  const auto make = [&](const HiddenShape& shape) { HiddenStates(states.data(), shape); };
+  expect_error<ArgumentError>([&] { make({.tokens = 0, .hidden_size = 5}); },
+                              {"shape has 0 tokens of 5 elements", "at least 1"});
+  expect_error<ArgumentError>([&] { make({.tokens = 5, .hidden_size = 0}); }, {"5 tokens of 0 elements"});
+  expect_error<ArgumentError>([&] { make({.tokens = 2, .hidden_size = 5, .token_stride = 4}); },
+                              {"HiddenStates: token stride is 4", "rows would overlap"});
+  const std::size_t huge = std::numeric_limits<std::size_t>::max() / 2;
+  expect_error<ArgumentError>([&] { make({.tokens = huge, .hidden_size = 5}); }, {"does not fit in memory"});
 }
 
 TEST(AttentionMatrix, RunsAreTheHeadsRows) {

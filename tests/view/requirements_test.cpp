@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <compresskv/view/any_observation.hpp>
 #include <compresskv/view/attention_matrix.hpp>
+#include <compresskv/view/hidden_states.hpp>
 #include <compresskv/view/int8_kv.hpp>
 #include <compresskv/view/kv_view.hpp>
 #include <compresskv/view/paged_kv.hpp>
@@ -179,6 +181,40 @@ struct HalfSums : Sums {
 };
 static_assert(!Observation<NoSumHeads> && !Observation<NoSumQueries> && !Observation<NoSumTokens>);
 static_assert(!Observation<HalfSums>);
+
+// ---- Observation by hidden states ----
+
+static_assert(HiddenObservation<HiddenStates<float>> && HiddenObservation<HiddenStates<Half>>);
+static_assert(HiddenObservation<AnyHiddenStates> && !Observation<HiddenStates<float>>);
+static_assert(!HiddenObservation<QueryWindow<float>> && !HiddenObservation<AttentionMatrix<float>>);
+
+struct States {
+  using element = float;
+  unsigned tokens() const { return 1; }
+  unsigned hidden_size() const { return 1; }
+  Run<const float> hidden_run() const { return {}; }
+};
+static_assert(HiddenObservation<States> && !Observation<States>);
+
+struct NoStateTokens : States {
+  void tokens() const = delete;
+};
+struct NoHiddenSize : States {
+  void hidden_size() const = delete;
+};
+struct NoHiddenRun : States {
+  void hidden_run() const = delete;
+};
+struct WritableStates : States {
+  Run<float> hidden_run() const { return {}; }
+};
+struct DoubleStates : States {
+  using element = double;
+  Run<const double> hidden_run() const { return {}; }
+};
+static_assert(!HiddenObservation<NoStateTokens> && !HiddenObservation<NoHiddenSize>);
+static_assert(!HiddenObservation<NoHiddenRun> && !HiddenObservation<WritableStates>);
+static_assert(!HiddenObservation<DoubleStates>);
 
 // ---- optional members of an observation by queries ----
 

@@ -19,6 +19,7 @@ enum class Needs {
   window_queries,    ///< the window's queries with the keys: attention computed already does not do
   all_queries,       ///< the attention of every query of the prompt
   repeats,           ///< the queries of tokens that repeat the context: `Compressor::observe`
+  hidden_states,     ///< what goes into the layer's attention, token by token
 };
 
 /// Whether a scorer must be shown queries or attention.

@@ -22,6 +22,7 @@
 #include "compresskv/core/shape.hpp"
 #include "compresskv/io/json_file.hpp"
 #include "compresskv/io/query_statistics_file.hpp"
+#include "compresskv/io/surrogate_file.hpp"
 
 /// Calibration files in the formats that were published with CompressKV (arXiv 2508.02401, 2606.24467), so
 /// that its files load here and ours load there. All are JSON text; query statistics, which were not, have a

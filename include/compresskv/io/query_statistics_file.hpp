@@ -14,6 +14,7 @@
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/rotary.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/io/byte_file.hpp"
 #include "compresskv/io/text_file.hpp"
 
 /// Query statistics on disk: numbers side by side, as text would take three times the room (2 MiB of 30
@@ -34,71 +35,6 @@ namespace detail {
 inline constexpr std::string_view statistics_magic = "ckvqstat";
 inline constexpr std::uint32_t statistics_version = 1;
 inline constexpr std::size_t statistics_header = 8 + 7 * 4 + 2 * 8;
-inline constexpr std::size_t checksum_bytes = 8;
-
-/// FNV-1a, 64 bits.
-inline std::uint64_t checksum(std::string_view bytes) {
-  std::uint64_t hash = 0xcbf29ce484222325U;
-  for (const char byte : bytes) {
-    hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3U;
-  }
-  return hash;
-}
-
-/// Adds numbers to the bytes of a file.
-class ByteWriter {
- public:
-  template <class T>
-  void add(T number) {
-    for (std::size_t i = 0; i < sizeof(T); ++i) {
-      bytes_ += static_cast<char>(number >> (8 * i) & 0xFFU);
-    }
-  }
-  void add_real(double number) { add(std::bit_cast<std::uint64_t>(number)); }
-  void add_all(std::span<const float> numbers) {
-    for (const float number : numbers) {
-      add(std::bit_cast<std::uint32_t>(number));
-    }
-  }
-  void add_text(std::string_view text) { bytes_ += text; }
-  const std::string& bytes() const { return bytes_; }
-
- private:
-  std::string bytes_;
-};
-
-/// Takes numbers from bytes that are long enough.
-class ByteReader {
- public:
-  explicit ByteReader(std::string_view bytes) : bytes_(bytes) {}
-
-  template <class T>
-  T take() {
-    T number = 0;
-    for (std::size_t i = 0; i < sizeof(T); ++i) {
-      number |= static_cast<T>(static_cast<T>(static_cast<unsigned char>(bytes_[at_ + i])) << (8 * i));
-    }
-    at_ += sizeof(T);
-    return number;
-  }
-  double take_real() { return std::bit_cast<double>(take<std::uint64_t>()); }
-  std::vector<float> take_all(std::size_t count) {
-    std::vector<float> numbers;
-    numbers.reserve(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      numbers.push_back(std::bit_cast<float>(take<std::uint32_t>()));
-    }
-    return numbers;
-  }
-  std::string_view take_text(std::size_t count) {
-    at_ += count;
-    return bytes_.substr(at_ - count, count);
-  }
-
- private:
-  std::string_view bytes_;
-  std::size_t at_ = 0;
-};
 
 /// Bytes that a file of these sizes has, or 0 where they cannot be counted.
 inline std::uint64_t statistics_bytes(std::uint64_t heads, std::uint64_t head_dim, std::uint64_t pairs,
@@ -110,16 +46,6 @@ inline std::uint64_t statistics_bytes(std::uint64_t heads, std::uint64_t head_di
                        !__builtin_mul_overflow(all + 8, heads, &all) &&
                        !__builtin_add_overflow(all, statistics_header + 4 * factors + checksum_bytes, &all);
   return counted ? all : 0;
-}
-
-/// Runs `make`; what the statistics refuse becomes an error of `file`.
-template <class Make>
-auto statistics_of(const std::filesystem::path& file, const Make& make) {
-  try {
-    return make();
-  } catch (const ArgumentError& error) {
-    fail(file, error.what());
-  }
 }
 
 }  // namespace detail
@@ -175,14 +101,14 @@ inline QueryStatistics load_query_statistics(const std::filesystem::path& file) 
     head.covariance = in.take_all(QueryStatistics::triangle(head_dim));
     all.push_back(std::move(head));
   }
-  return detail::statistics_of(
+  return detail::made_of(
       file, [&] { return QueryStatistics(layers, query_heads, head_dim, rotary, std::move(all)); });
 }
 
 /// The same for the model that will use them. Throws FileError also when they are of other sizes.
 inline QueryStatistics load_query_statistics(const std::filesystem::path& file, const ModelShape& shape) {
   QueryStatistics statistics = load_query_statistics(file);
-  return detail::statistics_of(file, [&] {
+  return detail::made_of(file, [&] {
     statistics.validate(shape.layers, shape.query_heads, shape.head_dim);
     return std::move(statistics);
   });

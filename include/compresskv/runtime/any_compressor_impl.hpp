@@ -62,6 +62,7 @@ class SequenceOf final : public AnySequence {
   using S = typename P::scorer_type;
   static constexpr bool repeats = S::needs == Needs::repeats;
   static constexpr bool by_queries = S::needs == Needs::window_queries;
+  static constexpr bool by_hidden_states = S::needs == Needs::hidden_states;
 
  public:
   SequenceOf(const MethodInfo& info, const P& plan, AnyExecutor executor)
@@ -187,7 +188,12 @@ class SequenceOf final : public AnySequence {
   /// that its method is compiled once.
   template <class R, class F>
   R with_observation(const AnyObservation& observation, F&& f) const {
-    if constexpr (!observes(S::needs)) {
+    if constexpr (by_hidden_states) {
+      const auto* hidden = std::get_if<AnyHiddenStates>(&observation.held());
+      require(hidden != nullptr, "method ", info_->name,
+              " looks at what goes into the layer's attention: give HiddenStates");
+      return f(*hidden);
+    } else if constexpr (!observes(S::needs)) {
       return f(NotGiven{});
     } else {
       if (const auto* queries = std::get_if<AnyQueries>(&observation.held())) {
@@ -199,7 +205,9 @@ class SequenceOf final : public AnySequence {
                             "QueryWindow");
       } else {
         require(
-            !std::holds_alternative<std::monostate>(observation.held()), "method ", info_->name,
+            !std::holds_alternative<std::monostate>(observation.held()) &&
+                !std::holds_alternative<AnyHiddenStates>(observation.held()),
+            "method ", info_->name,
             " needs the window's attention: give a QueryWindow, an AttentionMatrix or another Observation");
         return with_attention<R>(observation, f);
       }
@@ -217,6 +225,9 @@ class SequenceOf final : public AnySequence {
   R from_attention(const AnyObservation& observation, F&& f) const {
     if constexpr (repeats) {
       fail_of_repeats();
+    } else if constexpr (by_hidden_states) {
+      fail<ArgumentError>("method ", info_->name,
+                          " looks at hidden states, not at attention: give them with the layer's view");
     } else if constexpr (by_queries) {
       fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
     } else if constexpr (reads_rows(S::needs) || reads_values<S>) {

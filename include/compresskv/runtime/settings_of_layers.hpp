@@ -13,6 +13,7 @@
 #include "compresskv/core/output_weights.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
+#include "compresskv/core/surrogate.hpp"
 #include "compresskv/method_settings.hpp"
 
 namespace compresskv::detail {
@@ -69,6 +70,9 @@ inline MethodSettings settings_of_layers(MethodSettings settings, const ModelSha
   }
   if (settings.output_weights && settings.output_weights->layers() == shape.layers) {
     settings.output_weights = settings.output_weights->of_layers(layers);
+  }
+  if (settings.surrogate && settings.surrogate->layers() == shape.layers) {
+    settings.surrogate = settings.surrogate->of_layers(layers);
   }
   if (settings.errors && settings.errors->layers() == shape.layers) {
     settings.errors = errors_of_layers(*settings.errors, layers);

@@ -67,8 +67,10 @@ class KvZipPlus : public WindowScorer<Granularity::kv_head, Needs::repeats, KvZi
     });
   }
 
- private:
+  /// What scores are held times.
   static constexpr float held_times = 4096.0F;
+
+ private:
   static constexpr float largest = 65504.0F;  // of half floats
 
   OutputWeights weights_;

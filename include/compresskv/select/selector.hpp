@@ -20,6 +20,9 @@ namespace compresskv::select {
 /// | `select(scores, capacity, workspace, selection)` | ascending rows, `capacity` a KV head (mean), the
 /// window whole |
 ///
+/// Optional: `judges_rows_alone`, true where each row stays or goes by its own score. Rows may then go where
+/// the capacity would hold all, and one that stayed is not judged again.
+///
 /// Higher score first, then lower position, then lower KV head.
 template <class S>
 concept Selector = std::copyable<S> && requires(Granularity granularity) {
@@ -34,6 +37,12 @@ concept SelectsByHead = Selector<S> &&
     requires(const S& selector, const Scores<Granularity::kv_head>& scores,
              std::span<const std::size_t> capacities, Workspace& workspace, Selection& selection) {
   selector.select(scores, capacities, workspace, selection);
+};
+
+/// See `Selector`.
+template <class S>
+inline constexpr bool judges_rows_alone = requires {
+  requires S::judges_rows_alone;
 };
 
 }  // namespace compresskv::select

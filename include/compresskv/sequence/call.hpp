@@ -45,6 +45,8 @@ enum class Fault {
   no_observation,
   no_attention,
   no_queries,
+  no_hidden_states,
+  hidden_states_alone,
   queries_alone,
   keys_needed,
   values_needed,
@@ -95,6 +97,12 @@ consteval bool fits() {
   static_assert(fault != no_queries,
                 "this scorer compares logits, which attention no longer shows: give it the window's queries, "
                 "a QueryWindow");
+  static_assert(fault != no_hidden_states,
+                "this scorer looks at what goes into the layer's attention: give it HiddenStates{states, "
+                "shape} or another HiddenObservation (compresskv/view/observation.hpp)");
+  static_assert(fault != hidden_states_alone,
+                "this scorer looks at hidden states, not at attention: give them with the layer's view, to "
+                "score() or compress()");
   static_assert(fault != queries_alone,
                 "queries need the keys: give the layer's view as well, to score() or compress()");
   static_assert(fault != keys_needed,
@@ -166,7 +174,8 @@ template <class P, class O>
 constexpr Fault of_observation() {
   constexpr Needs needs = P::scorer_type::needs;
   return first({unless(!observes(needs) || Observation<O>, Fault::no_observation),
-                unless(needs != Needs::window_queries || QueryObservation<O>, Fault::no_queries)});
+                unless(needs != Needs::window_queries || QueryObservation<O>, Fault::no_queries),
+                unless(needs != Needs::hidden_states || HiddenObservation<O>, Fault::no_hidden_states)});
 }
 
 template <class Reduce>
@@ -208,12 +217,12 @@ constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>
 
 /// Scores or a selection from attention alone.
 template <class P, class O>
-constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
-                                   unless(KeylessObservation<O>, Fault::no_attention),
-                                   unless(P::scorer_type::needs != Needs::keys &&
-                                              P::scorer_type::needs != Needs::window_queries,
-                                          Fault::keys_needed),
-                                   unless(!reads_values<typename P::scorer_type>, Fault::values_needed)});
+constexpr Fault attention = first(
+    {of_repeats<P>, unless(P::scorer_type::needs != Needs::hidden_states, Fault::hidden_states_alone),
+     unless(!QueryObservation<O>, Fault::queries_alone), unless(KeylessObservation<O>, Fault::no_attention),
+     unless(P::scorer_type::needs != Needs::keys && P::scorer_type::needs != Needs::window_queries,
+            Fault::keys_needed),
+     unless(!reads_values<typename P::scorer_type>, Fault::values_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});

@@ -14,6 +14,7 @@
 #include "compresskv/core/selection.hpp"
 #include "compresskv/core/workspace.hpp"
 #include "compresskv/kernel/layer_input.hpp"
+#include "compresskv/select/selector.hpp"
 #include "compresskv/sequence/compaction.hpp"
 #include "compresskv/sequence/state.hpp"
 #include "compresskv/view/kv_view.hpp"
@@ -87,14 +88,15 @@ class LayerPass {
     return (std::max)(capacity, (std::min)(plan_->scorer().window(), rows));
   }
 
-  /// Whether no KV head has more rows than it may keep.
+  /// Whether no KV head has more rows than it may keep; where rows are judged alone, than the window.
   bool stays_whole(const State& state, std::size_t layer) const {
     for (std::size_t head = 0; by_head && head < rows_.size(); ++head) {
       if (rows_[head] > at_least_window(state.capacities_of(layer)[head], rows_[head])) {
         return false;
       }
     }
-    return by_head || longest() <= at_least_window(state.capacities()[layer], longest());
+    const std::size_t capacity = judges_alone ? 0 : state.capacities()[layer];
+    return by_head || longest() <= at_least_window(capacity, longest());
   }
 
   template <class V, class O>
@@ -132,6 +134,9 @@ class LayerPass {
         detail::check_observation(in.observation, plan_->shape(), rows_[head],
                                   (std::max)(window, unseen(state.layer(in.layer), head)));
       }
+    }
+    if constexpr (S::needs == Needs::hidden_states) {
+      check_hidden_states(state.layer(in.layer), in);
     }
     const Scores<granularity> scores = take_scores();
     plan_->scorer().score(in, workspace_, executor_, scores);
@@ -210,6 +215,32 @@ class LayerPass {
     const bool whole = known.rows(head) == known.next_position();
     return rows_[head] - (whole ? 0 : known.rows(head));
   }
+
+  /// Throws ArgumentError where rows to be judged are not shown. Where a capacity is shared out that is all
+  /// of them; judged alone, those appended since and the window before them, which stayed without a
+  /// judgement.
+  template <class V, class O>
+  void check_hidden_states(const Retained& known, const kernel::LayerInput<V, O>& in) const {
+    const std::size_t tokens = known.position(rows_[0]);
+    std::size_t least = tokens;
+    const char* remedy =
+        "a capacity is shared out among all rows: show those of all tokens, or judge each row "
+        "once, by select::Threshold";
+    if constexpr (judges_alone) {
+      bool judged = tokens > known.next_position();
+      for (std::size_t head = 0; head < rows_.size(); ++head) {
+        judged = judged || known.rows(head) < known.next_position();
+      }
+      remedy = judged ? "show those of the tokens since the last compression and of the window before them"
+                      : "show those of all tokens";
+      if (judged) {
+        least = (std::min)(tokens, tokens - known.next_position() + plan_->scorer().window());
+      }
+    }
+    detail::check_hidden_states(in.observation, in.layer, least, tokens, remedy);
+  }
+
+  static constexpr bool judges_alone = select::judges_rows_alone<typename P::selector_type>;
 
   const P* plan_;
   X executor_;

@@ -126,6 +126,22 @@ class RepeatScores {
     seen_[layer] = (std::max)(seen_[layer], stretch.last);
   }
 
+  /// What repeats gave a KV head's rows of the tokens announced so far, those of the window too; 0 where none
+  /// did.
+  std::vector<float> scores(std::size_t layer, std::size_t head, const State& state) const {
+    const std::size_t rows = state.layer(layer).rows_before(turn_.tokens, head);
+    const auto own =
+        std::span(codes_).subspan((layer * turn_.score_rows + head) * turn_.tokens, turn_.tokens).first(rows);
+    float times = 1.0F;
+    if constexpr (requires { P::scorer_type::held_times; }) {
+      times = P::scorer_type::held_times;
+    }
+    std::vector<float> scores(rows);
+    std::transform(own.begin(), own.end(), scores.begin(),
+                   [&](Code code) { return static_cast<float>(std::bit_cast<half>(code)) / times; });
+    return scores;
+  }
+
   /// All has been repeated: sinks and what is protected are marked, and where the whole model is chosen from,
   /// where it is cut. Throws ArgumentError naming what was not repeated, or where the budget is too small.
   template <class Pass>

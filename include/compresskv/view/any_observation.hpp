@@ -130,17 +130,44 @@ class AnySums {
   std::span<const float> (*sums_)(const void* observation, std::size_t head);
 };
 
-/// What shows the window, if anything: any `Observation`, by reference. Made for one call, as an argument;
-/// the observation must live until the call returns.
+/// Any `HiddenObservation`, by reference: models `HiddenObservation` with `AnyElement`.
+class AnyHiddenStates {
+ public:
+  using element = AnyElement;
+
+  template <class O>
+  requires(!std::same_as<O, AnyHiddenStates> &&
+           HiddenObservation<O>) explicit AnyHiddenStates(const O& observation)
+      : observation_(&observation),
+        tokens_(observation.tokens()),
+        hidden_size_(observation.hidden_size()),
+        hidden_run_([](const void* object) {
+          return detail::erased_run(static_cast<const O*>(object)->hidden_run());
+        }) {}
+
+  std::size_t tokens() const { return tokens_; }
+  std::size_t hidden_size() const { return hidden_size_; }
+  Run<const AnyElement> hidden_run() const { return hidden_run_(observation_); }
+
+ private:
+  const void* observation_;
+  std::size_t tokens_;
+  std::size_t hidden_size_;
+  Run<const AnyElement> (*hidden_run_)(const void* observation);
+};
+
+/// What shows a layer, if anything: any `Observation` or `HiddenObservation`, by reference. Made for one
+/// call, as an argument; the observation must live until the call returns.
 class AnyObservation {
  public:
-  using Held = std::variant<std::monostate, AnyQueries, AnyAttention, AnySums>;
+  using Held = std::variant<std::monostate, AnyQueries, AnyAttention, AnySums, AnyHiddenStates>;
 
   /// None: for methods that look at keys or positions alone.
   AnyObservation() = default;
 
   template <class O>
-  requires(!std::same_as<O, AnyObservation> && Observation<O>) AnyObservation(const O& observation)
+  requires(!std::same_as<O, AnyObservation> && (Observation<O> || HiddenObservation<O>))
+      AnyObservation(const O& observation)
       : held_(hold(observation)) {}
 
   const Held& held() const { return held_; }
@@ -148,7 +175,9 @@ class AnyObservation {
  private:
   template <class O>
   static Held hold(const O& observation) {
-    if constexpr (SumsObservation<O>) {
+    if constexpr (HiddenObservation<O>) {
+      return AnyHiddenStates(observation);
+    } else if constexpr (SumsObservation<O>) {
       return AnySums(observation);
     } else if constexpr (QueryObservation<O>) {
       return AnyQueries(observation);

@@ -60,6 +60,16 @@ concept KeylessObservation = AttentionObservation<O> || SumsObservation<O>;
 template <class O>
 concept Observation = QueryObservation<O> || KeylessObservation<O>;
 
+/// Shows what goes into a layer's attention, a row a token: the normed hidden states that its queries, keys
+/// and values are made of. The last one belongs to the last row of the cache.
+template <class O>
+concept HiddenObservation = std::copyable<O> && requires(const O& observation) {
+  requires ObservedElement<typename O::element>;
+  { observation.tokens() } -> std::convertible_to<std::size_t>;
+  { observation.hidden_size() } -> std::convertible_to<std::size_t>;
+  { observation.hidden_run() } -> std::same_as<Run<const typename O::element>>;
+};
+
 namespace detail {
 
 /// What an observation's elements are.
@@ -135,6 +145,18 @@ void check_observation(const O& observation, const ModelShape& shape, std::size_
     require(observation.tokens() == rows, "attention has ", observation.tokens(), " columns, the layer has ",
             rows, " rows: give one column a cached row");
   }
+}
+
+/// Throws ArgumentError when hidden states do not show at least the last `least` of `tokens` tokens, or more.
+/// `remedy` says how so many come.
+template <HiddenObservation O>
+void check_hidden_states(const O& observation, std::size_t layer, std::size_t least, std::size_t tokens,
+                         const char* remedy) {
+  const std::size_t shown = observation.tokens();
+  require(shown <= tokens, "hidden states of layer ", layer, " are of ", shown, " tokens, the sequence has ",
+          tokens, ": the last one belongs to the last row of the cache");
+  require(shown >= least, "hidden states of layer ", layer, " are of ", shown, " tokens, expected the last ",
+          least, " of ", tokens, ": ", remedy);
 }
 
 }  // namespace detail

@@ -57,8 +57,8 @@ class Sequence {
  public:
   /// Nothing is read yet, or the sequence holds tokens that were decoded before. Throws ArgumentError where
   /// the place is none, plan, observer and model are not of one shape, the observer's window is shorter than
-  /// the plan's, or the method wants the attention of all queries (h2o), which libllama does not show, or
-  /// the context once more (kvzip, kvzip-plus).
+  /// the plan's, or the method wants the attention of all queries (h2o), which libllama does not show,
+  /// the context once more (kvzip, kvzip-plus), or hidden states (kvzap).
   Sequence(AnyPlan plan, Observer& observer, const Place& place, AnyExecutor executor = {})
       : observer_(&observer),
         place_(place),
@@ -74,6 +74,8 @@ class Sequence {
     detail::require(this->plan().needs() != Needs::repeats, "method ", this->plan().method().name,
                     " has the context fed once more and taken back, which this sequence does not do: take "
                     "snapkv, or another");
+    detail::require(this->plan().needs() != Needs::hidden_states, "method ", this->plan().method().name,
+                    " looks at hidden states, which this observer does not hold: take snapkv, or another");
     detail::require(observer.window() >= this->plan().window() || !wants_queries(), "the observer holds ",
                     observer.window(), " queries, the plan's window is ", this->plan().window(),
                     ": make it with that");
