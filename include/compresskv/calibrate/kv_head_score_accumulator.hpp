@@ -94,7 +94,7 @@ class KvHeadScoreAccumulator {
     const std::size_t end = before + (stretch.last - stretch.first);
     std::vector<float> largest(shape_.kv_heads, 0.0F);
     kernel::for_all_heads(shape_, [&](std::span<const std::uint32_t> heads) {
-      kernel::attention_maxima(in, heads, shown, workspace_, executor,
+      kernel::attention_maxima(in, heads, shown, {}, workspace_, executor,
                                [&](std::uint32_t head, std::span<const float> maxima) {
                                  float& most = largest[head / shape_.group()];
                                  for (std::size_t t = sinks_; t < end; ++t) {
