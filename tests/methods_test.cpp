@@ -15,6 +15,7 @@
 
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 
 namespace compresskv {
@@ -31,6 +32,7 @@ MethodSettings settings_of(std::size_t rows) {
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
           .statistics = reference::query_statistics(shape),
+          .output_weights = reference::output_weights(shape),
           .window = 8,
           .lag = 16};
 }
@@ -92,7 +94,8 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
                                             repeated, model[l].cache.strides),
                            {.first = 0, .last = tokens},
                            QueryWindow<float>(model[l].queries.data(),
-                                              QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}));
+                                              QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}),
+                           std::vector<float>(8, 2.0F));
       } else if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(l, view(l), model[l].observation());
       } else {
@@ -169,6 +172,10 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs query statistics"});
     }
+    if (row.needs_outputs) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs output weights"});
+    }
   }
 }
 
@@ -206,21 +213,29 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
 }
 
 /// As the guide's table says it.
-const char* shown_to(Needs needs) {
-  switch (needs) {
+template <class S>
+std::string shown_to() {
+  std::string more;
+  if constexpr (reads_values<S>) {
+    more += ", values";
+  }
+  if constexpr (requires { requires S::needs_hidden_norms; }) {
+    more += ", lengths of hidden states";
+  }
+  switch (S::needs) {
     case Needs::nothing:
-      return "| no | nothing |";
+      return "| no | nothing" + more + " |";
     case Needs::keys:
-      return "| no | keys |";
+      return "| no | keys" + more + " |";
     case Needs::keys_and_values:
       return "| no | keys, values |";
     case Needs::window_attention:
     case Needs::window_queries:
-      return "| yes | the window's queries and keys |";
+      return "| yes | the window's queries and keys" + more + " |";
     case Needs::all_queries:
-      return "| yes | all queries and keys |";
+      return "| yes | all queries and keys" + more + " |";
     case Needs::repeats:
-      return "| no | queries of the context fed once more, keys |";
+      return "| no | queries of the context fed once more, keys" + more + " |";
   }
   return "";
 }
@@ -237,7 +252,7 @@ TEST(Methods, StandInTheGuide) {
       const std::size_t begin = page.find("| `" + std::string(row.name) + "` | ");
       const std::string line = page.substr(begin, page.find('\n', begin) - begin);
       with_method(row.method, settings_of(40), [&](const auto& scorer, const auto&, const auto&) {
-        const std::string shown = shown_to(std::remove_cvref_t<decltype(scorer)>::needs);
+        const std::string shown = shown_to<std::remove_cvref_t<decltype(scorer)>>();
         EXPECT_NE(line.find(shown), std::string::npos) << row.name << " has no " << shown;
       });
     }

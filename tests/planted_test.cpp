@@ -12,6 +12,7 @@
 
 #include "reference/arriving_methods.hpp"
 #include "reference/cache.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 #include "reference/scores.hpp"
@@ -131,6 +132,7 @@ class Planted {
                                   .heads = HeadRanking{{right_}},
                                   .scores = HeadScores(1, shape_.query_heads, scores),
                                   .statistics = statistics(),
+                                  .output_weights = reference::output_weights(shape_),
                                   .heads_per_layer = std::min<std::size_t>(4, right_.size()),
                                   .window = window,
                                   .model_heads = right_.size()};

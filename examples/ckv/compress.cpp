@@ -63,7 +63,8 @@ void PromptCompressor::compress(engine::LayerView& layer, const Observed& observ
 }
 
 void PromptCompressor::observe(engine::LayerView& layer, const compresskv::Stretch& stretch) {
-  compressor_.observe(static_cast<std::size_t>(layer.layer), any_view_of(layer), stretch, queries_of(layer));
+  compressor_.observe(static_cast<std::size_t>(layer.layer), any_view_of(layer), stretch, queries_of(layer),
+                      {layer.hidden_norms, layer.window});
 }
 
 void PromptCompressor::finish(engine::LayerView& layer) {
@@ -95,6 +96,7 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .heads = how.heads,
           .scores = how.scores,
           .statistics = how.statistics,
+          .output_weights = how.output_weights,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,

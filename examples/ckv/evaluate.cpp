@@ -695,7 +695,7 @@ void evaluate(const EvaluateArguments& arguments) {
   if (!wants(arguments, !files.statistics.empty(), &MethodInfo::needs_statistics)) {
     files.statistics.clear();
   }
-  const std::vector<Variant> variants = wanted_variants(arguments, files);
+  std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {
     const std::string_view why = why_not_while_decoding(variant.how.method);
     if (long_loss != arguments.tasks.end() && !why.empty()) {
@@ -710,7 +710,8 @@ void evaluate(const EvaluateArguments& arguments) {
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
   const compresskv::ModelShape shape = model->shape(arguments.cache.type());
   check_calibration(files.heads, files.errors, shape);
-  for (const Variant& variant : variants) {
+  for (Variant& variant : variants) {
+    model->show_outputs(variant.how);
     try {
       variant.how.budget->validate(window_of(variant.how), shape);
       static_cast<void>(compresskv::AnyPlan(shape, variant.how.method, settings_of(variant.how)));

@@ -507,6 +507,7 @@ void load_and_ask(const GenerateArguments& given) {
       .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
   load(files, method, how);
   const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+  model.show_outputs(how);
   check_interrupt();
   if (how.method != Method::full) {
     check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -534,6 +535,7 @@ void generate(const GenerateArguments& arguments) {
   load(files, method, how);
   if (!arguments.save_cache.empty()) {
     const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+    model.show_outputs(how);
     check_interrupt();
     if (how.method != Method::full) {
       check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -543,6 +545,7 @@ void generate(const GenerateArguments& arguments) {
   }
   const std::unique_ptr<ModelEngine> model =
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
+  model->show_outputs(how);
   check_interrupt();
   const std::vector<TokenId> prompt =
       arguments.raw ? encode_prompt(*model, text)

@@ -199,14 +199,17 @@ class Compressor {
   /// `kv` views all rows announced and, behind them, those of the tokens fed since: a request to repeat the
   /// stretch, and its tokens once more. `queries` are the last of these. The engine takes them back before it
   /// feeds the next stretch; one that is fed in parts is shown in parts. May be called again for a stretch.
+  /// `hidden_norms` has one number a query, for `score::KvZipPlus`: the length of the hidden state that the
+  /// layer's attention was given for it, after the norm before attention.
   ///
   /// Throws as `compress`; the scores are then as they were. Cost: that of the scorer.
   template <class V, class O>
-  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& queries) {
+  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& queries,
+               std::span<const float> hidden_norms = {}) {
     if constexpr (call::fits<call::observe<P, V, O>>()) {
       state_.check_layer(layer);
       arrivals_.check_turn();
-      over_layers_.observe(layer, kv, stretch, queries, state_, pass_);
+      over_layers_.observe(layer, kv, stretch, queries, hidden_norms, state_, pass_);
       arrivals_.look_on();
     }
   }

@@ -148,6 +148,19 @@ std::optional<std::size_t> given(std::size_t number) {
   return number == 0 ? std::nullopt : std::optional(number);
 }
 
+ckv::OutputWeights outputs_of(const ckv_settings& c, const ckv::ModelShape& shape) {
+  require(c.output_element >= CKV_F32 && c.output_element <= CKV_BF16, "ckv_settings: output_element is ",
+          static_cast<int>(c.output_element), ", must be CKV_F32, CKV_F16 or CKV_BF16");
+  return ckv::with_plain_kind(static_cast<ckv::ElementKind>(c.output_element), [&]<class T>(T*) {
+    std::vector<const T*> layers;
+    for (const void* const weights : std::span(c.output_weights, shape.layers)) {
+      layers.push_back(static_cast<const T*>(weights));
+    }
+    return ckv::OutputWeights(
+        layers, {.hidden = c.hidden, .query_heads = shape.query_heads, .head_dim = shape.head_dim});
+  });
+}
+
 ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& shape) {
   shape.validate();
   ckv::MethodSettings settings{.budget = budget_of(c),
@@ -188,6 +201,9 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
   }
   if (c.query_statistics != nullptr) {
     settings.statistics = ckv::io::load_query_statistics(c.query_statistics, shape);
+  }
+  if (c.output_weights != nullptr) {
+    settings.output_weights = outputs_of(c, shape);
   }
   if (c.layer_errors != nullptr) {
     settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),
@@ -342,6 +358,14 @@ void with_observation(const ckv_observation* given, const ckv::ModelShape& model
     f(side_by_side ? ckv::QueryWindow<T>(data, shape)
                    : ckv::QueryWindow<T>(data, shape, {.head = o.head_stride, .query = o.query_stride}));
   });
+}
+
+std::span<const float> hidden_norms_of(const ckv_observation* given) {
+  if (given == nullptr) {
+    return {};
+  }
+  const ckv_observation o = as_known(given, "ckv_observation", ckv_observation_init_sized);
+  return {o.hidden_norms, o.hidden_norms == nullptr ? 0 : o.queries};
 }
 
 ckv::Protection protection_of(const ckv_protection* given) {
@@ -506,7 +530,7 @@ ckv_status ckv_observe(ckv_sequence* sequence, size_t layer, ckv_views views, vo
     const ckv::ModelShape& model = sequence->compressor.plan().shape();
     with_observation(observation, model, [&](const auto& shown) {
       sequence->compressor.observe(layer, asked(views, context, layer, model), {.first = first, .last = last},
-                                   shown);
+                                   shown, hidden_norms_of(observation));
     });
   });
 }

@@ -271,6 +271,7 @@ TEST_F(EvaluateWithModel, EveryMethodKeepsTheSameBytesAndWhatGenerateKeeps) {
     if (row.needs_statistics) {
       how.statistics = compresskv::io::load_query_statistics(calibration("_query_statistics.bin"));
     }
+    model().show_outputs(how);
     if (row.needs_scores) {
       how.scores = compresskv::io::load_head_scores(calibration("_head_scores.json"));
     }

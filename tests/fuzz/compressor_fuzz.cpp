@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 
 namespace {
 
@@ -1230,14 +1231,19 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
       runs.push_back({data.ConsumeIntegralInRange(0, 100) / 100.0});
     }
   }
+  const std::vector<float> outputs = reference::random_outputs(1, sizes.shape());
   const bool by_share = data.ConsumeBool();
   const auto amount = data.ConsumeIntegralInRange<std::size_t>(1, 60);
-  MethodSettings settings{.budget = by_share ? Budget::kept_ratio(static_cast<double>(amount) / 60.0)
-                                             : Budget::tokens_per_layer(amount),
-                          .heads = HeadRanking(ranking),
-                          .scores = HeadScores(sizes.layers, heads, runs),
-                          .statistics = statistics_of(sizes),
-                          .window = sizes.window};
+  MethodSettings settings{
+      .budget = by_share ? Budget::kept_ratio(static_cast<double>(amount) / 60.0)
+                         : Budget::tokens_per_layer(amount),
+      .heads = HeadRanking(ranking),
+      .scores = HeadScores(sizes.layers, heads, runs),
+      .statistics = statistics_of(sizes),
+      .output_weights =
+          OutputWeights(std::vector<const float*>(sizes.layers, outputs.data()),
+                        {.hidden = reference::output_rows, .query_heads = heads, .head_dim = sizes.head_dim}),
+      .window = sizes.window};
   if (data.ConsumeBool()) {
     settings.errors = LayerErrors(errors, {});
   }

@@ -193,6 +193,17 @@ static void save_and_load(const ckv_sequence* sequence, const char* method, cons
   ckv_plan_free(plan);
 }
 
+/* The same output projection in all layers. */
+enum { hidden = 12 };
+static float outputs[hidden * query_heads * head_dim];
+static const void* output_weights[layers];
+static float hidden_norms[repeated];
+static void fill_outputs(void) {
+  for (size_t i = 0; i < sizeof(outputs) / sizeof(*outputs); ++i) outputs[i] = next_number();
+  for (size_t i = 0; i < repeated; ++i) hidden_norms[i] = 1.0F + (float)(i % 3);
+  for (size_t l = 0; l < layers; ++l) output_weights[l] = outputs;
+}
+
 static void run_method(const char* method) {
   static float original[layers * layer_floats];
   uint32_t ranking[layers * query_heads];
@@ -218,20 +229,28 @@ static void run_method(const char* method) {
   settings.ranked_heads = query_heads;
   settings.scores = scores;
   settings.query_statistics = statistics_file;
+  settings.output_weights = output_weights;
+  settings.output_element = CKV_F32;
+  settings.hidden = hidden;
   settings.model_heads = 4;
   CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
   CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
   if (sequence == NULL) return;
   const int repeats = ckv_plan_repeats(plan);
   const size_t prompt = repeats ? tokens - repeated : tokens;
-  CHECK(repeats == (strcmp(method, "kvzip") == 0));
+  CHECK(repeats == (strncmp(method, "kvzip", 5) == 0));
   ckv_plan_free(plan); /* the sequence goes on */
   CHECK(ckv_begin(sequence, prompt, NULL) == CKV_OK);
   for (size_t l = 0; l < layers; ++l) {
-    const ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
+    ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
     if (repeats) { /* the last rows are those of tokens that repeat the others */
       CHECK_FAILS(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
                   "call observe()");
+      if (strcmp(method, "kvzip-plus") == 0) {
+        CHECK_FAILS(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown), CKV_BAD_ARGUMENT,
+                    "was shown no hidden_norms");
+        shown.hidden_norms = hidden_norms;
+      }
       CHECK(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown) == CKV_OK);
       for (size_t h = 0; h < kv_heads; ++h) rows[l][h] = prompt; /* taken back */
     } else {
@@ -516,6 +535,21 @@ static void wrong_calls(void) {
   CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_FAILED,
               "no such file: check the path");
   ckv_settings_init(&settings);
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "needs output weights");
+  settings.output_weights = output_weights;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "layers of 0 rows of");
+  settings.hidden = hidden;
+  settings.output_element = CKV_Q8_0;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "output_element is 3");
+  settings.output_element = CKV_F32;
+  output_weights[1] = NULL;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "output weights of layer 1 are null");
+  output_weights[1] = outputs;
+  ckv_settings_init(&settings);
   CHECK_FAILS(ckv_plan_create(&model, "snapvk", &settings, &plan), CKV_BAD_ARGUMENT,
               "must be one of full, compresskv");
   CHECK(plan == NULL);
@@ -708,6 +742,7 @@ int main(void) {
                                         "lagkv",
                                         "cur",
                                         "chunkkv",
+                                        "criticalkv",
                                         "streaming",
                                         "random",
                                         "carried",
@@ -715,12 +750,14 @@ int main(void) {
                                         "blend",
                                         "blend-carried",
                                         "kvzip",
+                                        "kvzip-plus",
                                         "expected-attention",
                                         "expected-attention-adaptive",
                                         "q-filter",
                                         "triattention",
                                         "rkv"};
   write_statistics();
+  fill_outputs();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -35,6 +36,7 @@ MethodSettings settings() {
                      // Of group 0 none: its KV head falls back to the other's.
                      .heads = HeadRanking({{3, 2, 1, 0}}),
                      .statistics = reference::query_statistics(shape),
+                     .output_weights = reference::output_weights(shape),
                      .window = window};
   out.heads_per_layer = 2;
   return out;

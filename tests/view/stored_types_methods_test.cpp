@@ -13,6 +13,7 @@
 
 #include "reference/arriving_methods.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/stored.hpp"
 
@@ -121,6 +122,7 @@ Selection selected(Method method, const Layer<float>& layer, const V& view) {
                                 .heads = HeadRanking{layer.ranking},
                                 .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
                                 .statistics = reference::query_statistics(layer.shape),
+                                .output_weights = reference::output_weights(layer.shape),
                                 .model_heads = 4,
                                 .lag = 16};
   Selection selection;

@@ -10,6 +10,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/output_weights.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/method_settings.hpp"
@@ -62,6 +63,9 @@ inline MethodSettings settings_of_layers(MethodSettings settings, const ModelSha
   }
   if (settings.statistics && settings.statistics->layers() == shape.layers) {
     settings.statistics = settings.statistics->of_layers(layers);
+  }
+  if (settings.output_weights && settings.output_weights->layers() == shape.layers) {
+    settings.output_weights = settings.output_weights->of_layers(layers);
   }
   if (settings.errors && settings.errors->layers() == shape.layers) {
     settings.errors = errors_of_layers(*settings.errors, layers);
