@@ -143,6 +143,8 @@ double share_held(const MethodInfo& method, const Case& c) {
                            std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5})),
       .statistics = flat_statistics(method, c.shape),
       .output_weights = reference::output_weights(c.shape),
+      .kv_scores = HeadScores(c.shape.layers, c.shape.kv_heads,
+                              std::vector<std::vector<double>>(c.shape.layers * c.shape.kv_heads, {0.5})),
       .window = 8};
   std::vector<std::uint32_t> first(rows);
   std::iota(first.begin(), first.end(), 0U);

@@ -33,6 +33,7 @@ MethodSettings settings_of(std::size_t rows) {
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
           .statistics = reference::query_statistics(shape),
           .output_weights = reference::output_weights(shape),
+          .kv_scores = HeadScores(layers, 3, std::vector<std::vector<double>>(layers * 3, {0.5})),
           .window = 8,
           .lag = 16};
 }
@@ -64,6 +65,9 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
   EXPECT_EQ(score::Cur::Options{}.sinks, library.sinks);
   EXPECT_EQ(score::Cur::Options{}.block, library.block);
   EXPECT_EQ(score::ChunkKvOptions{}.chunk, library.chunk);
+  EXPECT_EQ(score::DuoAttention::Options{}.sinks, library.head_sinks);
+  EXPECT_EQ(score::DuoAttention::Options{}.recent, library.head_recent);
+  EXPECT_EQ(budget::WholeHeads::default_least, library.head_sinks + library.head_recent);
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.
@@ -168,6 +172,10 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs raw head scores"});
     }
+    if (row.needs_kv_scores) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs scores of KV heads"});
+    }
     if (row.needs_statistics) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs query statistics"});
@@ -186,8 +194,13 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   settings.block = 3;
   settings.chunk = 11;
   settings.lag = 1;
+  settings.head_sinks = 5;
+  settings.head_recent = 9;
   const auto look = [](const auto& scorer, const auto&, const auto&) {
-    if constexpr (requires { scorer.options().block; }) {
+    if constexpr (requires { scorer.options().recent; }) {
+      EXPECT_EQ(scorer.options().sinks, 5U);
+      EXPECT_EQ(scorer.options().recent, 9U);
+    } else if constexpr (requires { scorer.options().block; }) {
       EXPECT_EQ(scorer.options().block, 3U);
       EXPECT_EQ(scorer.options().sinks, 7U);
     } else if constexpr (requires { scorer.options().chunk; }) {
@@ -203,7 +216,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::lagkv, settings, look); },
                               {"lag is 1", "at least 2"});
   settings.lag = 33;
-  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv}) {
+  for (const Method method :
+       {Method::lagkv, Method::cur, Method::chunkkv, Method::duoattention, Method::kvzip_heads}) {
     with_method(method, settings, look);
   }
   settings.block = 0;

@@ -30,8 +30,8 @@ struct Compression {
   std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
   std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
   std::optional<compresskv::OutputWeights> output_weights = std::nullopt;  ///< likewise
-  /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
-  /// same.
+  std::optional<compresskv::HeadScores> kv_scores = std::nullopt;          ///< of KV heads, likewise
+  /// Budgets by these errors, but for methods with budgets of their own; absent: every layer the same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
   std::optional<std::size_t> min_rows =
       std::nullopt;                                  ///< fewest rows of a layer then; absent: 32 or the mean
@@ -49,6 +49,8 @@ struct Compression {
   std::size_t lag = 128;         ///< of `lagkv`
   std::size_t block = 16;        ///< of `cur`
   std::size_t chunk = 20;        ///< of `chunkkv`
+  std::size_t head_sinks = 128;  ///< of `duoattention` and `kvzip-heads`; so the next one
+  std::size_t head_recent = 256;
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;

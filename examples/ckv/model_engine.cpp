@@ -20,6 +20,8 @@ std::string_view why_not_in_llama_cpp(Method method) {
     case Method::adakv:
     case Method::compresskv_adaptive:
     case Method::expected_attention_adaptive:
+    case Method::duoattention:
+    case Method::kvzip_heads:
       return "gives KV heads unequal rows, and a cell of llama.cpp is one row of all heads";
     case Method::h2o:
       return "wants the attention of all queries, which llama.cpp does not show";

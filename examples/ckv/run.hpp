@@ -75,6 +75,8 @@ void check_calibration(const std::filesystem::path& heads, const std::filesystem
 
 /// What is left to say where a method needs query statistics and there are none: who makes them.
 std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
+/// Likewise of scores of KV heads.
+std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
 
 /// Keys and values of a layer that has ended its prefill, as the library sees them.
 template <typename T>

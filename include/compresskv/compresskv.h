@@ -107,6 +107,9 @@ typedef struct ckv_settings {
   const void* const* output_weights;
   ckv_element output_element;
   size_t hidden; /* elements of the hidden state */
+  const double* kv_scores; /* [layer][kv_head], scores of KV heads, for kvzip-heads; NULL: none */
+  size_t head_sinks;       /* of duoattention and kvzip-heads: first and most recent tokens of heads that do */
+  size_t head_recent;      /* not keep all */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;
@@ -259,7 +262,8 @@ ckv_status ckv_next_position(const ckv_sequence* sequence, size_t layer, size_t*
 /* Rows that the layer holds when the sequence has `tokens` tokens, those appended since included. */
 ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t layer, size_t kv_head,
                          size_t* rows);
-/* Rows that the layer may keep, as of the last begin. */
+/* Rows that a KV head of the layer may keep, as of the last begin; of duoattention and kvzip-heads the head
+ * that may keep most. */
 ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows);
 /* Bytes of scratch and of positions held. */
 size_t ckv_memory_bytes(const ckv_sequence* sequence);

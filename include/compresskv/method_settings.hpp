@@ -50,6 +50,8 @@ enum class Method {
   q_filter,
   triattention,
   rkv,
+  duoattention,
+  kvzip_heads,
 };
 
 /// One row of the table of methods.
@@ -63,6 +65,7 @@ struct MethodInfo {
   bool needs_scores = false;      ///< raw head scores: a ranking is not enough
   bool needs_statistics = false;  ///< query statistics
   bool needs_outputs = false;     ///< output weights
+  bool needs_kv_scores = false;   ///< scores of KV heads
   bool repeats = false;           ///< the engine feeds the context once more: `observe` in place of `arrive`
   std::size_t window = 8;         ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
@@ -70,7 +73,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 29> methods = {{
+inline constexpr std::array<MethodInfo, 31> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -182,6 +185,18 @@ inline constexpr std::array<MethodInfo, 29> methods = {{
      .per_head = true,
      .pool = kernel::Pool::max,
      .pool_width = 7},
+    {.method = Method::duoattention,
+     .name = "duoattention",
+     .summary = "all rows of the KV heads that retrieve best, of the others the first and the most recent",
+     .paper = "2410.10819",
+     .per_head = true,
+     .needs_scores = true},
+    {.method = Method::kvzip_heads,
+     .name = "kvzip-heads",
+     .summary = "as duoattention, the heads chosen by what they look at when the model repeats a text",
+     .paper = "2505.23416",
+     .per_head = true,
+     .needs_kv_scores = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -215,8 +230,9 @@ struct MethodSettings {
   std::optional<HeadScores> scores = std::nullopt;             ///< for methods with `needs_scores`
   std::optional<QueryStatistics> statistics = std::nullopt;    ///< for methods with `needs_statistics`
   std::optional<OutputWeights> output_weights = std::nullopt;  ///< for methods with `needs_outputs`
+  std::optional<HeadScores> kv_scores = std::nullopt;  ///< of KV heads, for methods with `needs_kv_scores`
   std::optional<LayerErrors> errors =
-      std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
+      std::nullopt;  ///< error-aware budgets, for all whose layers do not share by rules of their own
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
   std::size_t heads_per_layer = 4;
   std::optional<std::size_t> window = std::nullopt;      ///< absent: the method's own; so the two below
@@ -234,6 +250,8 @@ struct MethodSettings {
   std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
   float lambda = 0.07F;                                  ///< of rkv: weight of attention
   float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
+  std::size_t head_sinks = 128;                          ///< of duoattention and kvzip-heads: what heads
+  std::size_t head_recent = 256;                         ///< keep that do not keep all
 };
 
 }  // namespace compresskv

@@ -5,6 +5,7 @@
 #include "compresskv/budget/one_of.hpp"
 #include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/budget/whole_heads.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/method_settings.hpp"
 #include "compresskv/score/blend.hpp"
@@ -14,6 +15,7 @@
 #include "compresskv/score/chunk_kv.hpp"
 #include "compresskv/score/critical_kv.hpp"
 #include "compresskv/score/cur.hpp"
+#include "compresskv/score/duo_attention.hpp"
 #include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
@@ -39,8 +41,9 @@
 namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
-/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking, head
-/// scores, query statistics, output weights), and options that a policy refuses: ArgumentError.
+/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking,
+/// scores of query or KV heads, query statistics, output weights), and options that a policy refuses:
+/// ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -53,6 +56,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                   " needs query statistics: give those that calibration wrote for this model");
   detail::require(!info(method).needs_outputs || settings.output_weights.has_value(), "method ",
                   info(method).name, " needs output weights: give the model's own, OutputWeights");
+  detail::require(!info(method).needs_kv_scores || settings.kv_scores.has_value(), "method ",
+                  info(method).name,
+                  " needs scores of KV heads: give those that calibration wrote for this model");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -74,6 +80,12 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                                              .pool_width = pool_width};
   };
   const auto snap = [&] { return score::SnapKv{{.window = window, .pool = pool, .pool_width = pool_width}}; };
+  const auto whole_heads = [&](const HeadScores& scores) -> decltype(auto) {
+    return f(
+        score::DuoAttention{{.sinks = settings.head_sinks, .recent = settings.head_recent, .window = window}},
+        select::GroupedTopK{},
+        budget::WholeHeads{scores, settings.budget, settings.head_sinks + settings.head_recent});
+  };
   switch (method) {
     case Method::compresskv_grouped:
       return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::GroupedTopK{}, budgets);
@@ -172,6 +184,10 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                            .pool = pool,
                            .pool_width = pool_width}},
                select::GroupedTopK{}, budgets);
+    case Method::duoattention:
+      return whole_heads(*settings.scores);
+    case Method::kvzip_heads:
+      return whole_heads(*settings.kv_scores);
     case Method::compresskv:
     case Method::full:
       break;

@@ -177,16 +177,24 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
                                .model_share = c.model_share,
                                .lag = c.lag,
                                .block = c.block,
-                               .chunk = c.chunk};
+                               .chunk = c.chunk,
+                               .head_sinks = c.head_sinks,
+                               .head_recent = c.head_recent};
   if (c.min_rows > 0) {
     settings.min_rows = c.min_rows;
   }
-  if (c.scores != nullptr) {
+  const auto scores_of = [&](const double* scores, std::size_t heads) {
     std::vector<std::vector<double>> runs;
-    for (const double score : std::span(c.scores, shape.layers * shape.query_heads)) {
+    for (const double score : std::span(scores, shape.layers * heads)) {
       runs.push_back({score});
     }
-    settings.scores.emplace(shape.layers, shape.query_heads, std::move(runs));
+    return ckv::HeadScores(shape.layers, heads, std::move(runs));
+  };
+  if (c.kv_scores != nullptr) {
+    settings.kv_scores = scores_of(c.kv_scores, shape.kv_heads);
+  }
+  if (c.scores != nullptr) {
+    settings.scores = scores_of(c.scores, shape.query_heads);
     settings.heads = settings.scores->ranking();
   }
   if (c.ranking != nullptr) {
@@ -429,6 +437,8 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.lag = library.lag;
   defaults.block = library.block;
   defaults.chunk = library.chunk;
+  defaults.head_sinks = library.head_sinks;
+  defaults.head_recent = library.head_recent;
   init_as(settings, defaults, struct_size);
 }
 
@@ -596,8 +606,10 @@ ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows
   return guarded([&] {
     require_given(sequence, "sequence");
     require_given(rows, "rows");
-    sequence->compressor.retained(layer);  // the layer is there
-    *rows = sequence->compressor.capacities()[layer];
+    sequence->compressor.retained(layer);                       // the layer is there
+    const auto capacities = sequence->compressor.capacities();  // of each layer one, or one a KV head
+    const std::size_t of_layer = capacities.size() / sequence->compressor.plan().shape().layers;
+    *rows = *std::ranges::max_element(capacities.subspan(layer * of_layer, of_layer));
   });
 }
 

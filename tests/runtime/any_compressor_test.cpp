@@ -79,12 +79,14 @@ struct Cache {
 
 MethodSettings settings() {
   const std::vector<std::uint32_t> heads = {0, 1, 2, 3};
-  return {.budget = Budget::tokens_per_layer(24),
-          .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
-          .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
-          .statistics = reference::query_statistics(shape),
-          .output_weights = reference::output_weights(shape),
-          .model_heads = 4};
+  return {
+      .budget = Budget::tokens_per_layer(24),
+      .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
+      .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
+      .statistics = reference::query_statistics(shape),
+      .output_weights = reference::output_weights(shape),
+      .kv_scores = HeadScores(3, shape.kv_heads, std::vector<std::vector<double>>(3 * shape.kv_heads, {0.5})),
+      .model_heads = 4};
 }
 
 template <class F>

@@ -208,6 +208,7 @@ static void run_method(const char* method) {
   static float original[layers * layer_floats];
   uint32_t ranking[layers * query_heads];
   double scores[layers * query_heads];
+  double kv_scores[layers * kv_heads];
   ckv_settings settings;
   ckv_plan* plan = NULL;
   ckv_sequence* sequence = NULL;
@@ -221,7 +222,10 @@ static void run_method(const char* method) {
     ranking[i] = i % query_heads;
     scores[i] = 1.0 + (double)(i % 5);
   }
+  for (uint32_t i = 0; i < layers * kv_heads; ++i) kv_scores[i] = (double)(i % 3);
   ckv_settings_init(&settings);
+  CHECK(settings.head_sinks == 128 && settings.head_recent == 256);
+  settings.kv_scores = kv_scores;
   settings.budget = CKV_BUDGET_ROWS;
   settings.budget_amount = budget;
   settings.window = window;
@@ -241,6 +245,10 @@ static void run_method(const char* method) {
   CHECK(repeats == (strncmp(method, "kvzip", 5) == 0));
   ckv_plan_free(plan); /* the sequence goes on */
   CHECK(ckv_begin(sequence, prompt, NULL) == CKV_OK);
+  if (strcmp(method, "kvzip-heads") == 0) { /* layer 1 has the first of the best heads, which may keep more */
+    size_t rows_of_best = 0;
+    CHECK(ckv_capacity(sequence, 1, &rows_of_best) == CKV_OK && rows_of_best > budget);
+  }
   for (size_t l = 0; l < layers; ++l) {
     ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
     if (repeats) { /* the last rows are those of tokens that repeat the others */
@@ -755,7 +763,9 @@ int main(void) {
                                         "expected-attention-adaptive",
                                         "q-filter",
                                         "triattention",
-                                        "rkv"};
+                                        "rkv",
+                                        "duoattention",
+                                        "kvzip-heads"};
   write_statistics();
   fill_outputs();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {

@@ -144,6 +144,10 @@ inline MethodSettings small_settings() {
       .scores = HeadScores(small_model.layers, small_model.query_heads, scores),
       .statistics = query_statistics(small_model),
       .output_weights = output_weights(small_model),
+      .kv_scores = HeadScores(
+          small_model.layers, small_model.kv_heads,
+          {scores.begin(),
+           scores.begin() + static_cast<std::ptrdiff_t>(small_model.layers * small_model.kv_heads)}),
       .heads_per_layer = 2,
       .window = 8,
       .model_heads = 4,

@@ -41,6 +41,9 @@ MethodSettings settings_saved(Budget budget) {
       .scores = HeadScores(3, 4, scores),
       .statistics = reference::query_statistics(model_saved),
       .output_weights = reference::output_weights(model_saved),
+      .kv_scores = HeadScores(
+          3, model_saved.kv_heads,
+          {scores.begin(), scores.begin() + static_cast<std::ptrdiff_t>(3 * model_saved.kv_heads)}),
       .errors = LayerErrors(errors, {{.name = "set", .errors = errors}}),
       .min_rows = 20,
       .heads_per_layer = 2,

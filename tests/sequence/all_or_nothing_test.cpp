@@ -264,6 +264,9 @@ MethodSettings settings() {
                      .scores = HeadScores(layers, query_heads, runs),
                      .statistics = reference::query_statistics(shape),
                      .output_weights = reference::output_weights(shape),
+                     .kv_scores = HeadScores(
+                         layers, shape.kv_heads,
+                         {runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(layers * shape.kv_heads)}),
                      .window = window};
   out.heads_per_layer = 2;
   out.model_heads = 4;

@@ -33,7 +33,7 @@
 
 namespace compresskv {
 
-/// Shares a turn's rows out among the layers, as `budget::Allocator::allocate` has it.
+/// Shares a turn's rows out among the layers, or among all KV heads, as `budget::Allocator::allocate` has it.
 using ShareRows = FunctionRef<void(const budget::Allowance& allowance, std::span<std::size_t> capacities)>;
 
 /// What an engine may add to a method that is chosen by name.

@@ -34,6 +34,7 @@ template <budget::Allocator A>
 class SharedByEngine {
  public:
   static constexpr Reach reach = Reach::own_layer;
+  static constexpr Granularity granularity = budget::granularity_of<A>;
 
   SharedByEngine(A own, const AnyPlanOptions& options)
       : own_(std::move(own)), share_rows_(options.share_rows) {}

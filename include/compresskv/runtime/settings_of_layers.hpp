@@ -61,6 +61,9 @@ inline MethodSettings settings_of_layers(MethodSettings settings, const ModelSha
   if (settings.scores && settings.scores->layers() == shape.layers) {
     settings.scores = scores_of_layers(*settings.scores, layers);
   }
+  if (settings.kv_scores && settings.kv_scores->layers() == shape.layers) {
+    settings.kv_scores = scores_of_layers(*settings.kv_scores, layers);
+  }
   if (settings.statistics && settings.statistics->layers() == shape.layers) {
     settings.statistics = settings.statistics->of_layers(layers);
   }
