@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs PyTorch and kvpress into build/peers-venv, builds what they are measured against, and prints the
-# table. Options go to peers.py: --threads 1,2 --pairs 31 --out results.json.
+# table. Options go to peers.py: --threads 1,2 --pairs 31 --out results.json. With `methods` in front they go to
+# methods.py, which times every method beside kvpress's.
 # With PYTHON set, that interpreter is used as it is: it must have torch and kvpress.
 set -euo pipefail
 
@@ -19,4 +20,9 @@ fi
 
 cmake -S "$root" -B "$root/build" -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null
 cmake --build "$root/build" --target peers >&2
-exec "$PYTHON" "$root/bench/peers/peers.py" --library "$root/build/bench/libpeers.so" "$@"
+program=peers
+if [ "${1:-}" = methods ]; then
+  program=methods
+  shift
+fi
+exec "$PYTHON" "$root/bench/peers/$program.py" --library "$root/build/bench/libpeers.so" "$@"

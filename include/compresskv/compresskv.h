@@ -278,6 +278,27 @@ ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows
 /* Bytes of scratch and of positions held. */
 size_t ckv_memory_bytes(const ckv_sequence* sequence);
 
+/* ---- saving a sequence ------------------------------------------------------------------------------ */
+
+/* What a sequence was compressed with, beside what its plan says itself (model, method's name, window,
+ * budget): texts of the program's that are saved with it, and that whoever loads it must give again. NULL:
+ * empty. */
+typedef struct ckv_made_with {
+  const char* settings;    /* the method's other settings */
+  const char* calibration; /* digests of what was measured of the model */
+} ckv_made_with;
+
+/* Writes what the sequence remembers to `bytes`, between turns; the program saves the rows of its cache
+ * beside it, in order. *size is how many bytes it takes. Where `capacity` is below that none is written: with
+ * capacity 0 (`bytes` may be NULL) the call only asks, any other is an error. `made` may be NULL. */
+ckv_status ckv_save(const ckv_sequence* sequence, const ckv_made_with* made, void* bytes, size_t capacity,
+                    size_t* size);
+/* Takes up a sequence that was saved, in place of the one at hand: from here on every call gives what it
+ * would have given to the sequence that was saved. `bytes` are all that ckv_save wrote, wherever they lie.
+ * CKV_BAD_ARGUMENT where it is that of another model, method, window, budget or `made`; CKV_FAILED where its
+ * bytes are damaged, cut off or of another version. */
+ckv_status ckv_load(ckv_sequence* sequence, const ckv_made_with* made, const void* bytes, size_t size);
+
 #ifdef __cplusplus
 }
 #endif

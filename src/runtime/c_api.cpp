@@ -3,11 +3,15 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <istream>
 #include <limits>
 #include <new>
 #include <optional>
 #include <span>
+#include <sstream>
+#include <streambuf>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -15,6 +19,7 @@
 #include "compresskv/io/query_statistics_file.hpp"
 #include "compresskv/io/surrogate_file.hpp"
 #include "compresskv/runtime/any_compressor.hpp"
+#include "compresskv/sequence/saved_bytes.hpp"
 #include "compresskv/view/attention_matrix.hpp"
 #include "compresskv/view/hidden_states.hpp"
 #include "compresskv/view/int8_kv.hpp"
@@ -403,6 +408,23 @@ const ckv::Retained& retained_of(const ckv_sequence& sequence, std::size_t layer
   return sequence.compressor.retained(layer);
 }
 
+ckv::MadeWith made_of(const ckv_made_with* given) {
+  const auto text = [](const char* t) { return t == nullptr ? std::string_view() : std::string_view(t); };
+  return given == nullptr
+             ? ckv::MadeWith{}
+             : ckv::MadeWith{.method = text(given->settings), .calibration = text(given->calibration)};
+}
+
+/// The caller's memory as a stream's: read where it lies, never written.
+class MemoryBuffer : public std::streambuf {
+ public:
+  MemoryBuffer(const void* bytes, std::size_t size) {
+    char* const first = const_cast<char*>(static_cast<const char*>(bytes));
+    setg(first, first, first + size);
+  }
+  std::size_t rest() const { return static_cast<std::size_t>(egptr() - gptr()); }
+};
+
 /// Nothing was shrunk yet.
 void start_answer(ckv_views views, const std::size_t** changed, std::size_t* count) {
   require(views != nullptr && changed != nullptr && count != nullptr,
@@ -613,6 +635,40 @@ ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows
 
 size_t ckv_memory_bytes(const ckv_sequence* sequence) {
   return sequence == nullptr ? 0 : sequence->compressor.memory_bytes();
+}
+
+ckv_status ckv_save(const ckv_sequence* sequence, const ckv_made_with* made, void* bytes, size_t capacity,
+                    size_t* size) {
+  return guarded([&] {
+    require_given(size, "size");
+    *size = 0;
+    require_given(sequence, "sequence");
+    require(bytes != nullptr || capacity == 0, "bytes is NULL, capacity is ", capacity);
+    std::ostringstream out;
+    sequence->compressor.save(out, made_of(made));
+    const std::string_view saved = out.view();
+    *size = saved.size();
+    require(capacity == 0 || capacity >= saved.size(), "capacity is ", capacity, ", the saved sequence has ",
+            saved.size(), " bytes: give as many");
+    if (capacity > 0) {
+      std::memcpy(bytes, saved.data(), saved.size());
+    }
+  });
+}
+
+ckv_status ckv_load(ckv_sequence* sequence, const ckv_made_with* made, const void* bytes, size_t size) {
+  return guarded([&] {
+    require_given(sequence, "sequence");
+    require(bytes != nullptr || size == 0, "bytes is NULL, size is ", size);
+    MemoryBuffer memory(bytes, size);
+    std::istream in(&memory);
+    // Not into the one at hand, which stays as it is where bytes are left over.
+    ckv::AnyCompressor loaded(sequence->compressor.plan());
+    loaded.load(in, made_of(made));
+    ckv::sequence::require_saved(memory.rest() == 0, "has ", memory.rest(),
+                                 " bytes behind its end: give those of ckv_save alone");
+    sequence->compressor = std::move(loaded);
+  });
 }
 
 }  // extern "C"

@@ -152,6 +152,47 @@ static void write_statistics(void) {
   CHECK(fclose(file) == 0);
 }
 
+enum { saved_room = 4096 };
+
+/* Two sequences remember the same. */
+static void check_same(const ckv_sequence* a, const ckv_sequence* b) {
+  for (size_t l = 0; l < layers; ++l) {
+    size_t numbers[2] = {0, 1};
+    CHECK(ckv_next_position(a, l, &numbers[0]) == CKV_OK && ckv_next_position(b, l, &numbers[1]) == CKV_OK);
+    CHECK(numbers[0] == numbers[1]);
+    CHECK(ckv_capacity(a, l, &numbers[0]) == CKV_OK && ckv_capacity(b, l, &numbers[1]) == CKV_OK);
+    CHECK(numbers[0] == numbers[1]);
+    for (size_t h = 0; h < kv_heads; ++h) {
+      uint32_t positions[2][tokens];
+      CHECK(ckv_positions_kept(a, l, h, positions[0], tokens, &numbers[0]) == CKV_OK);
+      CHECK(ckv_positions_kept(b, l, h, positions[1], tokens, &numbers[1]) == CKV_OK);
+      CHECK(numbers[0] == numbers[1] && numbers[0] <= tokens);
+      CHECK(memcmp(positions[0], positions[1], numbers[0] * sizeof(uint32_t)) == 0);
+    }
+  }
+}
+
+/* Saved, loaded by a sequence of another plan that is made the same way, and saved again. */
+static void save_and_load(const ckv_sequence* sequence, const char* method, const ckv_settings* settings) {
+  static unsigned char bytes[saved_room];
+  static unsigned char again[saved_room];
+  ckv_plan* plan = NULL;
+  ckv_sequence* loaded = NULL;
+  size_t size = 0;
+  size_t asked = 0;
+  CHECK(ckv_plan_create(&model, method, settings, &plan) == CKV_OK);
+  CHECK(ckv_sequence_create(plan, &loaded) == CKV_OK);
+  CHECK(ckv_save(sequence, NULL, NULL, 0, &asked) == CKV_OK && asked > 0 && asked < saved_room);
+  memset(bytes, 0xAB, sizeof(bytes));
+  CHECK(ckv_save(sequence, NULL, bytes, saved_room, &size) == CKV_OK && size == asked && bytes[size] == 0xAB);
+  CHECK(ckv_load(loaded, NULL, bytes, size) == CKV_OK);
+  check_same(sequence, loaded);
+  CHECK(ckv_save(loaded, NULL, again, size, &asked) == CKV_OK && asked == size);
+  CHECK(memcmp(bytes, again, size) == 0);
+  ckv_sequence_free(loaded);
+  ckv_plan_free(plan);
+}
+
 /* The same output projection in all layers. */
 enum { hidden = 12 };
 static float outputs[hidden * query_heads * head_dim];
@@ -278,6 +319,7 @@ static void run_method(const char* method) {
   }
   CHECK(total == (strcmp(method, "full") == 0 ? (size_t)(layers * kv_heads * tokens)
                                               : (size_t)(layers * kv_heads * budget)));
+  save_and_load(sequence, method, &settings);
   ckv_sequence_free(sequence);
 }
 
@@ -666,6 +708,111 @@ static void wrong_calls(void) {
   ckv_plan_free(NULL);
 }
 
+/* A turn that appends `appended` rows to every layer, of numbers of its own. */
+static void next_turn(ckv_sequence* sequence, size_t appended) {
+  const size_t* changed = NULL;
+  size_t count = 0;
+  for (size_t l = 0; l < layers; ++l) {
+    for (size_t h = 0; h < kv_heads; ++h) {
+      const size_t first = l * layer_floats + h * head_floats + rows[l][h] * head_dim;
+      for (size_t i = first; i < first + appended * head_dim; ++i) {
+        keys[i] = exact(i) / 8.0F;
+        values[i] = exact(3 * i);
+      }
+      rows[l][h] += appended;
+    }
+  }
+  CHECK(ckv_begin_turn(sequence, tokens + appended, NULL) == CKV_OK);
+  for (size_t l = 0; l < layers; ++l) {
+    const ckv_observation shown = queries_of(l, window);
+    CHECK(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count) == CKV_OK);
+    for (size_t h = 0; h < kv_heads; ++h) CHECK(ckv_rows_kept(sequence, l, h, &rows[l][h]) == CKV_OK);
+  }
+}
+
+/* A sequence goes on as if it had not been saved; and what is refused. */
+static void saving(void) {
+  static unsigned char bytes[saved_room];
+  static unsigned char damaged[saved_room];
+  static float left[2][layers * layer_floats];
+  static size_t left_rows[layers][kv_heads];
+  const ckv_made_with made = {"pool 5", "sha256:1234"};
+  const ckv_made_with other = {"pool 7", "sha256:1234"};
+  const ckv_made_with none = {NULL, NULL};
+  ckv_settings settings;
+  ckv_plan* plan = NULL;
+  ckv_plan* other_plan = NULL;
+  ckv_sequence* sequence = NULL;
+  ckv_sequence* loaded = NULL;
+  ckv_sequence* other_method = NULL;
+  const size_t* changed = NULL;
+  size_t count = 0;
+  size_t size = 99;
+
+  fill();
+  ckv_settings_init(&settings);
+  settings.budget = CKV_BUDGET_ROWS;
+  settings.budget_amount = budget;
+  CHECK(ckv_plan_create(&model, "adakv", &settings, &plan) == CKV_OK);
+  CHECK(ckv_plan_create(&model, "knorm", &settings, &other_plan) == CKV_OK);
+  CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
+  CHECK(ckv_sequence_create(plan, &loaded) == CKV_OK);
+  CHECK(ckv_sequence_create(other_plan, &other_method) == CKV_OK);
+  CHECK_FAILS(ckv_save(sequence, &made, NULL, 0, &size), CKV_BAD_ARGUMENT, "begin() was not called");
+  CHECK(size == 0);
+  CHECK(ckv_begin(sequence, tokens, NULL) == CKV_OK);
+  for (size_t l = 0; l < layers; ++l) {
+    const ckv_observation shown = queries_of(l, window);
+    CHECK(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count) == CKV_OK);
+    for (size_t h = 0; h < kv_heads; ++h) CHECK(ckv_rows_kept(sequence, l, h, &rows[l][h]) == CKV_OK);
+  }
+
+  CHECK_FAILS(ckv_save(NULL, &made, bytes, saved_room, &size), CKV_BAD_ARGUMENT, "sequence is NULL");
+  CHECK_FAILS(ckv_save(sequence, &made, bytes, saved_room, NULL), CKV_BAD_ARGUMENT, "size is NULL");
+  CHECK_FAILS(ckv_save(sequence, &made, NULL, 8, &size), CKV_BAD_ARGUMENT, "bytes is NULL, capacity is 8");
+  memset(bytes, 0xAB, sizeof(bytes));
+  CHECK_FAILS(ckv_save(sequence, &made, bytes, 40, &size), CKV_BAD_ARGUMENT, "capacity is 40, the saved");
+  CHECK(bytes[0] == 0xAB && size > 40);
+  CHECK(ckv_save(sequence, &made, bytes, size, &size) == CKV_OK);
+
+  CHECK(ckv_begin(loaded, 30, NULL) == CKV_OK);
+  CHECK_FAILS(ckv_load(NULL, &made, bytes, size), CKV_BAD_ARGUMENT, "sequence is NULL");
+  CHECK_FAILS(ckv_load(loaded, &made, NULL, 8), CKV_BAD_ARGUMENT, "bytes is NULL, size is 8");
+  CHECK_FAILS(ckv_load(loaded, &made, NULL, 0), CKV_FAILED, "was cut off");
+  CHECK_FAILS(ckv_load(loaded, &other, bytes, size), CKV_BAD_ARGUMENT,
+              "method is 'adakv, pool 5', this plan's is 'adakv, pool 7'");
+  CHECK_FAILS(ckv_load(loaded, &none, bytes, size), CKV_BAD_ARGUMENT, "method is 'adakv, pool 5'");
+  CHECK_FAILS(ckv_load(other_method, &made, bytes, size), CKV_BAD_ARGUMENT, "this plan's is 'knorm, pool 5'");
+  for (size_t i = 0; i < size; ++i) {
+    CHECK(ckv_load(loaded, &made, bytes, i) == CKV_FAILED);
+    memcpy(damaged, bytes, size);
+    damaged[i] ^= 0x10U;
+    CHECK(ckv_load(loaded, &made, damaged, size) == CKV_FAILED);
+  }
+  memcpy(damaged, bytes, size);
+  CHECK_FAILS(ckv_load(loaded, &made, damaged, size + 3), CKV_FAILED, "has 3 bytes behind its end");
+  CHECK(ckv_held_rows(loaded, 31, 0, 0, &count) == CKV_OK && count == 31); /* as it was */
+
+  memcpy(left[0], keys, sizeof(keys));
+  memcpy(left[1], values, sizeof(values));
+  memcpy(left_rows, rows, sizeof(rows));
+  CHECK(ckv_load(loaded, &made, bytes, size) == CKV_OK);
+  check_same(sequence, loaded);
+  next_turn(sequence, 17);
+  memcpy(damaged, rows, sizeof(rows));
+  memcpy(keys, left[0], sizeof(keys));
+  memcpy(values, left[1], sizeof(values));
+  memcpy(rows, left_rows, sizeof(rows));
+  next_turn(loaded, 17);
+  CHECK(memcmp(damaged, rows, sizeof(rows)) == 0);
+  check_same(sequence, loaded);
+  ckv_sequence_free(other_method);
+  ckv_sequence_free(loaded);
+  ckv_sequence_free(sequence);
+  ckv_plan_free(other_plan);
+  ckv_plan_free(plan);
+}
+
 int main(void) {
   static const char* const methods[] = {"full",
                                         "compresskv",
@@ -711,6 +858,7 @@ int main(void) {
   threshold();
   struct_sizes();
   wrong_calls();
+  saving();
   CHECK(remove(statistics_file) == 0);
   CHECK(remove(surrogate_file) == 0);
   if (failures == 0) puts("the C API does what compresskv.h says");

@@ -5,13 +5,19 @@
 
 #include <bit>
 #include <cmath>
+#include <compresskv/calibrate/query_statistics_accumulator.hpp>
 #include <compresskv/compresskv.hpp>
+#include <compresskv/core/executor.hpp>
+#include <compresskv/core/workspace.hpp>
 #include <compresskv/methods.hpp>
 #include <cstdint>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -54,41 +60,79 @@ class Kvpress : public testing::Test {
     tokens_ = number("tokens");
     window_ = number("window");
     capacity_ = number("capacity");
+    lag_ = number("lag");
+    chunk_ = number("chunk");
     keys_ = floats_of(recorded_.at("keys").get<std::string>());
+    values_ = floats_of(recorded_.at("values").get<std::string>());
     queries_ = floats_of(recorded_.at("queries").get<std::string>());
+  }
+
+  StridedKv<float> view() {
+    return {keys_.data(),
+            values_.data(),
+            {.kv_heads = shape_.kv_heads, .rows = tokens_, .head_dim = shape_.head_dim},
+            layout::head_token_dim};
+  }
+
+  /// The last queries.
+  QueryWindow<float> shown(std::size_t count) const {
+    return {queries_.data() + (tokens_ - count) * shape_.head_dim,
+            {.query_heads = shape_.query_heads, .queries = count, .head_dim = shape_.head_dim},
+            {.head = tokens_ * shape_.head_dim, .query = shape_.head_dim}};
+  }
+
+  /// Those that kvpress took of the queries before rotary embedding: the ones shown, but twice the last
+  /// element, from token 4 on.
+  QueryStatistics statistics() const {
+    calibrate::QueryStatisticsAccumulator accumulator(1, shape_.query_heads, shape_.head_dim, {});
+    for (std::size_t head = 0; head < shape_.query_heads; ++head) {
+      for (std::size_t t = 4; t < tokens_; ++t) {
+        const auto shown =
+            std::span(queries_).subspan((head * tokens_ + t) * shape_.head_dim, shape_.head_dim);
+        std::vector<float> query(shown.begin(), shown.end());
+        query.back() *= 2.0F;
+        accumulator.add_plain(0, head, query);
+      }
+    }
+    return accumulator.statistics();
+  }
+
+  template <class Scorer, class Selector>
+  Ours ours_of(const Scorer& scorer, const Selector& selector) {
+    Ours out;
+    const Plan plan{shape_, scorer, selector, budget::Uniform{Budget::tokens_per_layer(capacity_)}};
+    Compressor compressor{plan};
+    compressor.begin(tokens_);
+    const auto scores = compressor.score(0, view(), shown(tokens_));
+    for (std::size_t row = 0; row < scores.rows(); ++row) {
+      out.scores.emplace_back(scores.row(row).begin(), scores.row(row).end());
+    }
+    const Selection& selection = compressor.select(0, scores);
+    for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+      out.rows.emplace_back(selection.rows(head).begin(), selection.rows(head).end());
+    }
+    return out;
   }
 
   Ours ours(Method method) {
     Ours out;
     const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity_),
+                                  .statistics = statistics(),
                                   .window = window_,
-                                  .pool_width = recorded_.at("pool_width").get<std::size_t>()};
+                                  .pool_width = recorded_.at("pool_width").get<std::size_t>(),
+                                  .lag = lag_,
+                                  .chunk = chunk_};
     reference::with_arriving_method(
-        method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {
-          const Plan plan{shape_, scorer, selector, allocator};
-          Compressor compressor{plan};
-          compressor.begin(tokens_);
-          const auto scores = compressor.score(
-              0,
-              StridedKv<float>(keys_.data(), keys_.data(),
-                               {.kv_heads = shape_.kv_heads, .rows = tokens_, .head_dim = shape_.head_dim},
-                               layout::head_token_dim),
-              QueryWindow<float>(
-                  queries_.data(),
-                  {.query_heads = shape_.query_heads, .queries = tokens_, .head_dim = shape_.head_dim}));
-          for (std::size_t row = 0; row < scores.rows(); ++row) {
-            out.scores.emplace_back(scores.row(row).begin(), scores.row(row).end());
-          }
-          const Selection& selection = compressor.select(0, scores);
-          for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
-            out.rows.emplace_back(selection.rows(head).begin(), selection.rows(head).end());
+        method, settings, [&](const auto& scorer, const auto& selector, const auto& /*uniform*/) {
+          if constexpr (std::remove_cvref_t<decltype(scorer)>::reach == Reach::own_layer) {
+            out = ours_of(scorer, selector);
           }
         });
     return out;
   }
 
-  std::vector<std::vector<double>> their_scores(Method method) const {
-    return recorded_.at("scores").at(std::string(info(method).name)).get<std::vector<std::vector<double>>>();
+  std::vector<std::vector<double>> their_scores(std::string_view name) const {
+    return recorded_.at("scores").at(std::string(name)).get<std::vector<std::vector<double>>>();
   }
   std::vector<Rows> their_rows(Method method) const {
     return recorded_.at("rows").at(std::string(info(method).name)).get<std::vector<Rows>>();
@@ -99,14 +143,20 @@ class Kvpress : public testing::Test {
   /// below what another pooling, scale or mean would change.
   template <class Undo>
   void expect_scores(Method method, Undo&& undo, double absolute = 0.0) {
-    const Ours own = ours(method);
-    const auto theirs = their_scores(method);
-    for (std::size_t row = 0; row < own.scores.size(); ++row) {
-      ASSERT_LE(own.scores[row].size(), theirs[row].size());
-      for (std::size_t t = 0; t < own.scores[row].size(); ++t) {
+    expect_scores(ours(method).scores, info(method).name, undo, absolute);
+  }
+  template <class Undo>
+  void expect_scores(const std::vector<std::vector<float>>& own, std::string_view name, Undo&& undo,
+                     double absolute = 0.0) const {
+    const auto theirs = their_scores(name);
+    ASSERT_GT(own.size(), 0U);
+    for (std::size_t row = 0; row < own.size(); ++row) {
+      ASSERT_GT(own[row].size(), 0U);
+      ASSERT_LE(own[row].size(), theirs[row].size());
+      for (std::size_t t = 0; t < own[row].size(); ++t) {
         const double expected = undo(theirs[row][t], t);
-        EXPECT_NEAR(static_cast<double>(own.scores[row][t]), expected, 1e-5 * std::abs(expected) + absolute)
-            << info(method).name << " row " << row << " token " << t;
+        EXPECT_NEAR(static_cast<double>(own[row][t]), expected, 1e-5 * std::abs(expected) + absolute)
+            << name << " row " << row << " token " << t;
       }
     }
   }
@@ -114,7 +164,7 @@ class Kvpress : public testing::Test {
   /// The window and the best of the rest by kvpress's scores: what ours keeps where kvpress spares no window.
   void expect_window_and_best(Method method) {
     const Ours own = ours(method);
-    const auto theirs = their_scores(method);
+    const auto theirs = their_scores(info(method).name);
     for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
       std::vector<double> evictable(theirs[head].begin(),
                                     theirs[head].end() - static_cast<std::ptrdiff_t>(window_));
@@ -127,7 +177,10 @@ class Kvpress : public testing::Test {
   std::size_t tokens_ = 0;
   std::size_t window_ = 0;
   std::size_t capacity_ = 0;
+  std::size_t lag_ = 0;
+  std::size_t chunk_ = 0;
   std::vector<float> keys_;
+  std::vector<float> values_;
   std::vector<float> queries_;
 };
 
@@ -163,6 +216,81 @@ TEST_F(Kvpress, AdaKvKeepsTheSameRowsWithTheSameSafeguard) {
   const auto rows = ours(Method::adakv).rows;
   EXPECT_EQ(rows, their_rows(Method::adakv));
   EXPECT_NE(rows[0].size(), rows[1].size()) << "a case in which heads differ";
+}
+
+TEST_F(Kvpress, LagKvRanksAlikeInEveryStretch) {
+  const std::size_t sinks = 4;
+  // The window reaches into the last stretch that has a next one, so that one is not ranked.
+  const std::size_t tail = sinks + (tokens_ - window_ - sinks) / lag_ * lag_;
+  ASSERT_EQ(tail, tokens_ - window_);
+  const auto above = [&](double score, std::size_t t) {
+    return t < sinks ? 2.0 : score;  // of no row of the tail that is evictable
+  };
+  expect_scores(Method::lagkv, above);
+  // The same with stretches that compete.
+  const auto own = ours_of(score::LagKv{{.sinks = sinks, .lag = lag_, .ranked = false, .window = window_}},
+                           select::GroupedTopK{});
+  expect_scores(own.scores, "lagkv-cross", above);
+}
+
+TEST_F(Kvpress, CurKeepsTheWindowBesides) {
+  expect_scores(Method::cur, [](double score, std::size_t) { return score; });
+  expect_window_and_best(Method::cur);
+}
+
+TEST_F(Kvpress, ChunkKvIsTheSameWithOneSetForAllHeads) {
+  ASSERT_EQ(window_ % chunk_, 0U);  // kvpress then keeps the window as chunks
+  const score::SnapKv snap{{.window = window_, .pool_width = 5}};
+  EXPECT_EQ(ours_of(score::HeadMean{score::ChunkKv{snap, {.chunk = chunk_}}}, select::SharedTopK{}).rows,
+            their_rows(Method::chunkkv));
+}
+
+TEST_F(Kvpress, ExpectedAttentionIsTheSameByTheSameStatistics) {
+  expect_scores(Method::expected_attention, [](double score, std::size_t t) {
+    return t < 4 ? static_cast<double>((std::numeric_limits<float>::max)() / 2) : score;
+  });
+  expect_window_and_best(Method::expected_attention);
+  // Recorded with the window above all others.
+  const auto rows = ours(Method::expected_attention_adaptive).rows;
+  EXPECT_EQ(rows, their_rows(Method::expected_attention_adaptive));
+  EXPECT_NE(rows[0].size(), rows[1].size()) << "a case in which heads differ";
+}
+
+TEST_F(Kvpress, QFilterIsTheSameByTheMainDirectionOfTheSameQueries) {
+  expect_scores(
+      Method::q_filter, [](double score, std::size_t) { return score; }, 1e-5);  // may be near to 0
+  expect_window_and_best(Method::q_filter);
+}
+
+TEST_F(Kvpress, KvZipIsTheSameWhereTheLastQuarterRepeatsTheOthers) {
+  const std::size_t fed = tokens_ / 4;
+  const std::vector<std::size_t> rows(shape_.kv_heads, tokens_);
+  const auto kv = view();
+  const auto queries = shown(fed);
+  const Retained all;
+  const kernel::LayerInput<StridedKv<float>, QueryWindow<float>> in{.shape = shape_,
+                                                                    .layer = 0,
+                                                                    .rows = rows,
+                                                                    .window = fed,
+                                                                    .retained = all,
+                                                                    .kv = kv,
+                                                                    .observation = queries};
+  const std::size_t context = tokens_ - fed;
+  std::vector<float> memory(shape_.kv_heads * context);
+  std::vector<std::size_t> ends;
+  for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+    ends.push_back((head + 1) * context);
+  }
+  const std::vector<std::size_t> windows(shape_.kv_heads, fed);
+  const Scores<Granularity::kv_head> scores(memory, ends, windows);
+  Workspace workspace;
+  SerialExecutor executor;
+  score::KvZip{}.score(in, workspace, executor, scores);
+  std::vector<std::vector<float>> own;
+  for (std::size_t head = 0; head < shape_.kv_heads; ++head) {
+    own.emplace_back(scores.row(head).begin(), scores.row(head).end());
+  }
+  expect_scores(own, "kvzip", [](double score, std::size_t) { return score; });
 }
 
 TEST_F(Kvpress, PyramidsAreTheirsWithTheWindowOnTop) {

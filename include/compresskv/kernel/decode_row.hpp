@@ -16,6 +16,12 @@ template <Stored T>
 void decode_row(const Run<const T>& run, std::size_t index, std::size_t head_dim, float* out) {
   const T* row = run.row(index);
   const std::size_t units = head_dim / elements_per_unit<T>();
+  if constexpr (std::same_as<T, float>) {
+    if (run.chunk >= units) {
+      std::copy_n(row, units, out);
+      return;
+    }
+  }
   for (std::size_t u = 0; u < units; u += run.chunk) {
     const T* chunk = row + static_cast<std::ptrdiff_t>(u / run.chunk) * run.chunk_stride;
     const std::size_t count = (std::min)(run.chunk, units - u);

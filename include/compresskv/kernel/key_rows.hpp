@@ -1,11 +1,15 @@
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 
 #include "compresskv/core/strict_float_begin.hpp"
+#include "compresskv/kernel/code_path.hpp"
 #include "compresskv/kernel/decode_row.hpp"
+#include "compresskv/kernel/lanes.hpp"
 #include "compresskv/kernel/row_reader.hpp"
+#include "compresskv/kernel/x86/product_of_rows_avx2.hpp"
 #include "compresskv/view/kv_view.hpp"
 
 namespace compresskv::kernel {
@@ -30,13 +34,19 @@ void read_key(const V& kv, std::size_t kv_head, std::size_t row, float* out) {
   }
 }
 
-/// Product of two decoded rows. Sums in float64, in order.
+/// Product of two decoded rows. Sums in float64, in 16 lanes (lanes.hpp).
 inline double product_of_rows(const float* a, const float* b, std::size_t head_dim) {
-  double sum = 0.0;
-  for (std::size_t e = 0; e < head_dim; ++e) {
-    sum += static_cast<double>(a[e]) * static_cast<double>(b[e]);
+  std::array<double, lane_count> sums{};
+  std::size_t e = 0;
+#if defined(__x86_64__)
+  if (uses(CodePath::avx2)) {
+    e = avx2::add_products(a, b, head_dim, sums.data());
   }
-  return sum;
+#endif
+  for (; e < head_dim; ++e) {
+    sums[e % lane_count] += static_cast<double>(a[e]) * static_cast<double>(b[e]);
+  }
+  return fold(sums);
 }
 
 /// Square of a decoded row's Euclidean length.

@@ -18,7 +18,8 @@ constexpr std::size_t round_up_to_lanes(std::size_t count) {
 
 using Lanes = std::array<float, lane_count>;
 
-inline float fold(Lanes lanes) {
+template <class T>
+T fold(std::array<T, lane_count> lanes) {
   for (std::size_t half = lane_count / 2; half > 0; half /= 2) {
     for (std::size_t i = 0; i < half; ++i) {
       lanes[i] += lanes[i + half];

@@ -1,14 +1,10 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstddef>
-#include <limits>
 #include <span>
 
 #include "compresskv/core/error.hpp"
-#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/float_mode.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
@@ -17,6 +13,7 @@
 #include "compresskv/kernel/finite_checks.hpp"
 #include "compresskv/kernel/ranks.hpp"
 #include "compresskv/kernel/row_reader.hpp"
+#include "compresskv/kernel/scaled_deviation.hpp"
 #include "compresskv/kernel/softmax_portable.hpp"
 #include "compresskv/score/scorer.hpp"
 #include "compresskv/score/window_scorer.hpp"
@@ -111,14 +108,12 @@ class LagKv : public WindowScorer<Granularity::kv_head, Needs::keys_and_values, 
     Scratch(std::span<float> all, std::size_t head_dim)
         : row(all.data()),
           scaled(row + head_dim),
-          least(scaled + head_dim),
-          largest(least + head_dim),
+          next{.least = scaled + head_dim, .largest = scaled + 2 * head_dim},
           deviations(all.subspan(4 * head_dim)) {}
 
     float* row;
     float* scaled;
-    float* least;                 // of each element of the next stretch
-    float* largest;               // likewise
+    kernel::Bounds next;          // of the next stretch
     std::span<float> deviations;  // of the stretch's rows
   };
 
@@ -142,72 +137,21 @@ class LagKv : public WindowScorer<Granularity::kv_head, Needs::keys_and_values, 
     for (std::size_t first = 0; first < scores.size(); first += lag) {
       const std::size_t next = sinks + first + lag;
       references.read_to(next + lag, [&](std::size_t t, const float* row) {
-        refused.look(kv_head, part, t, kernel::row_is_finite(row, head_dim));
         if (t == next) {
-          std::copy_n(row, head_dim, scratch.least);
-          std::copy_n(row, head_dim, scratch.largest);
+          std::copy_n(row, head_dim, scratch.next.least);
+          std::copy_n(row, head_dim, scratch.next.largest);
         }
-        for (std::size_t e = 0; e < head_dim; ++e) {
-          scratch.least[e] = row[e] < scratch.least[e] ? row[e] : scratch.least[e];
-          scratch.largest[e] = row[e] > scratch.largest[e] ? row[e] : scratch.largest[e];
-        }
+        refused.look(kv_head, part, t, kernel::widen(row, head_dim, scratch.next));
       });
       targets.read_to(next, [&](std::size_t t, const float* row) {
-        refused.look(kv_head, part, t, kernel::row_is_finite(row, head_dim));
-        scratch.deviations[t + lag - next] = deviation(row, head_dim, scratch);
+        if (first == 0) {  // the others have been looked at as a next stretch
+          refused.look(kv_head, part, t, kernel::row_is_finite(row, head_dim));
+        }
+        scratch.deviations[t + lag - next] =
+            kernel::scaled_deviation(row, head_dim, scratch.next, scratch.scaled);
       });
       add_softmax(scratch.deviations, scores.subspan(first, lag));
     }
-  }
-
-  /// A float64 number within float32.
-  static float as_float(double value) {
-    constexpr float most = (std::numeric_limits<float>::max)();
-    return value > static_cast<double>(most)    ? most
-           : value < -static_cast<double>(most) ? -most
-                                                : static_cast<float>(value);
-  }
-
-  /// Sum of `term(e)` for all elements, in eight lanes.
-  template <class Term>
-  static double sum(std::size_t head_dim, Term&& term) {
-    constexpr std::size_t lanes = 8;
-    std::array<double, lanes> sums{};
-    std::size_t e = 0;
-    for (; e + lanes <= head_dim; e += lanes) {
-      for (std::size_t i = 0; i < lanes; ++i) {
-        sums[i] += term(e + i);
-      }
-    }
-    for (std::size_t i = 0; e + i < head_dim; ++i) {
-      sums[i] += term(e + i);
-    }
-    for (std::size_t half = lanes / 2; half > 0; half /= 2) {
-      for (std::size_t i = 0; i < half; ++i) {
-        sums[i] += sums[i + half];
-      }
-    }
-    return sums[0];
-  }
-
-  /// Standard deviation over the elements of a row, scaled by the next stretch.
-  static float deviation(const float* row, std::size_t head_dim, const Scratch& scratch) {
-    if (head_dim < 2) {
-      return 0.0F;
-    }
-    for (std::size_t e = 0; e < head_dim; ++e) {
-      // In float64: the spread may be denormal, or beyond float32.
-      const double least = scratch.least[e];
-      const double spread = static_cast<double>(scratch.largest[e]) - least;
-      scratch.scaled[e] = spread > 0.0 ? as_float((static_cast<double>(row[e]) - least) / spread) : 0.0F;
-    }
-    const double mean = sum(head_dim, [&](std::size_t e) { return static_cast<double>(scratch.scaled[e]); }) /
-                        static_cast<double>(head_dim);
-    const double squares = sum(head_dim, [&](std::size_t e) {
-      const double distance = static_cast<double>(scratch.scaled[e]) - mean;
-      return distance * distance;
-    });
-    return as_float(std::sqrt(squares / static_cast<double>(head_dim - 1)));
   }
 
   /// Adds half the softmax of `values`, which are changed, to `scores`.
