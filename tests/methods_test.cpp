@@ -62,6 +62,8 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
   EXPECT_EQ(score::Cur::Options{}.sinks, library.sinks);
   EXPECT_EQ(score::Cur::Options{}.block, library.block);
   EXPECT_EQ(score::ChunkKvOptions{}.chunk, library.chunk);
+  EXPECT_EQ(score::RKvOptions{}.lambda, library.lambda);
+  EXPECT_EQ(score::RKvOptions{}.threshold, library.threshold);
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.
@@ -179,6 +181,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   settings.block = 3;
   settings.chunk = 11;
   settings.lag = 1;
+  settings.lambda = 0.25F;
+  settings.threshold = 0.75F;
   const auto look = [](const auto& scorer, const auto&, const auto&) {
     if constexpr (requires { scorer.options().block; }) {
       EXPECT_EQ(scorer.options().block, 3U);
@@ -189,6 +193,9 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
     } else if constexpr (requires { scorer.options().lag; }) {
       EXPECT_EQ(scorer.options().lag, 33U);
       EXPECT_EQ(scorer.options().sinks, 7U);
+    } else if constexpr (requires { scorer.options().lambda; }) {
+      EXPECT_EQ(scorer.options().lambda, 0.25F);
+      EXPECT_EQ(scorer.options().threshold, 0.75F);
     } else {
       ADD_FAILURE() << "another scorer";
     }
@@ -196,7 +203,7 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::lagkv, settings, look); },
                               {"lag is 1", "at least 2"});
   settings.lag = 33;
-  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv}) {
+  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv, Method::rkv}) {
     with_method(method, settings, look);
   }
   settings.block = 0;

@@ -110,7 +110,9 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .model_share = how.model_share,
           .lag = how.lag,
           .block = how.block,
-          .chunk = how.chunk};
+          .chunk = how.chunk,
+          .lambda = how.lambda,
+          .threshold = how.threshold};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,

@@ -47,6 +47,8 @@ struct Compression {
   std::size_t lag = 128;         ///< of `lagkv`
   std::size_t block = 16;        ///< of `cur`
   std::size_t chunk = 20;        ///< of `chunkkv`
+  float lambda = 0.07F;          ///< of `rkv`
+  float threshold = 0.5F;        ///< of `rkv`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;

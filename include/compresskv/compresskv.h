@@ -92,6 +92,8 @@ typedef struct ckv_settings {
   size_t chunk;                 /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
+  float lambda;                 /* of rkv: weight of attention, 0 to 1; the rest is that of redundancy */
+  float threshold;              /* of rkv: cosine above which keys are alike, 0 to below 1 */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;

@@ -159,7 +159,9 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
                                .model_share = c.model_share,
                                .lag = c.lag,
                                .block = c.block,
-                               .chunk = c.chunk};
+                               .chunk = c.chunk,
+                               .lambda = c.lambda,
+                               .threshold = c.threshold};
   if (c.min_rows > 0) {
     settings.min_rows = c.min_rows;
   }
@@ -383,6 +385,8 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.lag = library.lag;
   defaults.block = library.block;
   defaults.chunk = library.chunk;
+  defaults.lambda = library.lambda;
+  defaults.threshold = library.threshold;
   init_as(settings, defaults, struct_size);
 }
 
