@@ -557,27 +557,25 @@ TaskPrompt long_names(const ModelEngine& loaded, const Haystack&, const PromptPl
   return told_story(loaded, place, draw, sentences, cast);
 }
 
-/// Counts that grow: two changes, one soon after the other, and much later the count again; twice.
+/// Scores that grow: two changes, one soon after the other, and much later the last score again; twice.
 TaskPrompt long_tally(const ModelEngine& loaded, const Haystack&, const PromptPlace& place) {
   Draw draw{place, 12};
   const std::size_t count = so_many(place, 4, people.size());
   const std::vector<std::string> cast = draw_different(draw, people, count);
   std::vector<StorySentence> sentences;
   for (std::size_t i = 0; i < count; ++i) {
-    const std::string& who = cast[i];
-    const std::string what = draw.word(nouns);
-    std::size_t tally = 10 + draw.below(40);
+    std::size_t score = 100 + draw.below(300);
     for (const double half : {0.0, 0.5}) {
       for (const double begin : {0.0, 0.08}) {
-        tally += 1 + draw.below(9);
-        sentences.push_back({.text = fmt::format("The {} count of {} was now {}.", what, who, tally),
+        score += 20 + draw.below(80);
+        sentences.push_back({.text = fmt::format("The score of {} is {}.", cast[i], score),
                              .place = half + begin + 0.08 * draw.share(),
                              .subject = i});
       }
-      sentences.push_back({.text = fmt::format("As everybody knew, the {} count of {} was now", what, who),
+      sentences.push_back({.text = fmt::format("As everybody knew, the score of {} is", cast[i]),
                            .place = half + 0.36 + 0.14 * draw.share(),
                            .subject = i,
-                           .recalled = std::to_string(tally)});
+                           .recalled = std::to_string(score)});
     }
   }
   return told_story(loaded, place, draw, sentences, cast);
@@ -612,7 +610,7 @@ constexpr std::array<TaskInfo, 15> tasks = {{
      "a story that the model goes on with, so many tokens long, the cache cut to its budget again every 128: "
      "what belongs to whom is told early, and named again once, much later",
      long_names, Measure::recalls},
-    {"long-tally", "the same of counts that change, and are named again later", long_tally, Measure::recalls},
+    {"long-tally", "the same of scores that change, and are named again later", long_tally, Measure::recalls},
     {"error", "relative error of each layer's attention output over the first 64",
      plain_text<continuation_tokens>, Measure::attention_error},
 }};
