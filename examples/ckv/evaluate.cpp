@@ -541,8 +541,8 @@ class Grid {
     return true;
   }
 
-  /// Long texts are decoded as one batch, for which a step's time is nobody's. So those of one text a task
-  /// and length are decoded alone: the first that is found, and no other.
+  /// Long texts are decoded as one batch, whose step's time is nobody's. So one text a task and length is
+  /// decoded alone in part: the first that is found, and no other.
   bool is_timed(const PromptPlace& place, const std::string& task,
                 const std::map<Cell, Json>::const_iterator& full_record) const {
     if (full_record != records_.end()) {
