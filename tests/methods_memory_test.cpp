@@ -17,6 +17,7 @@
 
 #include "reference/allocations.hpp"
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/random.hpp"
 
 namespace compresskv {
@@ -141,6 +142,9 @@ double share_held(const MethodInfo& method, const Case& c) {
       .scores = HeadScores(c.shape.layers, c.shape.query_heads,
                            std::vector<std::vector<double>>(c.shape.layers * c.shape.query_heads, {0.5})),
       .statistics = flat_statistics(method, c.shape),
+      .output_weights = reference::output_weights(c.shape),
+      .kv_scores = HeadScores(c.shape.layers, c.shape.kv_heads,
+                              std::vector<std::vector<double>>(c.shape.layers * c.shape.kv_heads, {0.5})),
       .window = 8};
   std::vector<std::uint32_t> first(rows);
   std::iota(first.begin(), first.end(), 0U);

@@ -15,6 +15,7 @@
 
 #include "reference/errors.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 
 namespace compresskv {
@@ -31,6 +32,8 @@ MethodSettings settings_of(std::size_t rows) {
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(layers, {5, 0, 2, 3})},
           .scores = HeadScores(layers, 6, std::vector<std::vector<double>>(layers * 6, {0.5})),
           .statistics = reference::query_statistics(shape),
+          .output_weights = reference::output_weights(shape),
+          .kv_scores = HeadScores(layers, 3, std::vector<std::vector<double>>(layers * 3, {0.5})),
           .window = 8,
           .lag = 16};
 }
@@ -64,6 +67,9 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
   EXPECT_EQ(score::ChunkKvOptions{}.chunk, library.chunk);
   EXPECT_EQ(score::RKvOptions{}.lambda, library.lambda);
   EXPECT_EQ(score::RKvOptions{}.threshold, library.threshold);
+  EXPECT_EQ(score::DuoAttention::Options{}.sinks, library.head_sinks);
+  EXPECT_EQ(score::DuoAttention::Options{}.recent, library.head_recent);
+  EXPECT_EQ(budget::WholeHeads::default_least, library.head_sinks + library.head_recent);
 }
 
 /// Rows kept over all layers and KV heads of a model of equal layers.
@@ -94,7 +100,8 @@ std::size_t rows_kept(Method method, const MethodSettings& settings, std::size_t
                                             repeated, model[l].cache.strides),
                            {.first = 0, .last = tokens},
                            QueryWindow<float>(model[l].queries.data(),
-                                              QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}));
+                                              QueryShape{.query_heads = 6, .queries = 8, .head_dim = 16}),
+                           std::vector<float>(8, 2.0F));
       } else if constexpr (std::remove_cvref_t<decltype(plan)>::reach == Reach::own_layer) {
         compressor.compress(l, view(l), model[l].observation());
       } else {
@@ -167,9 +174,17 @@ TEST(Methods, SayWhatTheyMiss) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs raw head scores"});
     }
+    if (row.needs_kv_scores) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs scores of KV heads"});
+    }
     if (row.needs_statistics) {
       expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
                                   {"method " + std::string(row.name), "needs query statistics"});
+    }
+    if (row.needs_outputs) {
+      expect_error<ArgumentError>([&] { with_method(row.method, {}, nothing); },
+                                  {"method " + std::string(row.name), "needs output weights"});
     }
   }
 }
@@ -183,8 +198,13 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   settings.lag = 1;
   settings.lambda = 0.25F;
   settings.threshold = 0.75F;
+  settings.head_sinks = 5;
+  settings.head_recent = 9;
   const auto look = [](const auto& scorer, const auto&, const auto&) {
-    if constexpr (requires { scorer.options().block; }) {
+    if constexpr (requires { scorer.options().recent; }) {
+      EXPECT_EQ(scorer.options().sinks, 5U);
+      EXPECT_EQ(scorer.options().recent, 9U);
+    } else if constexpr (requires { scorer.options().block; }) {
       EXPECT_EQ(scorer.options().block, 3U);
       EXPECT_EQ(scorer.options().sinks, 7U);
     } else if constexpr (requires { scorer.options().chunk; }) {
@@ -203,7 +223,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::lagkv, settings, look); },
                               {"lag is 1", "at least 2"});
   settings.lag = 33;
-  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv, Method::rkv}) {
+  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv, Method::rkv, Method::duoattention,
+                              Method::kvzip_heads}) {
     with_method(method, settings, look);
   }
   settings.block = 0;
@@ -213,21 +234,29 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
 }
 
 /// As the guide's table says it.
-const char* shown_to(Needs needs) {
-  switch (needs) {
+template <class S>
+std::string shown_to() {
+  std::string more;
+  if constexpr (reads_values<S>) {
+    more += ", values";
+  }
+  if constexpr (requires { requires S::needs_hidden_norms; }) {
+    more += ", lengths of hidden states";
+  }
+  switch (S::needs) {
     case Needs::nothing:
-      return "| no | nothing |";
+      return "| no | nothing" + more + " |";
     case Needs::keys:
-      return "| no | keys |";
+      return "| no | keys" + more + " |";
     case Needs::keys_and_values:
       return "| no | keys, values |";
     case Needs::window_attention:
     case Needs::window_queries:
-      return "| yes | the window's queries and keys |";
+      return "| yes | the window's queries and keys" + more + " |";
     case Needs::all_queries:
-      return "| yes | all queries and keys |";
+      return "| yes | all queries and keys" + more + " |";
     case Needs::repeats:
-      return "| no | queries of the context fed once more, keys |";
+      return "| no | queries of the context fed once more, keys" + more + " |";
   }
   return "";
 }
@@ -244,7 +273,7 @@ TEST(Methods, StandInTheGuide) {
       const std::size_t begin = page.find("| `" + std::string(row.name) + "` | ");
       const std::string line = page.substr(begin, page.find('\n', begin) - begin);
       with_method(row.method, settings_of(40), [&](const auto& scorer, const auto&, const auto&) {
-        const std::string shown = shown_to(std::remove_cvref_t<decltype(scorer)>::needs);
+        const std::string shown = shown_to<std::remove_cvref_t<decltype(scorer)>>();
         EXPECT_NE(line.find(shown), std::string::npos) << row.name << " has no " << shown;
       });
     }

@@ -55,10 +55,10 @@ std::string check_real(const std::string& text, Sign sign) {
 
 /// Options of any subcommand that name a file for reading. Others name one for writing, or a folder.
 bool is_input(const CLI::Option& option) {
-  constexpr std::array<std::string_view, 9> names = {"--model",       "model",        "--prompt-file",
-                                                     "--heads",       "--errors",     "--haystack",
-                                                     "--needle-file", "--statistics", "--load-cache"};
-  const bool is_flag = option.get_items_expected_max() == 0;  // as is --statistics of calibrate
+  constexpr std::array<std::string_view, 10> names = {
+      "--model",    "model",         "--prompt-file", "--heads",    "--errors",
+      "--haystack", "--needle-file", "--statistics",  "--kv-heads", "--load-cache"};
+  const bool is_flag = option.get_items_expected_max() == 0;  // as are two of calibrate
   return !is_flag && std::find(names.begin(), names.end(), option.get_name()) != names.end();
 }
 
@@ -317,9 +317,12 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
         CalibrationFiles made{.heads = folder.path() / (name + "_head_idx.json"),
                               .errors = folder.path() / (name + "_layer_score.jsonl"),
                               .scores = folder.path() / (name + "_head_scores.json"),
-                              .statistics = folder.path() / (name + "_query_statistics.bin")};
-        if (!fs::exists(made.statistics, failure)) {
-          made.statistics.clear();
+                              .statistics = folder.path() / (name + "_query_statistics.bin"),
+                              .kv_heads = folder.path() / (name + "_kv_head_scores.json")};
+        for (fs::path* measured_when_asked : {&made.statistics, &made.kv_heads}) {
+          if (!fs::exists(*measured_when_asked, failure)) {
+            measured_when_asked->clear();
+          }
         }
         if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured
           made.errors.clear();

@@ -87,6 +87,7 @@ struct CalibrationFiles {
   std::filesystem::path errors;
   std::filesystem::path scores = {};      ///< raw, of each head
   std::filesystem::path statistics = {};  ///< of queries; empty where they were not measured
+  std::filesystem::path kv_heads = {};    ///< scores of KV heads; likewise
 };
 
 /// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot

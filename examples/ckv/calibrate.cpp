@@ -53,6 +53,7 @@ struct CalibrateArguments {
   std::size_t jobs = 1;
   bool curves = false;
   bool statistics = false;
+  bool kv_heads = false;
   std::vector<std::size_t> ablate_heads;  // ascending; empty: no ablation
   std::size_t ablate_length = 512;
   std::size_t ablate_prompts = 40;
@@ -68,7 +69,7 @@ struct CalibrateArguments {
 constexpr std::size_t own_needles = 4;    // of the tool's, where no number is given
 constexpr std::size_t curve_prompts = 4;  // of each data set
 constexpr std::size_t ablation_draws = 5;
-constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths
+constexpr std::size_t statistics_texts = 4;  // of the longest of --lengths; so of --kv-heads
 const std::vector<std::size_t> ablation_heads = {2, 5, 10, 20, 30};
 
 // ---- what is asked for ----
@@ -391,15 +392,18 @@ class CalibrationWork {
   double done_ = 0.0;                 // tokens
 };
 
-/// Query statistics, in a process of its own, as this one may have to fork again. What they came to.
-Json measure_statistics(const CalibrateArguments& arguments, const std::filesystem::path& file) {
+/// Query statistics or scores of KV heads, in a process of its own, as this one may have to fork again. What
+/// they came to.
+Json measure_texts(const CalibrateArguments& arguments, const std::filesystem::path& file,
+                   Json (PromptCalibration::*measure)(std::size_t length, std::size_t texts,
+                                                      const std::filesystem::path& file) const) {
   const std::size_t longest = *std::max_element(arguments.lengths.begin(), arguments.lengths.end());
   Json told;
   const auto start = [&] {
     const auto calibration = std::make_shared<PromptCalibration>(arguments.settings, arguments.model.model,
                                                                  arguments.model.threads);
     return [&, calibration](std::size_t, const Take& hand_on) {
-      hand_on(calibration->measure_statistics(longest, statistics_texts, file));
+      hand_on(((*calibration).*measure)(longest, statistics_texts, file));
     };
   };
   share_out(
@@ -447,6 +451,9 @@ std::string command_text(const CalibrateArguments& arguments) {
   }
   if (arguments.statistics) {
     text += " --statistics";
+  }
+  if (arguments.kv_heads) {
+    text += " --kv-heads";
   }
   if (arguments.ablates()) {
     text += fmt::format(" --ablate {} --ablate-length {} --ablate-prompts {}",
@@ -625,7 +632,12 @@ void calibrate(CalibrateArguments& arguments) {
   const std::optional<compresskv::LayerErrors> errors = work.errors();
   Json told = calibration_json(arguments, name, sha256, records, work);
   if (arguments.statistics) {
-    told["query_statistics"] = measure_statistics(arguments, file("_query_statistics.bin"));
+    told["query_statistics"] =
+        measure_texts(arguments, file("_query_statistics.bin"), &PromptCalibration::measure_statistics);
+  }
+  if (arguments.kv_heads) {
+    told["kv_heads"] =
+        measure_texts(arguments, file("_kv_head_scores.json"), &PromptCalibration::measure_kv_heads);
   }
   compresskv::io::save_head_scores(file("_head_scores.json"), scores);
   compresskv::io::save_head_scores(file("_classic_scores.json"),
@@ -639,10 +651,11 @@ void calibrate(CalibrateArguments& arguments) {
   print_summary(arguments, work, scores, errors, told);
   fmt::print("\n");
   print_text(fmt::format(
-      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}calibration.json, "
+      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}{}calibration.json, "
       "records.jsonl",
       arguments.out.string(), name, errors ? "_layer_score.jsonl, " : "",
-      arguments.statistics ? "_query_statistics.bin, " : ""));
+      arguments.statistics ? "_query_statistics.bin, " : "",
+      arguments.kv_heads ? "_kv_head_scores.json, " : ""));
 }
 
 /// Throws UsageError where an option was given that needs the small engine.
@@ -657,6 +670,7 @@ void refuse_what_needs_small_engine(const CLI::App& command) {
   refuse({"--texts", "--error-rows", "--curves", "--window", "--heads-per-layer", "--pool"},
          "what a layer loses by eviction (layer errors)");
   refuse({"--statistics"}, "queries and how they were rotated (query statistics)");
+  refuse({"--kv-heads"}, "the queries of a text that is fed once more (scores of KV heads)");
   refuse({"--ablate"}, "a model without some of its heads (masks)");
 }
 
@@ -727,6 +741,12 @@ void add_calibrate(CLI::App& app) {
                                 "haystack of the longest length: NAME_query_statistics.bin, for "
                                 "expected-attention, q-filter and triattention",
                                 statistics_texts));
+  command->add_flag(
+      "--kv-heads", arguments->kv_heads,
+      fmt::format("Score KV heads by what they look at when the model repeats a text, too, over "
+                  "{} stretches of the haystack of the longest length: NAME_kv_head_scores.json, "
+                  "for kvzip-heads",
+                  statistics_texts));
   CLI::Option* ablate =
       command
           ->add_option("--ablate", arguments->ablate_heads,
@@ -760,7 +780,7 @@ void add_calibrate(CLI::App& app) {
       "head and prompt),\nNAME_layer_score.jsonl (layer errors), calibration.json (settings, every answer, "
       "how stable the ranking is)\nand, after every prompt, records.jsonl, with which a stopped run goes on. "
       "A prompt counts when the answer\nholds over half of the needle's words. --curves, --ablate, "
-      "--statistics, --texts "
+      "--statistics, --kv-heads, --texts "
       "and --error-rows may be added to a folder later.\n--engine llama.cpp finds the heads of any model "
       "that it "
       "runs; layer errors, masks and query statistics need the small engine.");

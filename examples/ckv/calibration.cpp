@@ -5,15 +5,18 @@
 #include <algorithm>
 #include <compresskv/calibrate/eviction_error_accumulator.hpp>
 #include <compresskv/calibrate/head_score_accumulator.hpp>
+#include <compresskv/calibrate/kv_head_score_accumulator.hpp>
 #include <compresskv/calibrate/query_statistics_accumulator.hpp>
 #include <compresskv/calibrate/rouge1_recall.hpp>
 #include <compresskv/core/rotary.hpp>
+#include <compresskv/io/calibration_files.hpp>
 #include <compresskv/io/query_statistics_file.hpp>
 #include <map>
 #include <utility>
 
 #include "engine/error.hpp"
 #include "evaluation.hpp"
+#include "repeat.hpp"
 #include "tasks.hpp"
 
 namespace ckv {
@@ -264,6 +267,33 @@ Json PromptCalibration::measure_statistics(std::size_t length, std::size_t texts
   }
   compresskv::io::save_query_statistics(file, statistics.statistics());
   return {{"queries", statistics.count(0, 0)}, {"rotary_contradiction", contradiction}};
+}
+
+Json PromptCalibration::measure_kv_heads(std::size_t length, std::size_t texts,
+                                         const std::filesystem::path& file) const {
+  const LoadedModel& loaded = small();
+  const compresskv::ModelShape shape = loaded.shape(engine::KvType::f32);
+  calibrate::KvHeadScoreAccumulator scores{shape};
+  engine::PoolExecutor executor{&loaded.model.pool()};
+  const engine::PromptText asked = chat_prompt(loaded, "?");
+  const std::vector<TokenId> head = encode_prompt(loaded, asked.substr(0, asked.text().rfind('?')));
+  for (std::size_t text = 0; text < texts; ++text) {
+    // A text as a user would give it, and no question.
+    const std::vector<TokenId> plain =
+        task_prompt("perplexity", loaded, haystack_, {.length = length, .index = text}).tokens;
+    std::vector<TokenId> tokens = head;
+    tokens.insert(tokens.end(), plain.begin() + (loaded.bos() ? 1 : 0), plain.end());
+    engine::Sequence sequence{loaded.model};
+    sequence.prefill(tokens);
+    scores.begin_text(tokens.size());
+    repeat_context(loaded, sequence, tokens,
+                   ShowRepeats([&](engine::LayerView& layer, const compresskv::Stretch& stretch) {
+                     scores.observe(static_cast<std::size_t>(layer.layer), view_of<float>(layer), stretch,
+                                    queries_of(layer), executor);
+                   }));
+  }
+  compresskv::io::save_head_scores(file, scores.scores());
+  return Json::object();
 }
 
 void PromptCalibration::ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

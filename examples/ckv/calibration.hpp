@@ -93,6 +93,10 @@ class PromptCalibration {
   /// keys of equal tokens contradict the rotary embedding that is written down, and compresskv::FileError.
   Json measure_statistics(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
 
+  /// How well each KV head retrieves, by what it looks at when the model repeats `texts` stretches of the
+  /// haystack of `length` tokens, into `file`; what it came to.
+  Json measure_kv_heads(std::size_t length, std::size_t texts, const std::filesystem::path& file) const;
+
   /// Whether each of these masks leaves a needle prompt's answer right; a record each. The prompts are those
   /// of the task "needle", by `run`. Ends where the answer is wrong with nothing masked.
   void ablate(std::size_t length, std::size_t run, std::span<const HeadMask> masks,

@@ -16,9 +16,18 @@ using compresskv::ModelShape;
 
 /// Budgets of a prompt that is compressed while it is being read: as long as it is not whole, every layer may
 /// keep `working_rows`; then the method shares out the user's budget, which must not exceed them.
-compresskv::AnyPlanOptions while_reading(std::size_t working_rows, std::size_t prompt_tokens) {
-  return {.share_rows = [=](compresskv::ShareRows own, const compresskv::budget::Allowance& allowance,
+compresskv::AnyPlanOptions while_reading(std::size_t working_rows, std::size_t prompt_tokens,
+                                         std::size_t layers) {
+  return {.share_rows = [=](compresskv::ShareRows own, compresskv::budget::Allowance allowance,
                             std::span<std::size_t> capacities) {
+    // Heads that keep all in the end keep all from the start: they share the working rows as the budget.
+    if (capacities.size() > layers) {
+      if (allowance.tokens < prompt_tokens) {
+        allowance.per_layer = std::min(working_rows, allowance.tokens);
+      }
+      own(allowance, capacities);
+      return;
+    }
     if (allowance.tokens < prompt_tokens) {
       std::fill(capacities.begin(), capacities.end(), std::min(working_rows, allowance.tokens));
       return;
@@ -63,7 +72,8 @@ void PromptCompressor::compress(engine::LayerView& layer, const Observed& observ
 }
 
 void PromptCompressor::observe(engine::LayerView& layer, const compresskv::Stretch& stretch) {
-  compressor_.observe(static_cast<std::size_t>(layer.layer), any_view_of(layer), stretch, queries_of(layer));
+  compressor_.observe(static_cast<std::size_t>(layer.layer), any_view_of(layer), stretch, queries_of(layer),
+                      {layer.hidden_norms, layer.window});
 }
 
 void PromptCompressor::finish(engine::LayerView& layer) {
@@ -95,6 +105,8 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .heads = how.heads,
           .scores = how.scores,
           .statistics = how.statistics,
+          .output_weights = how.output_weights,
+          .kv_scores = how.kv_scores,
           .errors = how.errors,
           .min_rows = how.min_rows,
           .heads_per_layer = how.heads_per_layer,
@@ -112,13 +124,16 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .block = how.block,
           .chunk = how.chunk,
           .lambda = how.lambda,
-          .threshold = how.threshold};
+          .threshold = how.threshold,
+          .head_sinks = how.head_sinks,
+          .head_recent = how.head_recent};
 }
 
 std::unique_ptr<PromptCompressor> make_compressor(const Compression& how, const ModelShape& shape,
                                                   engine::ThreadPool& pool, std::size_t prompt_tokens) {
   const compresskv::AnyPlanOptions options =
-      how.working_rows > 0 ? while_reading(how.working_rows, prompt_tokens) : compresskv::AnyPlanOptions{};
+      how.working_rows > 0 ? while_reading(how.working_rows, prompt_tokens, shape.layers)
+                           : compresskv::AnyPlanOptions{};
   return std::make_unique<PromptCompressor>(compresskv::AnyPlan(shape, how.method, settings_of(how), options),
                                             pool);
 }

@@ -56,6 +56,7 @@ struct EvaluateArguments {
   std::filesystem::path heads;
   std::filesystem::path errors;
   std::filesystem::path statistics;
+  std::filesystem::path kv_heads;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::filesystem::path haystack;
   std::size_t max_new_tokens = 32;
@@ -82,7 +83,7 @@ struct MethodOption {
   void (*set)(Compression& how, std::uint64_t number);
 };
 
-constexpr std::array<MethodOption, 13> method_options = {{
+constexpr std::array<MethodOption, 15> method_options = {{
     {"min", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.min_rows = number; }},
     {"window", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.window = number; }},
     {"heads", "N", 1, most_tokens,
@@ -99,6 +100,10 @@ constexpr std::array<MethodOption, 13> method_options = {{
     {"lag", "ROWS", 2, most_tokens, [](Compression& how, std::uint64_t number) { how.lag = number; }},
     {"block", "ROWS", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.block = number; }},
     {"chunk", "N", 1, most_tokens, [](Compression& how, std::uint64_t number) { how.chunk = number; }},
+    {"head-sinks", "N", 0, most_tokens,
+     [](Compression& how, std::uint64_t number) { how.head_sinks = number; }},
+    {"head-recent", "N", 0, most_tokens,
+     [](Compression& how, std::uint64_t number) { how.head_recent = number; }},
 }};
 
 /// The same with a fraction: "lambda=0.1". Its bounds are the library's.
@@ -193,8 +198,8 @@ Compression parse_method(const std::string& text, const Compression& base,
   return how;
 }
 
-/// Of `all` those that need query statistics are left out where there are none.
-std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool has_statistics) {
+/// Of `all` those that need what is measured when asked for are left out where it was not.
+std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, const CalibrationFiles& files) {
   std::vector<std::string> names;
   for (const std::string& name : arguments.methods) {
     const std::vector<std::string> more = name == "all" ? method_names() : std::vector<std::string>{name};
@@ -203,7 +208,8 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool
           !goes_with_llama_cpp(compresskv::method_named(method).method)) {
         continue;
       }
-      if (name == "all" && !has_statistics && compresskv::method_named(method).needs_statistics) {
+      if (name == "all" && ((files.statistics.empty() && compresskv::method_named(method).needs_statistics) ||
+                            (files.kv_heads.empty() && compresskv::method_named(method).needs_kv_scores))) {
         continue;
       }
       // The full cache always answers first.
@@ -216,8 +222,8 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, bool
 }
 
 /// Whether a method asked for needs what this member of its row says.
-bool wants(const EvaluateArguments& arguments, bool has_statistics, bool MethodInfo::*what) {
-  const auto wanted = wanted_methods(arguments, has_statistics);
+bool wants(const EvaluateArguments& arguments, const CalibrationFiles& files, bool MethodInfo::*what) {
+  const auto wanted = wanted_methods(arguments, files);
   return std::any_of(wanted.begin(), wanted.end(), [&](const std::string& text) {
     return std::any_of(compresskv::methods.begin(), compresskv::methods.end(), [&](const MethodInfo& row) {
       return row.*what && row.name == text.substr(0, text.find(':'));
@@ -246,6 +252,9 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
   if (!files.statistics.empty()) {
     base.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
+  if (!files.kv_heads.empty()) {
+    base.kv_scores = compresskv::io::load_head_scores(files.kv_heads);
+  }
   std::optional<compresskv::LayerErrors> errors;
   if (!files.errors.empty()) {
     errors = compresskv::io::load_layer_errors(files.errors);
@@ -268,6 +277,10 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--methods {} {}", method,
                                    no_statistics_in(arguments.models_dir, arguments.model.model)));
     }
+    if (info(variant.how.method).needs_kv_scores && !base.kv_scores) {
+      throw UsageError(fmt::format("--methods {} {}", method,
+                                   no_kv_heads_in(arguments.models_dir, arguments.model.model)));
+    }
     variants.push_back(std::move(variant));
   };
   for (const double ratio : arguments.ratios) {
@@ -275,7 +288,7 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
       throw UsageError(fmt::format("--ratios has {}: each is a share kept, in (0, 1]", ratio));
     }
   }
-  for (const std::string& method : wanted_methods(arguments, base.statistics.has_value())) {
+  for (const std::string& method : wanted_methods(arguments, files)) {
     for (const double ratio : arguments.ratios) {
       add(method, {{"ratio", ratio}}, compresskv::Budget::kept_ratio(ratio));
     }
@@ -303,6 +316,9 @@ Json header_json(const EvaluateArguments& arguments, const CalibrationFiles& fil
                    {"haystack", haystack_json(arguments.haystack, file_digest(arguments.haystack))}};
   if (!files.statistics.empty()) {
     settings["statistics_sha256"] = file_digest(files.statistics);
+  }
+  if (!files.kv_heads.empty()) {
+    settings["kv_heads_sha256"] = file_digest(files.kv_heads);
   }
   if (arguments.model.is_llama_cpp()) {
     settings["engine"] = arguments.model.engine;
@@ -844,26 +860,34 @@ void evaluate(const EvaluateArguments& arguments) {
   check_once("--tasks", arguments.tasks);
   compresskv::io::detail::require_regular(arguments.model.model);
   const std::string sha256 = engine::sha256_of_file(arguments.model.model);
-  CalibrationFiles files{
-      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
-  const auto found = files.heads.empty() || files.statistics.empty()
+  CalibrationFiles files{.heads = arguments.heads,
+                         .errors = arguments.errors,
+                         .statistics = arguments.statistics,
+                         .kv_heads = arguments.kv_heads};
+  const auto found = files.heads.empty() || files.statistics.empty() || files.kv_heads.empty()
                          ? find_calibration(arguments.models_dir, sha256)
                          : std::nullopt;
   if (files.statistics.empty() && found) {
     files.statistics = found->statistics;
   }
+  if (files.kv_heads.empty() && found) {
+    files.kv_heads = found->kv_heads;
+  }
   if (files.heads.empty() && found) {
     files.heads = found->heads;
     files.errors = files.errors.empty() && !arguments.model.is_llama_cpp() ? found->errors : files.errors;
     files.scores = found->scores;
-  } else if (!files.heads.empty() && wants(arguments, !files.statistics.empty(), &MethodInfo::needs_scores)) {
+  } else if (!files.heads.empty() && wants(arguments, files, &MethodInfo::needs_scores)) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
   }
   // What no method asks for is not looked at, and old records go on without it.
-  if (!wants(arguments, !files.statistics.empty(), &MethodInfo::needs_statistics)) {
+  if (!wants(arguments, files, &MethodInfo::needs_statistics)) {
     files.statistics.clear();
   }
-  const std::vector<Variant> variants = wanted_variants(arguments, files);
+  if (!wants(arguments, files, &MethodInfo::needs_kv_scores)) {
+    files.kv_heads.clear();
+  }
+  std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {
     const std::string_view why = why_not_while_decoding(variant.how.method);
     if (on_budget != arguments.tasks.end() && !why.empty()) {
@@ -878,7 +902,8 @@ void evaluate(const EvaluateArguments& arguments) {
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
   const compresskv::ModelShape shape = model->shape(arguments.cache.type());
   check_calibration(files.heads, files.errors, shape);
-  for (const Variant& variant : variants) {
+  for (Variant& variant : variants) {
+    model->show_outputs(variant.how);
     try {
       variant.how.budget->validate(window_of(variant.how), shape);
       static_cast<void>(compresskv::AnyPlan(shape, variant.how.method, settings_of(variant.how)));
@@ -942,6 +967,8 @@ void add_evaluate(CLI::App& app) {
       ->add_option("--statistics", arguments->statistics,
                    "Query statistics, for expected-attention, q-filter and triattention; default: as with "
                    "--heads. `all` leaves these methods out where there are none")
+      ->type_name("FILE");
+  command->add_option("--kv-heads", arguments->kv_heads, "Scores of KV heads, for kvzip-heads; likewise")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

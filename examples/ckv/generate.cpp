@@ -45,6 +45,7 @@ struct GenerateArguments {
   std::filesystem::path heads;
   std::filesystem::path errors;
   std::filesystem::path statistics;
+  std::filesystem::path kv_heads;
   std::filesystem::path models_dir = COMPRESSKV_MODELS_DIR;
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
@@ -146,13 +147,14 @@ Compression compression_of(const GenerateArguments& arguments) {
         fmt::format("--method {} needs a budget: give one of --rows, --ratio and --bytes", method.name));
   }
   if (how.method == Method::full) {
-    const std::array<std::pair<const char*, bool>, 6> unused = {
+    const std::array<std::pair<const char*, bool>, 7> unused = {
         {{"--rows", arguments.budget == "rows"},
          {"--ratio", arguments.budget == "ratio"},
          {"--bytes", arguments.budget == "bytes"},
          {"--heads", !arguments.heads.empty()},
          {"--errors", !arguments.errors.empty()},
-         {"--statistics", !arguments.statistics.empty()}}};
+         {"--statistics", !arguments.statistics.empty()},
+         {"--kv-heads", !arguments.kv_heads.empty()}}};
     for (const auto& [option, given] : unused) {
       if (given) {
         throw UsageError(
@@ -165,11 +167,18 @@ Compression compression_of(const GenerateArguments& arguments) {
   return how;
 }
 
-/// The calibration to run with: the user's; for a method that needs heads or query statistics, where none are
-/// given, the one made from this model file, with its layer errors for heads unless others are given.
+/// The calibration that the user names.
+CalibrationFiles calibration_given(const GenerateArguments& arguments) {
+  return {.heads = arguments.heads,
+          .errors = arguments.errors,
+          .statistics = arguments.statistics,
+          .kv_heads = arguments.kv_heads};
+}
+
+/// The calibration to run with: the user's; of what a method needs and is not given, the one made from this
+/// model file, with its layer errors for heads unless others are given.
 CalibrationFiles calibration_of(const GenerateArguments& arguments, const MethodInfo& method) {
-  CalibrationFiles files{
-      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  CalibrationFiles files = calibration_given(arguments);
   if (method.needs_statistics && files.statistics.empty()) {
     const std::optional<CalibrationFiles> found =
         find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
@@ -178,6 +187,15 @@ CalibrationFiles calibration_of(const GenerateArguments& arguments, const Method
                                    no_statistics_in(arguments.models_dir, arguments.model.model)));
     }
     files.statistics = found->statistics;
+  }
+  if (method.needs_kv_scores && files.kv_heads.empty()) {
+    const std::optional<CalibrationFiles> found =
+        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
+    if (!found || found->kv_heads.empty()) {
+      throw UsageError(fmt::format("--method {} {}", method.name,
+                                   no_kv_heads_in(arguments.models_dir, arguments.model.model)));
+    }
+    files.kv_heads = found->kv_heads;
   }
   if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
     return files;
@@ -210,6 +228,9 @@ void load(const CalibrationFiles& files, const MethodInfo& method, Compression& 
   if (method.needs_statistics) {
     how.statistics = compresskv::io::load_query_statistics(files.statistics);
   }
+  if (method.needs_kv_scores) {
+    how.kv_scores = compresskv::io::load_head_scores(files.kv_heads);
+  }
   if (!files.errors.empty()) {
     how.errors = compresskv::io::load_layer_errors(files.errors);
   }
@@ -240,6 +261,7 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"heads", file_json(files.heads)},
           {"errors", file_json(files.errors)},
           {"statistics", file_json(files.statistics)},
+          {"kv_heads", file_json(files.kv_heads)},
           {"window", arguments.cache.window.value()},
           {"heads_per_layer", arguments.cache.heads_per_layer},
           {"pool", arguments.cache.pool},
@@ -431,6 +453,7 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
   unless_given(arguments.heads, origin.calibration.heads);
   unless_given(arguments.errors, origin.calibration.errors);
   unless_given(arguments.statistics, origin.calibration.statistics);
+  unless_given(arguments.kv_heads, origin.calibration.kv_heads);
   return arguments;
 }
 
@@ -516,7 +539,8 @@ void save_and_ask(const GenerateArguments& arguments, const CalibrationFiles& fi
                              .settings = saved_settings(arguments),
                              .calibration = {.heads = from_anywhere(files.heads),
                                              .errors = from_anywhere(files.errors),
-                                             .statistics = from_anywhere(files.statistics)}};
+                                             .statistics = from_anywhere(files.statistics),
+                                             .kv_heads = from_anywhere(files.kv_heads)}};
   write_text_file(arguments.save_cache, save_context(origin, model, how, context));
   if (!arguments.question.empty()) {
     ask_and_print(arguments, files, model, how, text, context, options, progress);
@@ -545,10 +569,10 @@ void load_and_ask(const GenerateArguments& given) {
   const GenerateArguments arguments = arguments_of(given, origin);
   Compression how = compression_of(arguments);
   const MethodInfo& method = info(how.method);
-  const CalibrationFiles files{
-      .heads = arguments.heads, .errors = arguments.errors, .statistics = arguments.statistics};
+  const CalibrationFiles files = calibration_given(arguments);
   load(files, method, how);
   const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+  model.show_outputs(how);
   check_interrupt();
   if (how.method != Method::full) {
     check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -576,6 +600,7 @@ void generate(const GenerateArguments& arguments) {
   load(files, method, how);
   if (!arguments.save_cache.empty()) {
     const LoadedModel model = load_model(arguments.model.model, arguments.model.threads);
+    model.show_outputs(how);
     check_interrupt();
     if (how.method != Method::full) {
       check_calibration(files.heads, files.errors, model.shape(arguments.cache.type()));
@@ -585,6 +610,7 @@ void generate(const GenerateArguments& arguments) {
   }
   const std::unique_ptr<ModelEngine> model =
       load_engine(arguments.model.engine, arguments.model.model, arguments.model.threads);
+  model->show_outputs(how);
   check_interrupt();
   const std::vector<TokenId> prompt =
       arguments.raw ? encode_prompt(*model, text)
@@ -648,13 +674,17 @@ void add_generate(CLI::App& app) {
   command
       ->add_option("--errors", arguments->errors,
                    "Layer errors, by which layers share the budget; with --heads alone: every layer the "
-                   "same. pyramidkv "
-                   "and cake have budgets of their own")
+                   "same. pyramidkv, cake, duoattention and kvzip-heads have budgets of their own")
       ->type_name("FILE");
   command
       ->add_option("--statistics", arguments->statistics,
                    "For expected-attention, q-filter and triattention: query statistics, as `ckv calibrate "
                    "--statistics` writes them; default: those in --models-dir made from this model file")
+      ->type_name("FILE");
+  command
+      ->add_option("--kv-heads", arguments->kv_heads,
+                   "For kvzip-heads: scores of KV heads, as `ckv calibrate --kv-heads` writes them; default: "
+                   "likewise")
       ->type_name("FILE");
   command->add_option("--models-dir", arguments->models_dir, "Folder of calibrations, one folder a model")
       ->type_name("DIR");

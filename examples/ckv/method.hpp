@@ -5,6 +5,7 @@
 #include <compresskv/core/head_ranking.hpp>
 #include <compresskv/core/head_scores.hpp>
 #include <compresskv/core/layer_errors.hpp>
+#include <compresskv/core/output_weights.hpp>
 #include <compresskv/core/query_statistics.hpp>
 #include <compresskv/kernel/pool.hpp>
 #include <compresskv/method_settings.hpp>
@@ -28,8 +29,9 @@ struct Compression {
   std::optional<compresskv::HeadRanking> heads = std::nullopt;           ///< for methods that need it
   std::optional<compresskv::HeadScores> scores = std::nullopt;           ///< raw, for methods that need them
   std::optional<compresskv::QueryStatistics> statistics = std::nullopt;  ///< for methods that need them
-  /// Budgets by these errors, but for `pyramidkv` and `cake`, which have their own; absent: every layer the
-  /// same.
+  std::optional<compresskv::OutputWeights> output_weights = std::nullopt;  ///< likewise
+  std::optional<compresskv::HeadScores> kv_scores = std::nullopt;          ///< of KV heads, likewise
+  /// Budgets by these errors, but for methods with budgets of their own; absent: every layer the same.
   std::optional<compresskv::LayerErrors> errors = std::nullopt;
   std::optional<std::size_t> min_rows =
       std::nullopt;                                  ///< fewest rows of a layer then; absent: 32 or the mean
@@ -42,11 +44,13 @@ struct Compression {
   std::size_t hold_layers = 0;   ///< of `carried` and `blend-carried`
   std::size_t model_heads = 16;  ///< of `model-wide` and `blend`
   bool equal_weights = false;    ///< of `carried` and `model-wide`
-  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur` and `kvzip`
+  std::size_t sinks = 4;         ///< of both blends, `lagkv`, `cur`, `kvzip` and `kvzip-plus`
   double model_share = 0.6;      ///< of both blends
   std::size_t lag = 128;         ///< of `lagkv`
   std::size_t block = 16;        ///< of `cur`
   std::size_t chunk = 20;        ///< of `chunkkv`
+  std::size_t head_sinks = 128;  ///< of `duoattention` and `kvzip-heads`; so the next one
+  std::size_t head_recent = 256;
   float lambda = 0.07F;          ///< of `rkv`
   float threshold = 0.5F;        ///< of `rkv`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the

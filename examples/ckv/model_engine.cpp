@@ -20,10 +20,15 @@ std::string_view why_not_in_llama_cpp(Method method) {
     case Method::adakv:
     case Method::compresskv_adaptive:
     case Method::expected_attention_adaptive:
+    case Method::duoattention:
+    case Method::kvzip_heads:
       return "gives KV heads unequal rows, and a cell of llama.cpp is one row of all heads";
     case Method::h2o:
       return "wants the attention of all queries, which llama.cpp does not show";
+    case Method::criticalkv:
+      return "weighs values by the model's output projection, which llama.cpp does not show";
     case Method::kvzip:
+    case Method::kvzip_plus:
       return "feeds the context once more, which is built for the small engine alone";
     default:
       return {};
@@ -36,6 +41,12 @@ std::vector<std::size_t> ModelEngine::compressed_layers() const {
   std::vector<std::size_t> all(layers());
   std::iota(all.begin(), all.end(), std::size_t{0});
   return all;
+}
+
+void ModelEngine::show_outputs(Compression& how) const {
+  if (info(how.method).needs_outputs) {
+    how.output_weights = output_weights();
+  }
 }
 
 engine::PromptText ModelEngine::chat_prompt(const std::string& message) const {

@@ -1,6 +1,7 @@
 // What the subcommands ask of a model, whichever engine runs it.
 #pragma once
 
+#include <compresskv/core/output_weights.hpp>
 #include <compresskv/core/shape.hpp>
 #include <cstddef>
 #include <cstdint>
@@ -94,6 +95,13 @@ class ModelEngine {
   /// Layers whose cache methods make smaller, ascending: all but those with a sliding window. Throws as
   /// `shape`.
   virtual std::vector<std::size_t> compressed_layers() const;
+
+  /// The model's output weights, which live as long as it does. Made by the first call, so that no other
+  /// thread may call then; none where the engine does not show them.
+  virtual std::optional<compresskv::OutputWeights> output_weights() const { return std::nullopt; }
+
+  /// Gives a method of this model the output weights, where it needs them.
+  void show_outputs(Compression& how) const;
 
   /// A conversation as the model's chat template lays it out, BOS included where it has one, ready for the
   /// answer. Throws engine::Error where the model has no template, or none that is understood.

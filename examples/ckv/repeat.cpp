@@ -29,7 +29,7 @@ std::vector<TokenId> repeat_request(const ModelEngine& loaded, std::span<const T
 }
 
 void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> context,
-                    std::span<PromptCompressor* const> compressors, std::size_t at_once) {
+                    const ShowRepeats& show, std::size_t at_once) {
   for (std::size_t first = 0; first < context.size(); first += at_once) {
     const std::size_t count = std::min(at_once, context.size() - first);
     std::vector<TokenId> tokens = repeat_request(loaded, context, first);
@@ -41,18 +41,26 @@ void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::
           "a shorter one, or a method that repeats nothing",
           context.size(), tokens.size(), loaded.model.config().context));
     }
-    const auto show = [&](engine::LayerView& layer) {
-      for (PromptCompressor* compressor : compressors) {
-        compressor->observe(layer, {.first = first, .last = first + count});
-      }
+    const auto on_layer = [&](engine::LayerView& layer) {
+      show(layer, {.first = first, .last = first + count});
       check_interrupt();
     };
-    sequence.prefill(tokens, {.window = count, .on_layer = show, .on_logits = {}});
+    sequence.prefill(tokens, {.window = count, .on_layer = on_layer, .on_logits = {}});
     sequence.truncate(context.size());
   }
   // The logits are again those of the context's last token.
   sequence.truncate(context.size() - 1);
   sequence.prefill(context.last(1));
+}
+
+void repeat_context(const LoadedModel& loaded, engine::Sequence& sequence, std::span<const TokenId> context,
+                    std::span<PromptCompressor* const> compressors, std::size_t at_once) {
+  const auto show = [&](engine::LayerView& layer, const compresskv::Stretch& stretch) {
+    for (PromptCompressor* compressor : compressors) {
+      compressor->observe(layer, stretch);
+    }
+  };
+  repeat_context(loaded, sequence, context, ShowRepeats(show), at_once);
 }
 
 }  // namespace ckv

@@ -139,6 +139,27 @@ compresskv::ModelShape LoadedModel::shape(engine::KvType type) const {
   return shape_of(model.config(), type);
 }
 
+std::optional<compresskv::OutputWeights> LoadedModel::output_weights() const {
+  const engine::ModelConfig& config = model.config();
+  std::vector<const float*> layers;
+  for (std::size_t layer = 0; layer < this->layers(); ++layer) {
+    if (layer == output_rows_.size()) {
+      const engine::PackedMatrix& output = model.layers()[layer].output;
+      std::vector<float>& rows = output_rows_.emplace_back();
+      rows.reserve(static_cast<std::size_t>(output.outputs() * output.inputs()));
+      for (std::ptrdiff_t row = 0; row < output.outputs(); ++row) {
+        for (std::ptrdiff_t input = 0; input < output.inputs(); ++input) {
+          rows.push_back(output(row, input));
+        }
+      }
+    }
+    layers.push_back(output_rows_[layer].data());
+  }
+  return compresskv::OutputWeights(layers, {.hidden = static_cast<std::size_t>(config.embedding),
+                                            .query_heads = static_cast<std::size_t>(config.heads),
+                                            .head_dim = static_cast<std::size_t>(config.head_dim)});
+}
+
 engine::PromptText LoadedModel::lay_out(std::span<const engine::ChatMessage> messages) const {
   return engine::ChatTemplate{tokenizer}.lay_out(messages);
 }
@@ -211,6 +232,13 @@ std::string no_statistics_in(const std::filesystem::path& models_dir, const std:
   return fmt::format(
       "needs --statistics: no query statistics of this model in '{}'; `ckv calibrate --model {} --out DIR "
       "--statistics` makes them",
+      models_dir.string(), model.string());
+}
+
+std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
+  return fmt::format(
+      "needs --kv-heads: no scores of KV heads of this model in '{}'; `ckv calibrate --model {} --out DIR "
+      "--kv-heads` makes them",
       models_dir.string(), model.string());
 }
 

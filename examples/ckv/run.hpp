@@ -40,6 +40,7 @@ class LoadedModel final : public ModelEngine {
   std::size_t context() const override { return model.config().context; }
   int threads() const override { return model.threads(); }
   compresskv::ModelShape shape(engine::KvType type) const override;
+  std::optional<compresskv::OutputWeights> output_weights() const override;
   engine::PromptText lay_out(std::span<const engine::ChatMessage> messages) const override;
   std::vector<TokenId> encode(const engine::PromptText& prompt) const override;
   std::vector<TokenId> encode(std::string_view text, bool parse_special) const override;
@@ -55,6 +56,10 @@ class LoadedModel final : public ModelEngine {
   engine::GgufFile file;
   engine::Model model;
   engine::Tokenizer tokenizer;
+
+ private:
+  /// [layer][embedding][head * head_dim], once asked for: the model has them in the order of its products.
+  mutable std::vector<std::vector<float>> output_rows_;
 };
 
 /// Throws engine::Error. `threads` 0: as many as the machine has.
@@ -70,6 +75,8 @@ void check_calibration(const std::filesystem::path& heads, const std::filesystem
 
 /// What is left to say where a method needs query statistics and there are none: who makes them.
 std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
+/// Likewise of scores of KV heads.
+std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
 
 /// Keys and values of a layer that has ended its prefill, as the library sees them.
 template <typename T>

@@ -74,6 +74,7 @@ std::string digests_of(const CalibrationFiles& files) {
   add("heads", files.heads);
   add("errors", files.errors);
   add("statistics", files.statistics);
+  add("KV heads", files.kv_heads);
   return out;
 }
 
@@ -101,7 +102,8 @@ std::string save_context(const ContextOrigin& origin, const LoadedModel& loaded,
                        {"settings", origin.settings},
                        {"heads", origin.calibration.heads.string()},
                        {"errors", origin.calibration.errors.string()},
-                       {"statistics", origin.calibration.statistics.string()}};
+                       {"statistics", origin.calibration.statistics.string()},
+                       {"kv_heads", origin.calibration.kv_heads.string()}};
   SavedWriter head;
   head.number(version, 4);
   try {
@@ -163,6 +165,7 @@ SavedContext::SavedContext(std::filesystem::path path, std::string bytes)
     origin_.calibration.heads = header.at("heads").get<std::string>();
     origin_.calibration.errors = header.at("errors").get<std::string>();
     origin_.calibration.statistics = header.at("statistics").get<std::string>();
+    origin_.calibration.kv_heads = header.value("kv_heads", "");  // absent where none were known yet
   } catch (const Json::exception& error) {
     refuse(fmt::format("what it says of its origin cannot be read: {}", error.what()));
   } catch (const compresskv::FileError& error) {

@@ -23,12 +23,18 @@ void store(const Lanes& lanes, std::span<float> to, std::size_t at) {
   std::copy_n(lanes.data(), std::min(width, to.size() - at), to.data() + at);
 }
 
-}  // namespace
-
-void rms_norm(std::span<const float> x, const Vector& weight, float epsilon, std::span<float> out) {
+float sum_of_squares(std::span<const float> x) {
   Lanes squares = Lanes::Zero();
   for (std::size_t i = 0; i < x.size(); i += width) squares += load(x, i).square();
-  const float scale = 1.0F / std::sqrt(squares.sum() / static_cast<float>(x.size()) + epsilon);
+  return squares.sum();
+}
+
+}  // namespace
+
+float length(std::span<const float> x) { return std::sqrt(sum_of_squares(x)); }
+
+void rms_norm(std::span<const float> x, const Vector& weight, float epsilon, std::span<float> out) {
+  const float scale = 1.0F / std::sqrt(sum_of_squares(x) / static_cast<float>(x.size()) + epsilon);
   for (std::size_t i = 0; i < x.size(); ++i) out[i] = x[i] * scale * weight[static_cast<Eigen::Index>(i)];
 }
 

@@ -14,6 +14,9 @@ namespace engine {
 /// out = x / sqrt(mean(x^2) + epsilon) * weight, all of the same length.
 void rms_norm(std::span<const float> x, const Vector& weight, float epsilon, std::span<float> out);
 
+/// Euclidean length.
+float length(std::span<const float> x);
+
 /// SwiGLU: gate = gate * sigmoid(gate) * up.
 void swiglu(std::span<float> gate, std::span<const float> up);
 

@@ -119,6 +119,7 @@ LayerView& LayerView::shadow() {
     shadow_.reset(new LayerView{layer, *shadow_cache_, heads});
     shadow_->window = window;
     shadow_->queries = queries;
+    shadow_->hidden_norms = hidden_norms;
     shadow_->shadows_ = shadows_;
   }
   return *shadow_;
@@ -201,7 +202,8 @@ Sequence Sequence::clone(const std::function<void(LayerView&)>& on_layer) const 
   for (std::size_t l = 0; l < caches_.size(); ++l) {
     copy.caches_[l] = caches_[l];
     copy.meter_.change(0, caches_[l].bytes());
-    if (copy.show_layer(static_cast<int>(l), 0, nullptr, on_layer)) copy.contiguous_from_ = next_position_;
+    if (copy.show_layer(static_cast<int>(l), 0, nullptr, nullptr, on_layer))
+      copy.contiguous_from_ = next_position_;
     copy.caches_[l].fit(copy.meter_);
   }
   copy.prefill_peak_ = copy.meter_.peak;
@@ -241,7 +243,7 @@ void Sequence::revisit(const std::function<void(LayerView&)>& on_layer) {
   check_no_shadow("revisit");
   try {
     for (int l = 0; l < model_->config().layers; ++l) {
-      if (show_layer(l, 0, nullptr, on_layer)) contiguous_from_ = next_position_;
+      if (show_layer(l, 0, nullptr, nullptr, on_layer)) contiguous_from_ = next_position_;
       caches_[static_cast<std::size_t>(l)].fit(meter_);
     }
   } catch (...) {
@@ -300,6 +302,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
 
   const auto window = static_cast<Index>(std::min(options.window, tokens.size()));
   std::vector<float> window_queries(static_cast<std::size_t>(c.heads * window * head_dim));
+  std::vector<float> hidden_norms(tokens.size());
   Matrix queries(count, c.heads * head_dim);
   Matrix attention;
   bool shrunk = false;
@@ -317,6 +320,7 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
       multiply(rows_from(normed, 0), rows, weights.key, false, rows_from(keys, 0));
       multiply(rows_from(normed, 0), rows, weights.value, false, rows_from(values, 0));
       for (Index t = 0; t < rows; ++t) {
+        hidden_norms[static_cast<std::size_t>(first + t)] = length(row_of(normed, t));
         const Rotation& rotation = rotations[static_cast<std::size_t>(first + t)];
         rotation.apply(row_of(queries, first + t), head_size);
         rotation.apply(row_of(keys, t), head_size);
@@ -340,8 +344,9 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
         Eigen::Map<Matrix>{window_queries.data() + h * window * head_dim, window, head_dim} =
             queries.block(count - window, h * head_dim, window, head_dim);
       }
-      shrunk =
-          show_layer(l, static_cast<std::size_t>(window), window_queries.data(), options.on_layer) || shrunk;
+      shrunk = show_layer(l, static_cast<std::size_t>(window), window_queries.data(),
+                          hidden_norms.data() + (count - window), options.on_layer) ||
+               shrunk;
     }
     const auto start = std::chrono::steady_clock::now();
     cache.fit(meter_);
@@ -378,12 +383,13 @@ void Sequence::run_prefill(std::span<const TokenId> tokens, const PrefillOptions
 }
 
 // Shows a layer and takes from it, and from those before it, what the callback gave up; whether it did.
-bool Sequence::show_layer(int layer, std::size_t window, const float* queries,
+bool Sequence::show_layer(int layer, std::size_t window, const float* queries, const float* hidden_norms,
                           const std::function<void(LayerView&)>& on_layer) {
   const auto l = static_cast<std::size_t>(layer);
   LayerView view{layer, caches_[l], model_->config().heads};
   view.window = window;
   view.queries = queries;
+  view.hidden_norms = hidden_norms;
   view.before_ = std::span(caches_).first(l);
   view.shadows_ = shadows_;
   on_layer(view);

@@ -40,6 +40,8 @@ class LayerView {
   std::span<const std::size_t> head_rows;
   std::size_t window = 0;          ///< queries per head: min(PrefillOptions::window, tokens just read)
   const float* queries = nullptr;  ///< [heads][window][head_dim], post-RoPE, of the last tokens read
+  /// [window], of the same tokens: the length of the hidden state that attention was given, after its norm.
+  const float* hidden_norms = nullptr;
 
   /// [kv_heads][allocated_rows][head_dim], post-RoPE; T must be the element type of `type`.
   template <typename T>
@@ -215,7 +217,7 @@ class Sequence {
   friend void decode_batch(std::span<const DecodeStep> steps);
 
   void run_prefill(std::span<const TokenId> tokens, const PrefillOptions& options);
-  bool show_layer(int layer, std::size_t window, const float* queries,
+  bool show_layer(int layer, std::size_t window, const float* queries, const float* hidden_norms,
                   const std::function<void(LayerView&)>& on_layer);
   void show_last_attention(int layer, std::span<const float> query) const;
   void mask_heads(int layer, std::span<float> attention) const;

@@ -64,6 +64,15 @@ typedef enum ckv_pool {
   CKV_POOL_OF_METHOD = 3 /* the method's own */
 } ckv_pool;
 
+typedef enum ckv_element {
+  CKV_F32 = 0,
+  CKV_F16 = 1,
+  CKV_BF16 = 2,
+  CKV_Q8_0 = 3, /* ggml's blocks of 32 */
+  CKV_Q4_0 = 4,
+  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero); rows side by side */
+} ckv_element;
+
 /* What a method is made from. Options that a method does not have are ignored. Arrays are copied. */
 typedef struct ckv_settings {
   size_t struct_size; /* set by ckv_settings_init */
@@ -85,13 +94,22 @@ typedef struct ckv_settings {
   size_t hold_layers;           /* of carried and blend-carried */
   size_t model_heads;           /* of model-wide and blend */
   int equal_weights;            /* of carried and model-wide */
-  size_t sinks;                 /* of both blends, lagkv, cur and kvzip: first positions that stay */
+  size_t sinks;                 /* of both blends, lagkv, cur, kvzip and kvzip-plus: first positions that stay */
   double model_share;           /* of both blends: share of the rows that the whole model chooses, 0 to 1 */
   size_t lag;                   /* of lagkv: rows of a stretch */
   size_t block;                 /* of cur: rows that lengths are shared out among */
   size_t chunk;                 /* of chunkkv: positions of a chunk */
   const char* query_statistics; /* path of the file that calibration wrote, for expected-attention, q-filter
                                    and triattention, read by ckv_plan_create; NULL: none */
+  /* Of criticalkv and kvzip-plus: the model's output projections, [layer], each [hidden][query_head][dim] of output_element,
+   * which is CKV_F32, CKV_F16 or CKV_BF16; NULL: none. The list is copied, the weights are not: they outlive
+   * plan and sequences. */
+  const void* const* output_weights;
+  ckv_element output_element;
+  size_t hidden; /* elements of the hidden state */
+  const double* kv_scores; /* [layer][kv_head], scores of KV heads, for kvzip-heads; NULL: none */
+  size_t head_sinks;       /* of duoattention and kvzip-heads: first and most recent tokens of heads that do */
+  size_t head_recent;      /* not keep all */
   float lambda;                 /* of rkv: weight of attention, 0 to 1; the rest is that of redundancy */
   float threshold;              /* of rkv: cosine above which keys are alike, 0 to below 1 */
 } ckv_settings;
@@ -117,19 +135,10 @@ size_t ckv_plan_window(const ckv_plan* plan);
  * arrives. */
 int ckv_plan_needs_attention(const ckv_plan* plan);
 int ckv_plan_reaches_back(const ckv_plan* plan);
-/* Whether the engine feeds the context once more (kvzip): ckv_observe in place of ckv_arrive. */
+/* Whether the engine feeds the context once more (kvzip, kvzip-plus): ckv_observe in place of ckv_arrive. */
 int ckv_plan_repeats(const ckv_plan* plan);
 
 /* ---- what a layer holds ----------------------------------------------------------------------------- */
-
-typedef enum ckv_element {
-  CKV_F32 = 0,
-  CKV_F16 = 1,
-  CKV_BF16 = 2,
-  CKV_Q8_0 = 3, /* ggml's blocks of 32 */
-  CKV_Q4_0 = 4,
-  CKV_INT8 = 5 /* with a scale and a zero point a row: element = scale * (quant - zero); rows side by side */
-} ckv_element;
 
 /* Keys or values of a layer:
  *
@@ -197,6 +206,9 @@ typedef struct ckv_observation {
   float soft_cap;        /* c of c * tanh(logit / c); 0: none */
   size_t sliding_window; /* positions that a query sees; 0: all before it */
   const float* sinks;    /* [query_head]; NULL: none */
+  /* Of kvzip-plus, to ckv_observe: [queries], length of the hidden state that the layer's attention was given
+   * for each query, after the norm before attention; NULL: none. */
+  const float* hidden_norms;
 } ckv_observation;
 
 void ckv_observation_init_sized(ckv_observation* observation, size_t struct_size);
@@ -252,7 +264,8 @@ ckv_status ckv_next_position(const ckv_sequence* sequence, size_t layer, size_t*
 /* Rows that the layer holds when the sequence has `tokens` tokens, those appended since included. */
 ckv_status ckv_held_rows(const ckv_sequence* sequence, size_t tokens, size_t layer, size_t kv_head,
                          size_t* rows);
-/* Rows that the layer may keep, as of the last begin. */
+/* Rows that a KV head of the layer may keep, as of the last begin; of duoattention and kvzip-heads the head
+ * that may keep most. */
 ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows);
 /* Bytes of scratch and of positions held. */
 size_t ckv_memory_bytes(const ckv_sequence* sequence);

@@ -56,7 +56,8 @@ class Compressor {
   static constexpr Granularity granularity = P::scorer_type::granularity;
 
   explicit Compressor(const P& plan, X executor = X{})
-      : state_(plan.shape().layers, plan.shape().kv_heads),
+      : state_(plan.shape().layers, plan.shape().kv_heads,
+               P::capacity_granularity == Granularity::kv_head ? plan.shape().kv_heads : 1),
         pass_(plan, std::move(executor)),
         over_layers_(plan),
         compaction_(P::reach == Reach::own_layer ? 1 : plan.shape().layers) {}
@@ -104,7 +105,8 @@ class Compressor {
   /// those that the engine appended since. After `rerotate` see there.
   Held held(std::size_t tokens) const { return state_.held(tokens); }
 
-  /// Rows that each layer may keep, window included, as of `begin()` or `begin_turn()`.
+  /// Rows that each layer may keep, window included, as of `begin()` or `begin_turn()`: `[layer]`, or
+  /// `[layer][kv_head]` where the allocator gives each KV head its own.
   std::span<const std::size_t> capacities() const { return state_.capacities(); }
 
   /// What the last compression left of a layer; `held(tokens)` also counts the rows appended since.
@@ -199,14 +201,17 @@ class Compressor {
   /// `kv` views all rows announced and, behind them, those of the tokens fed since: a request to repeat the
   /// stretch, and its tokens once more. `queries` are the last of these. The engine takes them back before it
   /// feeds the next stretch; one that is fed in parts is shown in parts. May be called again for a stretch.
+  /// `hidden_norms` has one number a query, for `score::KvZipPlus`: the length of the hidden state that the
+  /// layer's attention was given for it, after the norm before attention.
   ///
   /// Throws as `compress`; the scores are then as they were. Cost: that of the scorer.
   template <class V, class O>
-  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& queries) {
+  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& queries,
+               std::span<const float> hidden_norms = {}) {
     if constexpr (call::fits<call::observe<P, V, O>>()) {
       state_.check_layer(layer);
       arrivals_.check_turn();
-      over_layers_.observe(layer, kv, stretch, queries, state_, pass_);
+      over_layers_.observe(layer, kv, stretch, queries, hidden_norms, state_, pass_);
       arrivals_.look_on();
     }
   }
@@ -276,7 +281,11 @@ class Compressor {
   const Selection& select(std::size_t layer, const Scores<granularity>& scores) {
     state_.check_layer(layer);
     const std::size_t longest = pass_.check_scores(state_, layer, scores);
-    pass_.select(state_, layer, scores, pass_.at_least_window(state_.capacities()[layer], longest));
+    if constexpr (P::capacity_granularity == Granularity::kv_head) {
+      pass_.select_by_head(state_, layer, scores);
+    } else {
+      pass_.select(state_, layer, scores, pass_.at_least_window(state_.capacities()[layer], longest));
+    }
     return pass_.selection();
   }
 

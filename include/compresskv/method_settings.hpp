@@ -13,6 +13,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/output_weights.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/kernel/pool.hpp"
 
@@ -35,6 +36,7 @@ enum class Method {
   lagkv,
   cur,
   chunkkv,
+  criticalkv,
   streaming,
   random,
   carried,
@@ -42,11 +44,14 @@ enum class Method {
   blend,
   blend_carried,
   kvzip,
+  kvzip_plus,
   expected_attention,
   expected_attention_adaptive,
   q_filter,
   triattention,
   rkv,
+  duoattention,
+  kvzip_heads,
 };
 
 /// One row of the table of methods.
@@ -59,6 +64,8 @@ struct MethodInfo {
   bool per_head = false;          ///< KV heads keep rows of their own
   bool needs_scores = false;      ///< raw head scores: a ranking is not enough
   bool needs_statistics = false;  ///< query statistics
+  bool needs_outputs = false;     ///< output weights
+  bool needs_kv_scores = false;   ///< scores of KV heads
   bool repeats = false;           ///< the engine feeds the context once more: `observe` in place of `arrive`
   std::size_t window = 8;         ///< where nothing else is said; so the two below
   kernel::Pool pool = kernel::Pool::average;
@@ -66,7 +73,7 @@ struct MethodInfo {
 };
 
 /// The one table: tools, tests, benchmarks and documentation read it.
-inline constexpr std::array<MethodInfo, 27> methods = {{
+inline constexpr std::array<MethodInfo, 31> methods = {{
     {Method::full, "full", "nothing is evicted", ""},
     {Method::compresskv, "compresskv",
      "each layer's semantic retrieval heads choose the tokens that all its heads keep", "2606.24467", true,
@@ -94,6 +101,12 @@ inline constexpr std::array<MethodInfo, 27> methods = {{
      false, true},
     {Method::cur, "cur", "long keys with long values, beside those around them", "2509.15038", false, true},
     {Method::chunkkv, "chunkkv", "as snapkv, whole chunks of neighbouring tokens", "2502.00299", false, true},
+    {.method = Method::criticalkv,
+     .name = "criticalkv",
+     .summary = "as snapkv, half of the rows by what their values add to the layer's output too",
+     .paper = "2502.03805",
+     .per_head = true,
+     .needs_outputs = true},
     {Method::streaming, "streaming", "the first 4 tokens and the most recent ones, whatever they say",
      "2309.17453"},
     {Method::random, "random", "rows drawn by a hash: the floor", "", false, true},
@@ -133,6 +146,14 @@ inline constexpr std::array<MethodInfo, 27> methods = {{
      .per_head = true,
      .repeats = true,
      .window = 1},
+    {.method = Method::kvzip_plus,
+     .name = "kvzip-plus",
+     .summary = "as kvzip, by what a token then adds to the layer's output",
+     .paper = "2601.07891",
+     .per_head = true,
+     .needs_outputs = true,
+     .repeats = true,
+     .window = 1},
     {.method = Method::expected_attention,
      .name = "expected-attention",
      .summary = "what queries to come look at, by how the model's queries are spread",
@@ -164,6 +185,18 @@ inline constexpr std::array<MethodInfo, 27> methods = {{
      .per_head = true,
      .pool = kernel::Pool::max,
      .pool_width = 7},
+    {.method = Method::duoattention,
+     .name = "duoattention",
+     .summary = "all rows of the KV heads that retrieve best, of the others the first and the most recent",
+     .paper = "2410.10819",
+     .per_head = true,
+     .needs_scores = true},
+    {.method = Method::kvzip_heads,
+     .name = "kvzip-heads",
+     .summary = "as duoattention, the heads chosen by what they look at when the model repeats a text",
+     .paper = "2505.23416",
+     .per_head = true,
+     .needs_kv_scores = true},
 }};
 
 constexpr const MethodInfo& info(Method method) {
@@ -193,11 +226,13 @@ inline const MethodInfo& method_named(std::string_view name) {
 /// What a method is made from; options that a method does not have are ignored.
 struct MethodSettings {
   Budget budget = Budget::kept_ratio(1.0);
-  std::optional<HeadRanking> heads = std::nullopt;           ///< for methods with `needs_heads`
-  std::optional<HeadScores> scores = std::nullopt;           ///< for methods with `needs_scores`
-  std::optional<QueryStatistics> statistics = std::nullopt;  ///< for methods with `needs_statistics`
+  std::optional<HeadRanking> heads = std::nullopt;             ///< for methods with `needs_heads`
+  std::optional<HeadScores> scores = std::nullopt;             ///< for methods with `needs_scores`
+  std::optional<QueryStatistics> statistics = std::nullopt;    ///< for methods with `needs_statistics`
+  std::optional<OutputWeights> output_weights = std::nullopt;  ///< for methods with `needs_outputs`
+  std::optional<HeadScores> kv_scores = std::nullopt;  ///< of KV heads, for methods with `needs_kv_scores`
   std::optional<LayerErrors> errors =
-      std::nullopt;  ///< error-aware budgets, for all but full, pyramidkv and cake
+      std::nullopt;  ///< error-aware budgets, for all whose layers do not share by rules of their own
   std::optional<std::size_t> min_rows = std::nullopt;  ///< of error-aware budgets, as ErrorAware has it
   std::size_t heads_per_layer = 4;
   std::optional<std::size_t> window = std::nullopt;      ///< absent: the method's own; so the two below
@@ -208,13 +243,15 @@ struct MethodSettings {
   std::size_t hold_layers = 0;                           ///< of carried and blend-carried
   std::size_t model_heads = 16;                          ///< of model-wide and blend, in the whole model
   bool equal_weights = false;                            ///< of carried and model-wide
-  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur and kvzip
+  std::size_t sinks = 4;                                 ///< of both blends, lagkv, cur, kvzip and kvzip-plus
   double model_share = 0.6;                              ///< of both blends
   std::size_t lag = 128;                                 ///< of lagkv, rows of a stretch
   std::size_t block = 16;                                ///< of cur, rows that lengths are shared out among
   std::size_t chunk = 20;                                ///< of chunkkv, positions of a chunk
   float lambda = 0.07F;                                  ///< of rkv: weight of attention
   float threshold = 0.5F;                                ///< of rkv: cosine above which keys are alike
+  std::size_t head_sinks = 128;                          ///< of duoattention and kvzip-heads: what heads
+  std::size_t head_recent = 256;                         ///< keep that do not keep all
 };
 
 }  // namespace compresskv

@@ -5,6 +5,7 @@
 #include "compresskv/budget/one_of.hpp"
 #include "compresskv/budget/pyramid.hpp"
 #include "compresskv/budget/uniform.hpp"
+#include "compresskv/budget/whole_heads.hpp"
 #include "compresskv/core/error.hpp"
 #include "compresskv/method_settings.hpp"
 #include "compresskv/score/blend.hpp"
@@ -12,13 +13,16 @@
 #include "compresskv/score/cake.hpp"
 #include "compresskv/score/carried.hpp"
 #include "compresskv/score/chunk_kv.hpp"
+#include "compresskv/score/critical_kv.hpp"
 #include "compresskv/score/cur.hpp"
+#include "compresskv/score/duo_attention.hpp"
 #include "compresskv/score/expected_attention.hpp"
 #include "compresskv/score/grouped_retrieval.hpp"
 #include "compresskv/score/h2o.hpp"
 #include "compresskv/score/key_diff.hpp"
 #include "compresskv/score/knorm.hpp"
 #include "compresskv/score/kv_zip.hpp"
+#include "compresskv/score/kv_zip_plus.hpp"
 #include "compresskv/score/lag_kv.hpp"
 #include "compresskv/score/model_wide.hpp"
 #include "compresskv/score/q_filter.hpp"
@@ -37,8 +41,9 @@
 namespace compresskv {
 
 /// Calls `f(scorer, selector, allocator)` with the policies of a method; each kind of method is another type.
-/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking, head
-/// scores, query statistics), and options that a policy refuses: ArgumentError.
+/// `Method::full` has none and is an error, as is what a method needs and is not given (a head ranking,
+/// scores of query or KV heads, query statistics, output weights), and options that a policy refuses:
+/// ArgumentError.
 template <class F>
 decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f) {
   detail::require(method != Method::full, "method full keeps every row: there is nothing to compose");
@@ -49,6 +54,11 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
   detail::require(!info(method).needs_statistics || settings.statistics.has_value(), "method ",
                   info(method).name,
                   " needs query statistics: give those that calibration wrote for this model");
+  detail::require(!info(method).needs_outputs || settings.output_weights.has_value(), "method ",
+                  info(method).name, " needs output weights: give the model's own, OutputWeights");
+  detail::require(!info(method).needs_kv_scores || settings.kv_scores.has_value(), "method ",
+                  info(method).name,
+                  " needs scores of KV heads: give those that calibration wrote for this model");
   using Budgets = budget::OneOf<budget::Uniform, budget::ErrorAware, budget::Pyramid>;
   const auto budgets = [&]() -> Budgets {
     if (method == Method::pyramidkv) {
@@ -70,6 +80,12 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                                              .pool_width = pool_width};
   };
   const auto snap = [&] { return score::SnapKv{{.window = window, .pool = pool, .pool_width = pool_width}}; };
+  const auto whole_heads = [&](const HeadScores& scores) -> decltype(auto) {
+    return f(
+        score::DuoAttention{{.sinks = settings.head_sinks, .recent = settings.head_recent, .window = window}},
+        select::GroupedTopK{},
+        budget::WholeHeads{scores, settings.budget, settings.head_sinks + settings.head_recent});
+  };
   switch (method) {
     case Method::compresskv_grouped:
       return f(score::GroupedRetrieval{*settings.heads, retrieval()}, select::GroupedTopK{}, budgets);
@@ -99,6 +115,12 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::GroupedTopK{}, budgets);
     case Method::chunkkv:
       return f(score::ChunkKv{snap(), {.chunk = settings.chunk}}, select::GroupedTopK{}, budgets);
+    case Method::criticalkv:
+      // kvpress's 1e-4 is of means over the window, ours are sums.
+      return f(
+          score::CriticalKv{
+              snap(), *settings.output_weights, {.epsilon = 1e-4F * static_cast<float>(window)}},
+          select::GroupedTopK{}, budgets);
     case Method::streaming:
       return f(score::StreamingLlm{{.window = window}}, select::SharedTopK{}, budgets);
     case Method::random:
@@ -142,6 +164,9 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                select::SharedTopK{}, budgets);
     case Method::kvzip:
       return f(score::KvZip{{.sinks = settings.sinks, .window = window}}, select::WholeModel{}, budgets);
+    case Method::kvzip_plus:
+      return f(score::KvZipPlus{*settings.output_weights, {.sinks = settings.sinks, .window = window}},
+               select::WholeModel{}, budgets);
     case Method::expected_attention:
       return f(score::ExpectedAttention{*settings.statistics, {.window = window}}, select::GroupedTopK{},
                budgets);
@@ -159,6 +184,10 @@ decltype(auto) with_method(Method method, const MethodSettings& settings, F&& f)
                            .pool = pool,
                            .pool_width = pool_width}},
                select::GroupedTopK{}, budgets);
+    case Method::duoattention:
+      return whole_heads(*settings.scores);
+    case Method::kvzip_heads:
+      return whole_heads(*settings.kv_scores);
     case Method::compresskv:
     case Method::full:
       break;

@@ -52,6 +52,13 @@ class Plan {
                 "row a layer, "
                 "a per-head selector one row a KV head");
 
+  /// What has a capacity of its own.
+  static constexpr Granularity capacity_granularity = budget::granularity_of<A>;
+  static_assert(capacity_granularity == Granularity::layer ||
+                    (select::SelectsByHead<T> && reach == Reach::own_layer),
+                "this allocator gives each KV head a capacity of its own: it goes with a selector that takes "
+                "them (select::GroupedTopK) and a scorer that looks at no other layer");
+
   static_assert(T::reach == Reach::own_layer || S::needs == Needs::repeats,
                 "a selector that chooses from the whole model at once needs scores that are held until then: "
                 "those of score::KvZip");
@@ -93,8 +100,9 @@ class Plan {
         "of your own (compresskv/budget/allocator.hpp)");
   }
 
-  /// Resolves the budget for `tokens` tokens into `capacities`, which are `tokens` each. Returns the mean
-  /// rows a layer. Throws ArgumentError when the budget cannot be met.
+  /// Resolves the budget for `tokens` tokens into `capacities`, which are `tokens` each, `[layer]` or
+  /// `[layer][kv_head]` by `capacity_granularity`. Returns the mean rows a layer. Throws ArgumentError when
+  /// the budget cannot be met.
   std::size_t resolve(std::size_t tokens, std::span<std::size_t> capacities) const {
     const std::size_t window = scorer_.window();
     const std::size_t per_layer = allocator_.budget().resolve(tokens, window, shape_);

@@ -143,6 +143,19 @@ std::optional<std::size_t> given(std::size_t number) {
   return number == 0 ? std::nullopt : std::optional(number);
 }
 
+ckv::OutputWeights outputs_of(const ckv_settings& c, const ckv::ModelShape& shape) {
+  require(c.output_element >= CKV_F32 && c.output_element <= CKV_BF16, "ckv_settings: output_element is ",
+          static_cast<int>(c.output_element), ", must be CKV_F32, CKV_F16 or CKV_BF16");
+  return ckv::with_plain_kind(static_cast<ckv::ElementKind>(c.output_element), [&]<class T>(T*) {
+    std::vector<const T*> layers;
+    for (const void* const weights : std::span(c.output_weights, shape.layers)) {
+      layers.push_back(static_cast<const T*>(weights));
+    }
+    return ckv::OutputWeights(
+        layers, {.hidden = c.hidden, .query_heads = shape.query_heads, .head_dim = shape.head_dim});
+  });
+}
+
 ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& shape) {
   shape.validate();
   ckv::MethodSettings settings{.budget = budget_of(c),
@@ -161,16 +174,24 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
                                .block = c.block,
                                .chunk = c.chunk,
                                .lambda = c.lambda,
-                               .threshold = c.threshold};
+                               .threshold = c.threshold,
+                               .head_sinks = c.head_sinks,
+                               .head_recent = c.head_recent};
   if (c.min_rows > 0) {
     settings.min_rows = c.min_rows;
   }
-  if (c.scores != nullptr) {
+  const auto scores_of = [&](const double* scores, std::size_t heads) {
     std::vector<std::vector<double>> runs;
-    for (const double score : std::span(c.scores, shape.layers * shape.query_heads)) {
+    for (const double score : std::span(scores, shape.layers * heads)) {
       runs.push_back({score});
     }
-    settings.scores.emplace(shape.layers, shape.query_heads, std::move(runs));
+    return ckv::HeadScores(shape.layers, heads, std::move(runs));
+  };
+  if (c.kv_scores != nullptr) {
+    settings.kv_scores = scores_of(c.kv_scores, shape.kv_heads);
+  }
+  if (c.scores != nullptr) {
+    settings.scores = scores_of(c.scores, shape.query_heads);
     settings.heads = settings.scores->ranking();
   }
   if (c.ranking != nullptr) {
@@ -185,6 +206,9 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
   }
   if (c.query_statistics != nullptr) {
     settings.statistics = ckv::io::load_query_statistics(c.query_statistics, shape);
+  }
+  if (c.output_weights != nullptr) {
+    settings.output_weights = outputs_of(c, shape);
   }
   if (c.layer_errors != nullptr) {
     settings.errors.emplace(std::vector<double>(c.layer_errors, c.layer_errors + shape.layers),
@@ -341,6 +365,14 @@ void with_observation(const ckv_observation* given, const ckv::ModelShape& model
   });
 }
 
+std::span<const float> hidden_norms_of(const ckv_observation* given) {
+  if (given == nullptr) {
+    return {};
+  }
+  const ckv_observation o = as_known(given, "ckv_observation", ckv_observation_init_sized);
+  return {o.hidden_norms, o.hidden_norms == nullptr ? 0 : o.queries};
+}
+
 ckv::Protection protection_of(const ckv_protection* given) {
   if (given == nullptr) {
     return {};
@@ -385,6 +417,8 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.lag = library.lag;
   defaults.block = library.block;
   defaults.chunk = library.chunk;
+  defaults.head_sinks = library.head_sinks;
+  defaults.head_recent = library.head_recent;
   defaults.lambda = library.lambda;
   defaults.threshold = library.threshold;
   init_as(settings, defaults, struct_size);
@@ -488,7 +522,7 @@ ckv_status ckv_observe(ckv_sequence* sequence, size_t layer, ckv_views views, vo
     const ckv::ModelShape& model = sequence->compressor.plan().shape();
     with_observation(observation, model, [&](const auto& shown) {
       sequence->compressor.observe(layer, asked(views, context, layer, model), {.first = first, .last = last},
-                                   shown);
+                                   shown, hidden_norms_of(observation));
     });
   });
 }
@@ -554,8 +588,10 @@ ckv_status ckv_capacity(const ckv_sequence* sequence, size_t layer, size_t* rows
   return guarded([&] {
     require_given(sequence, "sequence");
     require_given(rows, "rows");
-    sequence->compressor.retained(layer);  // the layer is there
-    *rows = sequence->compressor.capacities()[layer];
+    sequence->compressor.retained(layer);                       // the layer is there
+    const auto capacities = sequence->compressor.capacities();  // of each layer one, or one a KV head
+    const std::size_t of_layer = capacities.size() / sequence->compressor.plan().shape().layers;
+    *rows = *std::ranges::max_element(capacities.subspan(layer * of_layer, of_layer));
   });
 }
 

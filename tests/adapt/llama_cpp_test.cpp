@@ -364,7 +364,7 @@ TEST_F(LlamaCpp, WhatFailsLeavesTheSequenceAsItWas) {
             "(nothing was thrown)");
   untouched();
 
-  for (const char* method : {"adakv", "pyramidkv", "cake", "compresskv-adaptive"}) {
+  for (const char* method : {"adakv", "pyramidkv", "cake", "compresskv-adaptive", "duoattention"}) {
     Sequence uneven{plan(method, Budget::tokens_per_layer(100)), observer, place};
     EXPECT_TRUE(
         says(message_of<ArgumentError>([&] { uneven.compress(); }), {method, "rows of layer", "uniform"}))

@@ -194,12 +194,13 @@ TEST(Arguments, AnOptionOfAMethodNamesItsValueAndItsBounds) {
 TEST(Arguments, ABudgetOfTheWholeCacheHasNoUse) {
   const Folder folder;
   const std::string ranking = folder.write("r.json", "{\"0\": [0]}").string();
-  const std::array<std::pair<const char*, std::string>, 6> budgets = {{{"--ratio", "0.5"},
+  const std::array<std::pair<const char*, std::string>, 7> budgets = {{{"--ratio", "0.5"},
                                                                        {"--rows", "9"},
                                                                        {"--bytes", "2MiB"},
                                                                        {"--heads", ranking},
                                                                        {"--errors", ranking},
-                                                                       {"--statistics", ranking}}};
+                                                                       {"--statistics", ranking},
+                                                                       {"--kv-heads", ranking}}};
   for (const auto& [option, value] : budgets) {
     expect_usage_error({"generate", "--model", "m.gguf", "--prompt", "x", "--method", "full", option, value},
                        std::string(option) + " has no use with --method full, which keeps the whole cache");
@@ -242,11 +243,15 @@ TEST(Arguments, AFileThatIsNotThereIsWrongUsage) {
   refuse({"generate", "--model", model, "--prompt", "x", "--method", "q-filter", "--rows", "9",
           "--statistics", none},
          "--statistics");
+  refuse({"generate", "--model", model, "--prompt", "x", "--method", "kvzip-heads", "--rows", "9",
+          "--kv-heads", none},
+         "--kv-heads");
   refuse({"demo", "--model", none}, "--model");
   refuse({"evaluate", "--model", none, "--ratios", "0.5", "--out", out}, "--model");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--heads", none}, "--heads");
   refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--statistics", none},
          "--statistics");
+  refuse({"evaluate", "--model", model, "--ratios", "0.5", "--out", out, "--kv-heads", none}, "--kv-heads");
   refuse({"calibrate", "--model", none, "--out", out}, "--model");
   refuse({"calibrate", "--model", model, "--out", out, "--needle-file", none}, "--needle-file");
 }
@@ -474,6 +479,10 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
   elsewhere.at(start.size() + 1) = "q-filter";
   expect_usage_error(elsewhere,
                      "--method q-filter needs --statistics: no query statistics of this model in '" +
+                         folder.path("none").string());
+  elsewhere.at(start.size() + 1) = "kvzip-heads";
+  expect_usage_error(elsewhere,
+                     "--method kvzip-heads needs --kv-heads: no scores of KV heads of this model in '" +
                          folder.path("none").string());
 }
 

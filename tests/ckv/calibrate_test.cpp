@@ -515,6 +515,43 @@ TEST_F(CalibrateWithModel, StatisticsOfQueriesAreAddedLaterAndFound) {
   }
 }
 
+/// So are scores of KV heads, which the best keep all rows by.
+TEST_F(CalibrateWithModel, ScoresOfKvHeadsAreAddedLaterAndFound) {
+  const std::filesystem::path folder = path("models") / "tiny";
+  const Outcome outcome = run_well(calibrate("models/tiny", {{"--texts", "0"}, {"--kv-heads", ""}}));
+  EXPECT_NE(outcome.out.find("_kv_head_scores.json"), std::string::npos) << outcome.out;
+  const compresskv::ModelShape shape = ckv::shape_of_file(ckv::small_engine, model_path());
+  const std::string file = (folder / "tiny_kv_head_scores.json").string();
+  const compresskv::HeadScores scores = compresskv::io::load_head_scores(file);
+  EXPECT_EQ(scores.layers(), shape.layers);
+  ASSERT_EQ(scores.heads(), shape.kv_heads);
+  double best = 0.0;
+  for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+    for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+      EXPECT_EQ(scores.runs(layer, head).size(), 4U);
+      EXPECT_GT(scores.mean(layer, head), 0.0);
+      best = std::max(best, scores.mean(layer, head));
+    }
+  }
+  EXPECT_GT(best, 0.5) << "some head copies";
+  EXPECT_LE(best, 1.0);
+  const auto told = Json::parse(read(folder / "calibration.json")).at("kv_heads");
+  EXPECT_EQ(told.at("texts"), 4);
+
+  const auto generate = [&](const Arguments& more) {
+    Arguments all = {"generate",   "--model",     model_path(),
+                     "--json",     "--positions", "--max-new-tokens",
+                     "4",          "--prompt",    read(haystack_).substr(0, 900),
+                     "--rows",     "60",          "--method",
+                     "kvzip-heads"};
+    all.insert(all.end(), more.begin(), more.end());
+    return run_well(all).json();
+  };
+  const Json found = generate({"--models-dir", path("models").string()});
+  EXPECT_EQ(found.at("settings").at("kv_heads"), file);
+  EXPECT_EQ(found.at("kept_positions"), generate({"--kv-heads", file}).at("kept_positions"));
+}
+
 // Its files are those that generate takes, and another model's are refused by layer and head.
 TEST_F(CalibrateWithModel, OwnNeedlesMakeFilesThatGenerateReads) {
   const std::string needles =

@@ -85,6 +85,7 @@ TEST_F(DecodingOnABudget, IsAnOptionOfGenerate) {
       {"cake", "cuts a layer only when others have come"},
       {"blend-carried", "cuts a layer only when others have come"},
       {"kvzip", "feeds the whole context once more"},
+      {"kvzip-plus", "feeds the whole context once more"},
       {"h2o", "wants the queries of all tokens"}};
   for (const auto& [method, why] : refused) {
     const Outcome wrong = with({"--method", method, "--rows", "16", "--decode-every", "4"});

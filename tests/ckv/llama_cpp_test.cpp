@@ -810,7 +810,8 @@ TEST(LlamaCppUsage, WhatDoesNotGoWithItIsRefusedByName) {
   refused({"--method", "snapkv", "--prefill-chunk", "64"}, "--prefill-chunk" + with);
   refused({"--method", "snapkv", "--prefill-chunk", "64", "--working-rows", "64"}, "--prefill-chunk" + with);
   refused({"--method", "snapkv", "--errors", errors}, "--errors" + with);
-  for (const std::string method : {"pyramidkv", "cake", "adakv", "compresskv-adaptive", "h2o", "kvzip"}) {
+  for (const std::string method : {"pyramidkv", "cake", "adakv", "compresskv-adaptive", "h2o", "criticalkv",
+                                   "kvzip", "kvzip-plus", "duoattention", "kvzip-heads"}) {
     refused({"--method", method}, "--method " + method + with);
   }
   expect_usage_error({"demo", "--engine", "llama.cpp", "--model", model, "--errors", errors},

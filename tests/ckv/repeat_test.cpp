@@ -4,11 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <compresskv/compresskv.hpp>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ckv/compress.hpp"
@@ -23,10 +26,11 @@ namespace {
 
 class Repeats : public RealModel {
  protected:
-  static std::unique_ptr<ckv::PromptCompressor> kvzip(double kept) {
-    return ckv::make_compressor(
-        {.method = ckv::Method::kvzip, .budget = compresskv::Budget::kept_ratio(kept)},
-        ckv::shape_of(model().model.config(), engine::KvType::f32), model().model.pool());
+  static std::unique_ptr<ckv::PromptCompressor> kvzip(double kept, ckv::Method method = ckv::Method::kvzip) {
+    ckv::Compression how{.method = method, .budget = compresskv::Budget::kept_ratio(kept)};
+    model().show_outputs(how);
+    return ckv::make_compressor(how, ckv::shape_of(model().model.config(), engine::KvType::f32),
+                                model().model.pool());
   }
 };
 
@@ -74,10 +78,14 @@ TEST_F(Repeats, LeaveTheSequenceAsItWas) {
 TEST_F(Repeats, OfStretchesKeepTheBudgetToTheRow) {
   const std::vector<engine::TokenId> context = boxes_prompt();
   const auto& config = model().model.config();
-  for (const std::size_t at_once : {std::size_t{60}, context.size()}) {
+  std::vector<std::vector<std::vector<std::uint32_t>>> kept;
+  for (const auto& [method, at_once] :
+       {std::pair{ckv::Method::kvzip, std::size_t{60}}, std::pair{ckv::Method::kvzip, context.size()},
+        std::pair{ckv::Method::kvzip_plus, context.size()}}) {
+    SCOPED_TRACE(ckv::info(method).name);
     engine::Sequence sequence{model().model};
     sequence.prefill(context);
-    const auto compressor = kvzip(0.25);
+    const auto compressor = kvzip(0.25, method);
     compressor->begin(context.size());
     ckv::PromptCompressor* const shown = compressor.get();
     ckv::repeat_context(model(), sequence, context, {&shown, 1}, at_once);
@@ -92,6 +100,48 @@ TEST_F(Repeats, OfStretchesKeepTheBudgetToTheRow) {
     }
     EXPECT_EQ(rows, context.size() / 4 * static_cast<std::size_t>(config.layers * config.kv_heads));
     EXPECT_TRUE(unequal) << "heads share by what they look at";
+    kept.push_back(ckv::positions_of(compressor->retained(3)));
+  }
+  EXPECT_NE(kept[1], kept[2]) << "what values add to the output counts";
+}
+
+/// What a layer shows are the lengths of what its attention was given, and the weights are those of its
+/// product.
+TEST_F(Repeats, AreShownWithLengthsAndWeights) {
+  const std::vector<engine::TokenId> context = boxes_prompt();
+  const auto& config = model().model.config();
+  engine::Sequence sequence{model().model};
+  std::vector<float> norms;
+  const auto note = [&](engine::LayerView& layer) {
+    if (layer.layer == 0) {
+      norms.assign(layer.hidden_norms, layer.hidden_norms + layer.window);
+    }
+  };
+  sequence.prefill(context, {.window = 5, .on_layer = note, .on_logits = {}});
+  ASSERT_EQ(norms.size(), 5U);
+  for (std::size_t i = 0; i < 5; ++i) {  // of the first layer: the embedding, normed
+    const engine::TokenId token = context[context.size() - 5 + i];
+    double squares = 0.0;
+    for (int e = 0; e < config.embedding; ++e) {
+      squares += std::pow(static_cast<double>(model().model.embedding()(token, e)), 2);
+    }
+    double normed = 0.0;
+    for (int e = 0; e < config.embedding; ++e) {
+      const double scale =
+          1.0 / std::sqrt(squares / config.embedding + static_cast<double>(config.rms_epsilon));
+      normed += std::pow(static_cast<double>(model().model.embedding()(token, e)) * scale *
+                             static_cast<double>(model().model.layers()[0].attention_norm[e]),
+                         2);
+    }
+    EXPECT_NEAR(norms[i], std::sqrt(normed), 1e-4 * std::sqrt(normed));
+  }
+  const auto weights = model().output_weights();
+  ASSERT_TRUE(weights.has_value());
+  std::vector<float> row(static_cast<std::size_t>(config.head_dim));
+  weights->read(2, 4, 17, row.data());
+  for (int e = 0; e < config.head_dim; ++e) {
+    EXPECT_EQ(row[static_cast<std::size_t>(e)],
+              model().model.layers()[2].output(17, 4 * config.head_dim + e));
   }
 }
 

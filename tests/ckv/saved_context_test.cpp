@@ -40,9 +40,12 @@ std::string boxes_text() {
 const std::string boxes_question = "How many nails are in box number 25?";
 
 ckv::Compression third_by(ckv::Method method) {
-  return {.method = method,
-          .budget = method == ckv::Method::full ? std::nullopt
-                                                : std::optional(compresskv::Budget::kept_ratio(0.3))};
+  ckv::Compression how{.method = method,
+                       .budget = method == ckv::Method::full
+                                     ? std::nullopt
+                                     : std::optional(compresskv::Budget::kept_ratio(0.3))};
+  model().show_outputs(how);
+  return how;
 }
 
 /// Tokens and logits of an answer.
@@ -86,7 +89,8 @@ TEST_F(SavedContexts, AnswersAreThoseOfOneProcessBitForBit) {
            {third_by(ckv::Method::snapkv), {.kv_type = engine::KvType::f16, .decode_every = 4}},
            {third_by(ckv::Method::adakv), {.kv_type = engine::KvType::bf16}},
            {third_by(ckv::Method::cake), {}},
-           {third_by(ckv::Method::kvzip), {}}}) {
+           {third_by(ckv::Method::kvzip), {}},
+           {third_by(ckv::Method::kvzip_plus), {}}}) {
     SCOPED_TRACE(ckv::info(how.method).name);
     ckv::Context context = ckv::read_context(model(), tokens, how, options);
     const ckv::SavedContext saved("a.cache", ckv::save_context(origin_of(tokens), model(), how, context));

@@ -160,6 +160,11 @@ void all_methods(const std::string& prefix, const Case& c) {
   run("lagkv by ranks", ckv::score::LagKv{{.lag = 8}}, grouped);
   run("cur", ckv::score::Cur{}, grouped);
   run("chunkkv", ckv::score::ChunkKv{ckv::score::SnapKv{}}, grouped);
+  constexpr std::size_t hidden = 20;
+  const std::vector<float> outputs = numbers<float>(hidden * query_heads * c.head_dim, 9);
+  const ckv::OutputWeights weights(std::vector<const float*>(layers, outputs.data()),
+                                   {.hidden = hidden, .query_heads = query_heads, .head_dim = c.head_dim});
+  run("criticalkv", ckv::score::CriticalKv{ckv::score::SnapKv{}, weights}, grouped);
   run("means of heads", ckv::score::HeadMean{ckv::score::Knorm{}}, shared);
   const ckv::QueryStatistics statistics = query_statistics(shape);
   run("expected attention", ckv::score::ExpectedAttention{statistics}, grouped);

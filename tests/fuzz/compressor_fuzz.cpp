@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 
 namespace {
 
@@ -274,6 +275,7 @@ class Driver {
   static constexpr bool carries = requires(const S& scorer) { scorer.decay(); };
   static constexpr bool cascades = P::allocator_type::reach != Reach::own_layer;
   static constexpr bool own_layer = P::reach == Reach::own_layer;
+  static constexpr bool by_head = P::capacity_granularity == Granularity::kv_head;
   static constexpr bool adaptive =
       std::same_as<std::remove_cvref_t<decltype(std::declval<P>().selector())>, select::Adaptive>;
 
@@ -497,7 +499,8 @@ class Driver {
     }
     mean_ = plan_.allocator().budget().resolve(total, sizes_.window, sizes_.shape());
     const auto capacities = compressor_.capacities();
-    check(std::accumulate(capacities.begin(), capacities.end(), std::size_t{0}) == mean_ * sizes_.layers,
+    check(std::accumulate(capacities.begin(), capacities.end(), std::size_t{0}) ==
+              mean_ * sizes_.layers * (by_head ? sizes_.kv_heads : 1),
           "capacities do not sum to the budget");
     for (const std::size_t capacity : capacities) {
       check(capacity >= std::min(sizes_.window, total) && capacity <= total, "a capacity is out of bounds");
@@ -609,8 +612,18 @@ class Driver {
   }
   bool right_to_arrive(const Cache& cache) const { return right_to_score(cache) && next_ == announced_; }
 
-  std::size_t capacity(std::size_t l, std::size_t longest) const {
-    return std::max(compressor_.capacities()[l], std::min(sizes_.window, longest));
+  /// Of one KV head of a layer, of which so many rows are shown.
+  std::size_t capacity(std::size_t l, std::size_t head, const std::vector<std::size_t>& shown) const {
+    const std::size_t rows = by_head ? shown[head] : *std::max_element(shown.begin(), shown.end());
+    return std::max(compressor_.capacities()[by_head ? l * sizes_.kv_heads + head : l],
+                    std::min(sizes_.window, rows));
+  }
+  bool shrinks(std::size_t l, const std::vector<std::size_t>& shown) const {
+    bool found = false;
+    for (std::size_t head = 0; head < sizes_.kv_heads; ++head) {
+      found = found || shown[head] > capacity(l, head, shown);
+    }
+    return found;
   }
 
   bool is_protected(std::size_t position) const {
@@ -643,9 +656,8 @@ class Driver {
   }
   /// Whether a layer's capacity holds what must stay.
   bool fits(const Cache& cache, const std::vector<std::size_t>& shown) const {
-    const std::size_t most = capacity(cache.layer, *std::max_element(shown.begin(), shown.end()));
     for (std::size_t head = 0; head < (S::granularity == Granularity::layer ? 1 : shown.size()); ++head) {
-      if (fixed_rows(cache, head, shown[head]) > most) {
+      if (fixed_rows(cache, head, shown[head]) > capacity(cache.layer, head, shown)) {
         return false;
       }
     }
@@ -656,8 +668,6 @@ class Driver {
   /// The window and what is protected were chosen, and as many rows as the budget says.
   void expect_choice(const Cache& cache, const std::vector<Rows>& choice,
                      const std::vector<std::size_t>& shown) const {
-    const std::size_t longest = *std::max_element(shown.begin(), shown.end());
-    const std::size_t most = capacity(cache.layer, longest);
     const bool may_ask = !(cascades && cache.turned_lately);  // the positions are not those it arrived with
     std::size_t total = 0;
     std::size_t all = 0;
@@ -673,11 +683,13 @@ class Driver {
                 stays ? "the window is not whole" : "a protected token is gone");
         }
       }
-      check(adaptive || rows.size() == std::min(most, shown[head]), "not as many rows as the budget says");
+      check(adaptive || rows.size() == std::min(capacity(cache.layer, head, shown), shown[head]),
+            "not as many rows as the budget says");
       total += rows.size();
       all += shown[head];
     }
-    check(total == std::min(most * sizes_.kv_heads, all) || !adaptive, "not as many rows as the budget says");
+    check(!adaptive || total == std::min(capacity(cache.layer, 0, shown) * sizes_.kv_heads, all),
+          "not as many rows as the budget says");
   }
   void expect_choice(const Cache& cache, const Selection& selection,
                      const std::vector<std::size_t>& shown) const {
@@ -801,7 +813,7 @@ class Driver {
   void compress(std::size_t layer, std::size_t in_model) {
     Cache& cache = caches_[in_model];
     Due due = success_if(layer == in_model && !misshow(cache) && right_to_score(cache));
-    if (due == Due::success && cache.longest() > capacity(layer, cache.longest())) {
+    if (due == Due::success && shrinks(layer, cache.lengths)) {
       due = !fits(cache) ? Due::refusal : cache.shares() ? Due::either : Due::success;
     }
     if (attempt("compress", due, [&] {
@@ -1099,8 +1111,7 @@ class Driver {
   void look_at(const O& attention, std::size_t layer, const Cache& cache, Due due) {
     attempt("score of attention", due, [&] { compressor_.score(layer, attention); });
     const std::vector<std::size_t> shown(sizes_.kv_heads, attention.tokens());
-    if (due != Due::refusal && attention.tokens() > capacity(layer, attention.tokens()) &&
-        !fits(cache, shown)) {
+    if (due != Due::refusal && shrinks(layer, shown) && !fits(cache, shown)) {
       due = Due::refusal;
     }
     attempt("select from attention", due,
@@ -1230,14 +1241,22 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
       runs.push_back({data.ConsumeIntegralInRange(0, 100) / 100.0});
     }
   }
+  const std::vector<float> outputs = reference::random_outputs(1, sizes.shape());
   const bool by_share = data.ConsumeBool();
   const auto amount = data.ConsumeIntegralInRange<std::size_t>(1, 60);
-  MethodSettings settings{.budget = by_share ? Budget::kept_ratio(static_cast<double>(amount) / 60.0)
-                                             : Budget::tokens_per_layer(amount),
-                          .heads = HeadRanking(ranking),
-                          .scores = HeadScores(sizes.layers, heads, runs),
-                          .statistics = statistics_of(sizes),
-                          .window = sizes.window};
+  MethodSettings settings{
+      .budget = by_share ? Budget::kept_ratio(static_cast<double>(amount) / 60.0)
+                         : Budget::tokens_per_layer(amount),
+      .heads = HeadRanking(ranking),
+      .scores = HeadScores(sizes.layers, heads, runs),
+      .statistics = statistics_of(sizes),
+      .output_weights =
+          OutputWeights(std::vector<const float*>(sizes.layers, outputs.data()),
+                        {.hidden = reference::output_rows, .query_heads = heads, .head_dim = sizes.head_dim}),
+      .kv_scores = HeadScores(
+          sizes.layers, sizes.kv_heads,
+          {runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(sizes.layers * sizes.kv_heads)}),
+      .window = sizes.window};
   if (data.ConsumeBool()) {
     settings.errors = LayerErrors(errors, {});
   }
@@ -1251,6 +1270,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   settings.lag = data.ConsumeIntegralInRange<std::size_t>(2, 12);
   settings.block = data.ConsumeIntegralInRange<std::size_t>(1, 20);
   settings.chunk = data.ConsumeIntegralInRange<std::size_t>(1, 20);
+  settings.head_sinks = data.ConsumeIntegralInRange<std::size_t>(0, 6);
+  settings.head_recent = data.ConsumeIntegralInRange<std::size_t>(0, 20);
   try {
     reference::with_arriving_method(method, settings, [&](auto scorer, auto selector, auto allocator) {
       const Plan plan{sizes.shape(), scorer, selector, allocator};

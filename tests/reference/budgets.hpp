@@ -81,4 +81,21 @@ inline std::vector<std::size_t> budgets_by_extremes(const std::vector<double>& e
   return budgets;
 }
 
+/// docs/method.md 5.6, one row at a time: `numbers` of all KV heads of the model, lower layers first.
+inline std::vector<std::size_t> whole_heads(const std::vector<double>& numbers, std::size_t per_layer,
+                                            std::size_t window, std::size_t tokens, std::size_t least) {
+  const std::size_t own = std::max(std::min(window, tokens), std::min(least, per_layer / 2));
+  std::vector<std::size_t> budgets(numbers.size(), own);
+  std::vector<std::size_t> best(numbers.size());
+  std::iota(best.begin(), best.end(), std::size_t{0});
+  std::stable_sort(best.begin(), best.end(),
+                   [&](std::size_t a, std::size_t b) { return numbers[a] > numbers[b]; });
+  for (const std::size_t head : best) {
+    while (budgets[head] < tokens && sum(budgets) < per_layer * numbers.size()) {
+      ++budgets[head];
+    }
+  }
+  return budgets;
+}
+
 }  // namespace compresskv::reference

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "reference/allocations.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -78,11 +79,14 @@ struct Cache {
 
 MethodSettings settings() {
   const std::vector<std::uint32_t> heads = {0, 1, 2, 3};
-  return {.budget = Budget::tokens_per_layer(24),
-          .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
-          .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
-          .statistics = reference::query_statistics(shape),
-          .model_heads = 4};
+  return {
+      .budget = Budget::tokens_per_layer(24),
+      .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>(3, heads)),
+      .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
+      .statistics = reference::query_statistics(shape),
+      .output_weights = reference::output_weights(shape),
+      .kv_scores = HeadScores(3, shape.kv_heads, std::vector<std::vector<double>>(3 * shape.kv_heads, {0.5})),
+      .model_heads = 4};
 }
 
 template <class F>
@@ -378,12 +382,13 @@ TEST(AnyCompressor, PlansForSomeLayersAreThoseOfAModelOfTheseAlone) {
   runs.erase(runs.begin() + 4, runs.begin() + 8);
   two.scores = HeadScores(2, 4, runs);
   two.statistics = reference::query_statistics(shape).of_layers(std::array<std::size_t, 2>{0, 2});
+  two.output_weights = all.output_weights->of_layers(std::array<std::size_t, 2>{0, 2});
   two.errors = LayerErrors({0.2, 0.5}, {{.name = "set", .errors = {0.2, 0.5}}});
   ModelShape less = shape;
   less.layers = 2;
   const std::array<std::size_t, 2> layers = {0, 2};
   for (const char* method : {"full", "compresskv", "compresskv-grouped", "snapkv", "carried", "model-wide",
-                             "expected-attention"}) {
+                             "expected-attention", "criticalkv"}) {
     const AnyPlan plan = AnyPlan{shape, method, all}.of_layers(layers);
     EXPECT_EQ(plan.shape().layers, 2U);
     EXPECT_EQ(plan.method().name, method);

@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -27,7 +28,7 @@ constexpr std::size_t prompt_length = 100;
 constexpr std::size_t generated = 400;
 constexpr std::size_t every = 16;
 constexpr std::size_t budget_rows = 48;
-constexpr std::size_t room = prompt_length + every;
+constexpr std::size_t room = prompt_length + generated;  // some methods let a KV head keep all
 
 /// A layer of an engine: [kv_head][room][head_dim], and the queries of its last tokens.
 struct DecodingLayer {
@@ -72,8 +73,12 @@ MethodSettings decoding_settings() {
           .heads = HeadRanking{std::vector<std::vector<std::uint32_t>>(3, {3, 1, 0, 2})},
           .scores = HeadScores(3, 4, std::vector<std::vector<double>>(12, {0.5})),
           .statistics = reference::query_statistics(decoding_model),
+          .output_weights = reference::output_weights(decoding_model),
+          .kv_scores = HeadScores(3, 2, std::vector<std::vector<double>>(6, {0.5})),
           .model_heads = 4,
-          .lag = 16};
+          .lag = 16,
+          .head_sinks = 4,
+          .head_recent = 12};
 }
 
 std::size_t rows_of(const std::vector<DecodingLayer>& layers) {
@@ -143,6 +148,7 @@ void decode_on_budget(Method method, std::size_t queries) {
 
 TEST(AnyDecoding, EachMethodKeepsItsRowsOrSaysWhyNot) {
   const std::map<Method, std::string> refused = {{Method::kvzip, "repeat the context"},
+                                                 {Method::kvzip_plus, "repeat the context"},
                                                  {Method::h2o, "queries"}};
   for (const MethodInfo& row : methods) {
     SCOPED_TRACE(row.name);

@@ -152,10 +152,22 @@ static void write_statistics(void) {
   CHECK(fclose(file) == 0);
 }
 
+/* The same output projection in all layers. */
+enum { hidden = 12 };
+static float outputs[hidden * query_heads * head_dim];
+static const void* output_weights[layers];
+static float hidden_norms[repeated];
+static void fill_outputs(void) {
+  for (size_t i = 0; i < sizeof(outputs) / sizeof(*outputs); ++i) outputs[i] = next_number();
+  for (size_t i = 0; i < repeated; ++i) hidden_norms[i] = 1.0F + (float)(i % 3);
+  for (size_t l = 0; l < layers; ++l) output_weights[l] = outputs;
+}
+
 static void run_method(const char* method) {
   static float original[layers * layer_floats];
   uint32_t ranking[layers * query_heads];
   double scores[layers * query_heads];
+  double kv_scores[layers * kv_heads];
   ckv_settings settings;
   ckv_plan* plan = NULL;
   ckv_sequence* sequence = NULL;
@@ -169,7 +181,10 @@ static void run_method(const char* method) {
     ranking[i] = i % query_heads;
     scores[i] = 1.0 + (double)(i % 5);
   }
+  for (uint32_t i = 0; i < layers * kv_heads; ++i) kv_scores[i] = (double)(i % 3);
   ckv_settings_init(&settings);
+  CHECK(settings.head_sinks == 128 && settings.head_recent == 256);
+  settings.kv_scores = kv_scores;
   settings.budget = CKV_BUDGET_ROWS;
   settings.budget_amount = budget;
   settings.window = window;
@@ -177,20 +192,32 @@ static void run_method(const char* method) {
   settings.ranked_heads = query_heads;
   settings.scores = scores;
   settings.query_statistics = statistics_file;
+  settings.output_weights = output_weights;
+  settings.output_element = CKV_F32;
+  settings.hidden = hidden;
   settings.model_heads = 4;
   CHECK(ckv_plan_create(&model, method, &settings, &plan) == CKV_OK);
   CHECK(ckv_sequence_create(plan, &sequence) == CKV_OK);
   if (sequence == NULL) return;
   const int repeats = ckv_plan_repeats(plan);
   const size_t prompt = repeats ? tokens - repeated : tokens;
-  CHECK(repeats == (strcmp(method, "kvzip") == 0));
+  CHECK(repeats == (strncmp(method, "kvzip", 5) == 0));
   ckv_plan_free(plan); /* the sequence goes on */
   CHECK(ckv_begin(sequence, prompt, NULL) == CKV_OK);
+  if (strcmp(method, "kvzip-heads") == 0) { /* layer 1 has the first of the best heads, which may keep more */
+    size_t rows_of_best = 0;
+    CHECK(ckv_capacity(sequence, 1, &rows_of_best) == CKV_OK && rows_of_best > budget);
+  }
   for (size_t l = 0; l < layers; ++l) {
-    const ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
+    ckv_observation shown = queries_of(l, repeats ? repeated : tokens);
     if (repeats) { /* the last rows are those of tokens that repeat the others */
       CHECK_FAILS(ckv_arrive(sequence, l, view_of, NULL, &shown, &changed, &count), CKV_BAD_ARGUMENT,
                   "call observe()");
+      if (strcmp(method, "kvzip-plus") == 0) {
+        CHECK_FAILS(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown), CKV_BAD_ARGUMENT,
+                    "was shown no hidden_norms");
+        shown.hidden_norms = hidden_norms;
+      }
       CHECK(ckv_observe(sequence, l, view_of, NULL, 0, prompt, &shown) == CKV_OK);
       for (size_t h = 0; h < kv_heads; ++h) rows[l][h] = prompt; /* taken back */
     } else {
@@ -486,6 +513,21 @@ static void wrong_calls(void) {
   CHECK(ckv_plan_create(&model, "rkv", &settings, &plan) == CKV_OK);
   ckv_plan_free(plan);
   ckv_settings_init(&settings);
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "needs output weights");
+  settings.output_weights = output_weights;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "layers of 0 rows of");
+  settings.hidden = hidden;
+  settings.output_element = CKV_Q8_0;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "output_element is 3");
+  settings.output_element = CKV_F32;
+  output_weights[1] = NULL;
+  CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
+              "output weights of layer 1 are null");
+  output_weights[1] = outputs;
+  ckv_settings_init(&settings);
   CHECK_FAILS(ckv_plan_create(&model, "snapvk", &settings, &plan), CKV_BAD_ARGUMENT,
               "must be one of full, compresskv");
   CHECK(plan == NULL);
@@ -573,6 +615,7 @@ int main(void) {
                                         "lagkv",
                                         "cur",
                                         "chunkkv",
+                                        "criticalkv",
                                         "streaming",
                                         "random",
                                         "carried",
@@ -580,12 +623,16 @@ int main(void) {
                                         "blend",
                                         "blend-carried",
                                         "kvzip",
+                                        "kvzip-plus",
                                         "expected-attention",
                                         "expected-attention-adaptive",
                                         "q-filter",
                                         "triattention",
-                                        "rkv"};
+                                        "rkv",
+                                        "duoattention",
+                                        "kvzip-heads"};
   write_statistics();
+  fill_outputs();
   for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); ++i) {
     const int before = failures;
     run_method(methods[i]);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 #include "reference/stored.hpp"
@@ -142,6 +143,11 @@ inline MethodSettings small_settings() {
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>{{2, 0, 1, 3}, {1, 3, 0, 2}, {3, 2, 1, 0}}),
       .scores = HeadScores(small_model.layers, small_model.query_heads, scores),
       .statistics = query_statistics(small_model),
+      .output_weights = output_weights(small_model),
+      .kv_scores = HeadScores(
+          small_model.layers, small_model.kv_heads,
+          {scores.begin(),
+           scores.begin() + static_cast<std::ptrdiff_t>(small_model.layers * small_model.kv_heads)}),
       .heads_per_layer = 2,
       .window = 8,
       .model_heads = 4,

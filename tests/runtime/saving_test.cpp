@@ -15,6 +15,7 @@
 
 #include "message_of.hpp"
 #include "reference/equal_memory.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -39,6 +40,10 @@ MethodSettings settings_saved(Budget budget) {
       .heads = HeadRanking(std::vector<std::vector<std::uint32_t>>{{2, 0, 1, 3}, {1, 3, 0, 2}, {3, 2, 1, 0}}),
       .scores = HeadScores(3, 4, scores),
       .statistics = reference::query_statistics(model_saved),
+      .output_weights = reference::output_weights(model_saved),
+      .kv_scores = HeadScores(
+          3, model_saved.kv_heads,
+          {scores.begin(), scores.begin() + static_cast<std::ptrdiff_t>(3 * model_saved.kv_heads)}),
       .errors = LayerErrors(errors, {{.name = "set", .errors = errors}}),
       .min_rows = 20,
       .heads_per_layer = 2,
@@ -105,7 +110,7 @@ struct Cache {
         append(20, false);
         for (std::size_t layer = 0; layer < 3; ++layer) {
           compressor.observe(layer, view(layer), {.first = first, .last = std::min(first + 64, tokens)},
-                             shown(layer, 16));
+                             shown(layer, 16), std::vector<float>(16, 2.0F));
         }
         rows = before;
       }
@@ -235,7 +240,8 @@ TEST(SavedByTheDoor, TheMiddleOfATurnIsRefusedWhereLayersReachOverOthers) {
     EXPECT_TRUE(refused()) << "no layer has come";
     if (plan.needs() == Needs::repeats) {
       cache.append(5, false);
-      compressor.observe(0, cache.view(0), {.first = 0, .last = 50}, cache.shown(0, 3));
+      compressor.observe(0, cache.view(0), {.first = 0, .last = 50}, cache.shown(0, 3),
+                         std::vector<float>(3, 2.0F));
     } else {
       compressor.arrive(0, views, cache.shown(0, 100));
     }

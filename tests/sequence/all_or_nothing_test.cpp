@@ -18,6 +18,7 @@
 #include "reference/allocations.hpp"
 #include "reference/arriving_methods.hpp"
 #include "reference/errors.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -262,6 +263,10 @@ MethodSettings settings() {
                      .heads = HeadRanking(ranking),
                      .scores = HeadScores(layers, query_heads, runs),
                      .statistics = reference::query_statistics(shape),
+                     .output_weights = reference::output_weights(shape),
+                     .kv_scores = HeadScores(
+                         layers, shape.kv_heads,
+                         {runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(layers * shape.kv_heads)}),
                      .window = window};
   out.heads_per_layer = 2;
   out.model_heads = 4;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "reference/arriving_methods.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
 
@@ -34,7 +35,10 @@ MethodSettings settings() {
   MethodSettings out{.budget = Budget::tokens_per_layer(capacity),
                      // Of group 0 none: its KV head falls back to the other's.
                      .heads = HeadRanking({{3, 2, 1, 0}}),
+                     .scores = HeadScores(1, query_heads, {{0.2}, {0.1}, {0.4}, {0.3}}),
                      .statistics = reference::query_statistics(shape),
+                     .output_weights = reference::output_weights(shape),
+                     .kv_scores = HeadScores(1, kv_heads, {{0.1}, {0.2}}),
                      .window = window};
   out.heads_per_layer = 2;
   return out;

@@ -13,6 +13,7 @@
 
 #include "reference/arriving_methods.hpp"
 #include "reference/layer_case.hpp"
+#include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/stored.hpp"
 
@@ -117,12 +118,15 @@ struct Memory<AffineInt8> {
 /// The rows of `view` that a method keeps.
 template <class V>
 Selection selected(Method method, const Layer<float>& layer, const V& view) {
-  const MethodSettings settings{.budget = Budget::tokens_per_layer(capacity),
-                                .heads = HeadRanking{layer.ranking},
-                                .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
-                                .statistics = reference::query_statistics(layer.shape),
-                                .model_heads = 4,
-                                .lag = 16};
+  const MethodSettings settings{
+      .budget = Budget::tokens_per_layer(capacity),
+      .heads = HeadRanking{layer.ranking},
+      .scores = HeadScores(1, 6, std::vector<std::vector<double>>(6, {0.5})),
+      .statistics = reference::query_statistics(layer.shape),
+      .output_weights = reference::output_weights(layer.shape),
+      .kv_scores = HeadScores(1, kv_heads, std::vector<std::vector<double>>(kv_heads, {0.5})),
+      .model_heads = 4,
+      .lag = 16};
   Selection selection;
   reference::with_arriving_method(
       method, settings, [&](const auto& scorer, const auto& selector, const auto& allocator) {

@@ -13,7 +13,7 @@
 
 namespace compresskv::budget {
 
-/// What an allocator shares out: `per_layer * capacities.size()` rows, each layer within
+/// What an allocator shares out: `per_layer * capacities.size()` rows, each capacity within
 /// `[min(window, tokens), tokens]`.
 struct Allowance {
   std::size_t per_layer = 0;  ///< p, mean rows a layer, below `tokens`
@@ -34,7 +34,7 @@ inline std::size_t total_rows(const Allowance& allowance, std::size_t layers) {
   return total;
 }
 
-/// A way to turn a total into one capacity a layer.
+/// A way to turn a total into one capacity a layer, or one a KV head.
 ///
 /// | member | meaning |
 /// | --- | --- |
@@ -43,6 +43,8 @@ inline std::size_t total_rows(const Allowance& allowance, std::size_t layers) {
 /// | `validate(shape)` | throws when it does not fit the model |
 /// | `allocate(allowance, capacities)` | whole rows that sum to the total exactly; throws when bounds forbid
 /// it |
+/// | `granularity` | may be left out: what has a capacity, a layer. With `Granularity::kv_head`
+/// `capacities` are `[layer][kv_head]` |
 template <class A>
 concept Allocator = std::copyable<A> && requires(const A& allocator, const ModelShape& shape,
                                                  const Allowance& allowance, std::span<std::size_t> rows) {
@@ -51,6 +53,16 @@ concept Allocator = std::copyable<A> && requires(const A& allocator, const Model
   allocator.validate(shape);
   allocator.allocate(allowance, rows);
 };
+
+/// What an allocator gives a capacity to.
+template <class A>
+inline constexpr Granularity granularity_of = [] {
+  if constexpr (requires { A::granularity; }) {
+    return A::granularity;
+  } else {
+    return Granularity::layer;
+  }
+}();
 
 /// Adds or takes one row a layer, lower layers first, round after round, until the capacities sum to `total`
 /// or none can move. `least(layer)` and `most(layer)` are bounds that the capacities keep already.

@@ -27,6 +27,11 @@ constexpr bool observes(Needs needs) {
 }
 /// Whether attention alone cannot take the place of the layer's view.
 constexpr bool reads_rows(Needs needs) { return needs == Needs::keys || needs == Needs::keys_and_values; }
+/// Whether a scorer reads values: by its needs, or where these say how it observes by its `reads_values`.
+template <class S>
+constexpr bool reads_values = S::needs == Needs::keys_and_values || requires {
+  requires S::reads_values;
+};
 
 /// What a composition must have seen before a layer can shrink.
 enum class Reach {

@@ -40,9 +40,16 @@ class Workspace {
     return std::span(ends_).first(count);
   }
 
+  /// `count` numbers of rows in 32 bits, with unspecified contents.
+  std::span<std::uint32_t> take_indices(std::size_t count) {
+    indices_.resize((std::max)(indices_.size(), count));
+    return std::span(indices_).first(count);
+  }
+
   /// Bytes held now.
   std::size_t bytes() const {
-    std::size_t total = (counts_.capacity() + ends_.capacity()) * sizeof(std::size_t);
+    std::size_t total = (counts_.capacity() + ends_.capacity()) * sizeof(std::size_t) +
+                        indices_.capacity() * sizeof(std::uint32_t);
     for (const auto& buffer : buffers_) {
       total += buffer.capacity() * sizeof(float);
     }
@@ -53,6 +60,7 @@ class Workspace {
   std::array<std::vector<float>, 9> buffers_;
   std::vector<std::size_t> counts_;
   std::vector<std::size_t> ends_;
+  std::vector<std::uint32_t> indices_;
 };
 
 }  // namespace compresskv

@@ -15,6 +15,7 @@
 #include "compresskv/kernel/head_groups.hpp"
 #include "compresskv/kernel/layer_input.hpp"
 #include "compresskv/kernel/logits.hpp"
+#include "compresskv/kernel/row_reader.hpp"
 #include "compresskv/kernel/softmax.hpp"
 #include "compresskv/view/kv_view.hpp"
 #include "compresskv/view/observation.hpp"
@@ -23,14 +24,15 @@ namespace compresskv::kernel {
 
 namespace detail {
 
-/// Logits of rows [first, first + count) of one KV head, across its runs: of row r at `out[r - first]`.
-template <KvView V>
+/// Logits of rows [first, first + count) of one KV head, across its runs: of row r at `out[r - first]`. Of
+/// its values, where asked for, as if they were keys.
+template <Part part = Part::keys, KvView V>
 void logits_of_tile(const V& kv, std::size_t kv_head, std::size_t first, std::size_t count,
                     const PackedQueries& queries, float scale, float* buffer, float* out,
                     std::size_t out_stride) {
   std::size_t begin = 0;
   for (std::size_t i = 0; i < kv.run_count(kv_head) && begin < first + count; ++i) {
-    const Run<const typename V::key_element> run = kv.key_run(kv_head, i);
+    const auto run = run_of<part>(kv, kv_head, i);
     const std::size_t from = (std::max)(first, begin);
     const std::size_t to = (std::min)(first + count, begin + run.rows);
     if (from < to) {

@@ -21,6 +21,7 @@ struct LayerInput {
   const Kv& kv;
   const Observed& observation;
   std::size_t held_bytes = 0;  ///< of the sequence, beside its positions: they count towards the 1 %
+  std::span<const float> hidden_norms = {};  ///< [observing query], see `Compressor::observe`; or empty
 
   /// Rows that may go: none where a KV head is shorter than the window.
   std::size_t evictable(std::size_t kv_head) const {

@@ -15,6 +15,16 @@ namespace compresskv::kernel {
 /// Which half of a cache is read.
 enum class Part : std::uint8_t { keys, values };
 
+/// The i-th run of a KV head's keys or values.
+template <Part part, KvView V>
+auto run_of(const V& kv, std::size_t kv_head, std::size_t i) {
+  if constexpr (part == Part::keys) {
+    return Run<const typename V::key_element>(kv.key_run(kv_head, i));
+  } else {
+    return Run<const typename V::value_element>(kv.value_run(kv_head, i));
+  }
+}
+
 /// Reads the keys or the values of one KV head, some rows at a time, in ascending order: two readers may go
 /// through the same rows at a distance. Cost: each run's type is asked for once a piece.
 template <Part part, KvView V>
@@ -55,13 +65,7 @@ class RowReader {
   }
 
  private:
-  auto run() const {
-    if constexpr (part == Part::keys) {
-      return Run<const typename V::key_element>(kv_->key_run(kv_head_, run_));
-    } else {
-      return Run<const typename V::value_element>(kv_->value_run(kv_head_, run_));
-    }
-  }
+  auto run() const { return run_of<part>(*kv_, kv_head_, run_); }
 
   void leave_run(std::size_t rows) {
     if (in_run_ == rows) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -21,7 +22,7 @@ namespace compresskv::kernel {
 namespace detail {
 
 /// Calls `per_head(query_head, totals)` for each of `heads`: one float an evictable row, 0 before `fold(rows,
-/// tokens, totals)` has taken in the attention of each tile of queries.
+/// query, tokens, totals)` has taken in the attention of each tile of queries, `query` being its first.
 template <class Kv, Observation O, Executor X, class Fold, class PerHead>
 void fold_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, Fold&& fold, PerHead&& per_head) {
@@ -31,9 +32,9 @@ void fold_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
         const std::size_t evictable = in.evictable(group[0] / in.shape.group());
         const std::span<float> totals = workspace.take(Workspace::Slot::sums, group.size() * evictable);
         std::fill(totals.begin(), totals.end(), 0.0F);
-        const auto add = [&](std::size_t h, std::size_t, std::size_t first, std::size_t tokens,
+        const auto add = [&](std::size_t h, std::size_t query, std::size_t first, std::size_t tokens,
                              const ScaledRows& rows) {
-          fold(rows, tokens, totals.data() + h * evictable + first);
+          fold(rows, query, tokens, totals.data() + h * evictable + first);
         };
         if constexpr (SumsObservation<O>) {
           std::copy_n(in.observation.sums(group[0]).begin(), evictable, totals.begin());
@@ -60,18 +61,32 @@ void fold_attention(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> 
 template <class Kv, Observation O, Executor X, class PerHead>
 void attention_sums(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads, std::size_t observers,
                     Workspace& workspace, X& executor, PerHead&& per_head) {
-  const auto add = [](const ScaledRows& rows, std::size_t tokens, float* sums) {
+  const auto add = [](const ScaledRows& rows, std::size_t, std::size_t tokens, float* sums) {
     add_scaled(rows, tokens, sums);
   };
   detail::fold_attention(in, heads, observers, workspace, executor, add, per_head);
 }
 
-/// The same, but of each head the largest attention that any observing query gives a row, not the sum.
+/// The same, but of each head the largest attention that any observing query gives a row, not the sum. The
+/// attention of a query is divided by its own of `divisors`, if these are given.
 template <class Kv, QueryObservation O, Executor X, class PerHead>
 void attention_maxima(const LayerInput<Kv, O>& in, std::span<const std::uint32_t> heads,
-                      std::size_t observers, Workspace& workspace, X& executor, PerHead&& per_head) {
-  const auto largest = [](const ScaledRows& rows, std::size_t tokens, float* maxima) {
-    max_scaled(rows, tokens, maxima);
+                      std::size_t observers, std::span<const float> divisors, Workspace& workspace,
+                      X& executor, PerHead&& per_head) {
+  const auto largest = [&](const ScaledRows& rows, std::size_t query, std::size_t tokens, float* maxima) {
+    std::array<float, 32> factors;
+    const std::size_t at_once = divisors.empty() ? rows.count : factors.size();
+    for (std::size_t first = 0; first < rows.count; first += at_once) {
+      ScaledRows part = rows;
+      part.first = rows.row(first);
+      part.count = (std::min)(at_once, rows.count - first);
+      for (std::size_t i = 0; !divisors.empty() && i < part.count; ++i) {
+        factors[i] = rows.factor(first + i) / divisors[query + first + i];
+        part.factors = factors.data();
+        part.factor_stride = 1;
+      }
+      max_scaled(part, tokens, maxima);
+    }
   };
   detail::fold_attention(in, heads, observers, workspace, executor, largest, per_head);
 }

@@ -33,7 +33,7 @@
 
 namespace compresskv {
 
-/// Shares a turn's rows out among the layers, as `budget::Allocator::allocate` has it.
+/// Shares a turn's rows out among the layers, or among all KV heads, as `budget::Allocator::allocate` has it.
 using ShareRows = FunctionRef<void(const budget::Allowance& allowance, std::span<std::size_t> capacities)>;
 
 /// What an engine may add to a method that is chosen by name.
@@ -96,7 +96,7 @@ class AnySequence {
   virtual std::span<const std::size_t> arrive(std::size_t layer, AnyViews views,
                                               const AnyObservation& observation, AnyReduce reduce) = 0;
   virtual void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch,
-                       const AnyObservation& queries) = 0;
+                       const AnyObservation& queries, std::span<const float> hidden_norms) = 0;
   virtual std::span<const std::size_t> finish(AnyViews views) = 0;
   virtual AnyScores score(std::size_t layer, const AnyKv* kv, const AnyObservation& observation) = 0;
   virtual const Selection& select(std::size_t layer, const AnyScores& scores) = 0;
@@ -257,8 +257,9 @@ class AnyCompressor {
 
   /// Shows tokens that repeat a stretch of the context, where `plan().needs()` is `Needs::repeats`; `arrive`
   /// is then not called. As `Compressor::observe`; ArgumentError for a method that does not ask for it.
-  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch, const AnyObservation& queries) {
-    sequence_->observe(layer, kv, stretch, queries);
+  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch, const AnyObservation& queries,
+               std::span<const float> hidden_norms = {}) {
+    sequence_->observe(layer, kv, stretch, queries, hidden_norms);
   }
 
   /// All layers have arrived: those that waited for the last one shrink. Returns them; for most methods none

@@ -34,6 +34,7 @@ template <budget::Allocator A>
 class SharedByEngine {
  public:
   static constexpr Reach reach = Reach::own_layer;
+  static constexpr Granularity granularity = budget::granularity_of<A>;
 
   SharedByEngine(A own, const AnyPlanOptions& options)
       : own_(std::move(own)), share_rows_(options.share_rows) {}
@@ -100,13 +101,13 @@ class SequenceOf final : public AnySequence {
         });
   }
 
-  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch,
-               const AnyObservation& queries) override {
+  void observe(std::size_t layer, const AnyKv& kv, const Stretch& stretch, const AnyObservation& queries,
+               [[maybe_unused]] std::span<const float> hidden_norms) override {
     if constexpr (repeats) {
       const auto* shown = std::get_if<AnyQueries>(&queries.held());
       require(shown != nullptr, "method ", info_->name,
               " is shown what repeats the context by its queries: give a QueryWindow");
-      compressor_.observe(layer, kv, stretch, *shown);
+      compressor_.observe(layer, kv, stretch, *shown, hidden_norms);
     } else {
       fail<ArgumentError>("method ", info_->name,
                           " does not ask for the context to be repeated: call arrive() for each layer");
@@ -218,7 +219,7 @@ class SequenceOf final : public AnySequence {
       fail_of_repeats();
     } else if constexpr (by_queries) {
       fail<ArgumentError>("method ", info_->name, " reads the keys: give the layer's view as well");
-    } else if constexpr (reads_rows(S::needs)) {
+    } else if constexpr (reads_rows(S::needs) || reads_values<S>) {
       fail<ArgumentError>("method ", info_->name,
                           S::needs == Needs::keys ? " reads the keys" : " reads keys and values",
                           ": give the layer's view as well");

@@ -10,6 +10,7 @@
 #include "compresskv/core/head_ranking.hpp"
 #include "compresskv/core/head_scores.hpp"
 #include "compresskv/core/layer_errors.hpp"
+#include "compresskv/core/output_weights.hpp"
 #include "compresskv/core/query_statistics.hpp"
 #include "compresskv/core/shape.hpp"
 #include "compresskv/method_settings.hpp"
@@ -60,8 +61,14 @@ inline MethodSettings settings_of_layers(MethodSettings settings, const ModelSha
   if (settings.scores && settings.scores->layers() == shape.layers) {
     settings.scores = scores_of_layers(*settings.scores, layers);
   }
+  if (settings.kv_scores && settings.kv_scores->layers() == shape.layers) {
+    settings.kv_scores = scores_of_layers(*settings.kv_scores, layers);
+  }
   if (settings.statistics && settings.statistics->layers() == shape.layers) {
     settings.statistics = settings.statistics->of_layers(layers);
+  }
+  if (settings.output_weights && settings.output_weights->layers() == shape.layers) {
+    settings.output_weights = settings.output_weights->of_layers(layers);
   }
   if (settings.errors && settings.errors->layers() == shape.layers) {
     settings.errors = errors_of_layers(*settings.errors, layers);

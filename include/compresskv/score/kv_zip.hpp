@@ -47,7 +47,7 @@ class KvZip : public WindowScorer<Granularity::kv_head, Needs::repeats, KvZipOpt
              const Scores<granularity>& scores) const {
     std::fill(scores.values().begin(), scores.values().end(), 0.0F);
     kernel::for_all_heads(in.shape, [&](std::span<const std::uint32_t> heads) {
-      kernel::attention_maxima(in, heads, in.window, workspace, executor,
+      kernel::attention_maxima(in, heads, in.window, {}, workspace, executor,
                                [&](std::uint32_t head, std::span<const float> maxima) {
                                  const std::span<float> row = scores.row(head / in.shape.group());
                                  std::transform(row.begin(), row.end(), maxima.begin(), row.begin(),

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
+#include <span>
 
 #include "compresskv/kernel/top_k.hpp"
 #include "compresskv/select/selector.hpp"
@@ -20,8 +21,22 @@ class GroupedTopK {
 
   void select(const Scores<Granularity::kv_head>& scores, std::size_t capacity, Workspace& workspace,
               Selection& selection) const {
+    select_each(
+        scores, [&](std::size_t) { return capacity; }, workspace, selection);
+  }
+  /// The same where each KV head has a capacity of its own, `[kv_head]`.
+  void select(const Scores<Granularity::kv_head>& scores, std::span<const std::size_t> capacities,
+              Workspace& workspace, Selection& selection) const {
+    select_each(
+        scores, [&](std::size_t head) { return capacities[head]; }, workspace, selection);
+  }
+
+ private:
+  template <class CapacityOf>
+  static void select_each(const Scores<Granularity::kv_head>& scores, CapacityOf&& capacity_of,
+                          Workspace& workspace, Selection& selection) {
     const auto kept_of = [&](std::size_t head) {
-      return (std::min)(capacity - scores.window(head), scores.tokens(head));
+      return (std::min)(capacity_of(head) - scores.window(head), scores.tokens(head));
     };
     std::size_t total = 0;
     for (std::size_t head = 0; head < scores.rows(); ++head) {

@@ -2,6 +2,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <span>
 
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/scores.hpp"
@@ -24,6 +25,15 @@ template <class S>
 concept Selector = std::copyable<S> && requires(Granularity granularity) {
   { S::reach } -> std::same_as<const Reach&>;
   { S::accepts(granularity) } -> std::same_as<bool>;
+};
+
+/// A selector that also takes a capacity for each KV head in place of one for all:
+/// `select(scores, std::span<const std::size_t> capacities, workspace, selection)`.
+template <class S>
+concept SelectsByHead = Selector<S> &&
+    requires(const S& selector, const Scores<Granularity::kv_head>& scores,
+             std::span<const std::size_t> capacities, Workspace& workspace, Selection& selection) {
+  selector.select(scores, capacities, workspace, selection);
 };
 
 }  // namespace compresskv::select

@@ -208,12 +208,12 @@ constexpr Fault score = first({of_repeats<P>, of_view<V>(), of_observation<P, O>
 
 /// Scores or a selection from attention alone.
 template <class P, class O>
-constexpr Fault attention =
-    first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
-           unless(KeylessObservation<O>, Fault::no_attention),
-           unless(P::scorer_type::needs != Needs::keys && P::scorer_type::needs != Needs::window_queries,
-                  Fault::keys_needed),
-           unless(P::scorer_type::needs != Needs::keys_and_values, Fault::values_needed)});
+constexpr Fault attention = first({of_repeats<P>, unless(!QueryObservation<O>, Fault::queries_alone),
+                                   unless(KeylessObservation<O>, Fault::no_attention),
+                                   unless(P::scorer_type::needs != Needs::keys &&
+                                              P::scorer_type::needs != Needs::window_queries,
+                                          Fault::keys_needed),
+                                   unless(!reads_values<typename P::scorer_type>, Fault::values_needed)});
 
 template <class V, class R>
 constexpr Fault compact = first({of_view<V>(), of_selection<R>(), of_rows<V, V>()});

@@ -31,6 +31,8 @@ class LayerPass {
 
  public:
   static constexpr Granularity granularity = S::granularity;
+  /// Whether each KV head has a capacity of its own.
+  static constexpr bool by_head = P::capacity_granularity == Granularity::kv_head;
 
   LayerPass(const P& plan, X executor) : plan_(&plan), executor_(std::move(executor)) {}
 
@@ -85,9 +87,14 @@ class LayerPass {
     return (std::max)(capacity, (std::min)(plan_->scorer().window(), rows));
   }
 
-  /// Whether no KV head has more rows than the layer may keep.
+  /// Whether no KV head has more rows than it may keep.
   bool stays_whole(const State& state, std::size_t layer) const {
-    return longest() <= at_least_window(state.capacities()[layer], longest());
+    for (std::size_t head = 0; by_head && head < rows_.size(); ++head) {
+      if (rows_[head] > at_least_window(state.capacities_of(layer)[head], rows_[head])) {
+        return false;
+      }
+    }
+    return by_head || longest() <= at_least_window(state.capacities()[layer], longest());
   }
 
   template <class V, class O>
@@ -177,6 +184,16 @@ class LayerPass {
   void select_by(const Scores<granularity>& scores, std::size_t capacity) {
     plan_->selector().select(scores, capacity, workspace_, selection_);
   }
+  /// As `select`, each KV head by its own capacity.
+  void select_by_head(const State& state, std::size_t layer, const Scores<granularity>& scores) {
+    capacities_.resize(scores.rows());
+    for (std::size_t head = 0; head < scores.rows(); ++head) {
+      capacities_[head] = at_least_window(state.capacities_of(layer)[head], scores.cached(head));
+    }
+    state.protected_tokens().mark(layer, state.layer(layer), scores,
+                                  [&](std::size_t head) { return capacities_[head]; });
+    plan_->selector().select(scores, std::span<const std::size_t>(capacities_), workspace_, selection_);
+  }
 
   /// All rows, into `selection()`.
   void select_all() { sequence::select_all(rows_, selection_); }
@@ -199,6 +216,7 @@ class LayerPass {
   Workspace workspace_;
   Selection selection_;
   std::vector<std::size_t> rows_;           // [kv_head], of the layer at hand
+  std::vector<std::size_t> capacities_;     // [kv_head], likewise, where heads have their own
   std::vector<std::size_t> score_ends_;     // [row of scores]
   std::vector<std::size_t> score_windows_;  // [row of scores]
 };

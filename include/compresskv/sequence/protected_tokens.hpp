@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -49,9 +50,15 @@ class ProtectedTokens {
   /// ArgumentError where `capacity` cannot hold them beside the window.
   template <Granularity G>
   void mark(std::size_t index, const Retained& layer, const Scores<G>& scores, std::size_t capacity) const {
+    mark(index, layer, scores, [&](std::size_t) { return capacity; });
+  }
+  /// The same with a capacity for each row of scores.
+  template <Granularity G, std::invocable<std::size_t> CapacityOf>
+  void mark(std::size_t index, const Retained& layer, const Scores<G>& scores,
+            CapacityOf&& capacity_of) const {
     for (std::size_t row = 0; row < scores.rows(); ++row) {
       const std::size_t found = count(layer, scores, row);
-      const std::size_t room = capacity - scores.window(row);
+      const std::size_t room = capacity_of(row) - scores.window(row);
       detail::require(found <= room, "layer ", index, " has room for ", room, " tokens beside the window, ",
                       found, " are protected: raise the budget or its minimum, or protect fewer");
     }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "compresskv/core/error.hpp"
+#include "compresskv/core/float_bits.hpp"
 #include "compresskv/core/half.hpp"
 #include "compresskv/core/policy.hpp"
 #include "compresskv/core/retained.hpp"
@@ -61,8 +62,8 @@ class RepeatScores {
 
   /// Takes the queries of repeated tokens into a layer's scores. Throws before anything changes.
   template <KvView V, QueryObservation O, class Pass>
-  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& observation, const State& state,
-               Pass& pass) {
+  void observe(std::size_t layer, const V& kv, Stretch stretch, const O& observation,
+               std::span<const float> hidden_norms, const State& state, Pass& pass) {
     const Retained& known = state.layer(layer);
     const std::size_t heads = plan_->shape().kv_heads;
     detail::require(stretch.first < stretch.last && stretch.last <= turn_.tokens, "stretch is ",
@@ -76,6 +77,7 @@ class RepeatScores {
                     detail::sliding_window(observation),
                     ": its repeats do not see the context; compress such layers by another plan");
     const std::size_t queries = observation.queries();
+    check_hidden_norms(layer, hidden_norms, queries);
     some_.resize(heads);
     rows_.resize(heads);
     ends_.resize(heads);
@@ -108,7 +110,8 @@ class RepeatScores {
                                                          .retained = known,
                                                          .kv = shown,
                                                          .observation = observation,
-                                                         .held_bytes = held_bytes()};
+                                                         .held_bytes = held_bytes(),
+                                                         .hidden_norms = hidden_norms};
     const Scores<Granularity::kv_head> scores{pass.workspace().take(Workspace::Slot::scores, end), ends_,
                                               windows_};
     plan_->scorer().score(in, pass.workspace(), pass.executor(), scores);
@@ -173,8 +176,8 @@ class RepeatScores {
       for (std::size_t head = 0; head < turn_.score_rows; ++head) {
         const auto own = scores_of(layer, head, state);
         std::transform(own.begin(), own.end(), scores.row(head).begin(), [](Code code) {
-          // Above all attention, and below what is protected, which the pass marks.
-          return code >= select::first16 ? 2.0F : static_cast<float>(std::bit_cast<half>(code));
+          // Above all half floats, and below what is protected, which the pass marks.
+          return code >= select::first16 ? 65536.0F : static_cast<float>(std::bit_cast<half>(code));
         });
       }
       pass.select(state, layer, scores, capacity);
@@ -201,6 +204,27 @@ class RepeatScores {
   }
 
  private:
+  /// Other scorers do not look at them.
+  static void check_hidden_norms([[maybe_unused]] std::size_t layer,
+                                 [[maybe_unused]] std::span<const float> norms,
+                                 [[maybe_unused]] std::size_t queries) {
+    if constexpr (requires { requires P::scorer_type::needs_hidden_norms; }) {
+      detail::require(
+          !norms.empty(), "layer ", layer,
+          " was shown no hidden_norms, by which this scorer divides attention: give the length of "
+          "the hidden state of each of the ",
+          queries, " queries shown");
+      detail::require(norms.size() == queries, "layer ", layer, " was shown ", norms.size(),
+                      " hidden_norms for ", queries, " queries: give one a query shown");
+      for (std::size_t i = 0; i < norms.size(); ++i) {
+        detail::require(detail::is_finite(norms[i]) && norms[i] > 0.0F, "hidden_norms[", i, "] of layer ",
+                        layer, " is ", norms[i],
+                        ", must be finite and above 0: the length of the hidden state that the layer's "
+                        "attention was given");
+      }
+    }
+  }
+
   /// Codes of all rows that a KV head can have.
   std::span<Code> codes_of(std::size_t layer, std::size_t head) {
     return std::span(codes_).subspan((layer * turn_.score_rows + head) * turn_.tokens, turn_.tokens);

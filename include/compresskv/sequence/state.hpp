@@ -24,15 +24,21 @@ namespace compresskv::sequence {
 /// A turn is prepared first, which may throw, and then started, which does not.
 class State {
  public:
-  State(std::size_t layers, std::size_t kv_heads) : layers_(layers), kv_heads_(kv_heads) {}
+  /// Each layer has `capacities_a_layer`: 1, or one a KV head.
+  State(std::size_t layers, std::size_t kv_heads, std::size_t capacities_a_layer = 1)
+      : layers_(layers), kv_heads_(kv_heads), capacities_a_layer_(capacities_a_layer) {}
 
   std::size_t layers() const { return layers_.size(); }
   Retained& layer(std::size_t index) { return layers_[index]; }
   const Retained& layer(std::size_t index) const { return layers_[index]; }
   const ProtectedTokens& protected_tokens() const { return protected_; }
 
-  /// [layer], rows that each may keep, window included; empty before the first turn.
+  /// [layer] or [layer][kv_head], rows that each may keep, window included; empty before the first turn.
   std::span<const std::size_t> capacities() const { return capacities_; }
+  /// Those of a layer.
+  std::span<const std::size_t> capacities_of(std::size_t index) const {
+    return capacities().subspan(index * capacities_a_layer_, capacities_a_layer_);
+  }
   /// Those of a call under way, to be written; `adopt_capacities` makes them what holds.
   std::span<std::size_t> next_capacities() { return next_capacities_; }
   std::span<const std::size_t> next_capacities() const { return next_capacities_; }
@@ -40,15 +46,15 @@ class State {
   void adopt_capacities() noexcept { capacities_.assign(next_capacities_.begin(), next_capacities_.end()); }
 
   /// Checks what a turn of `tokens` tokens is told and makes room for it. `next_capacities` are then
-  /// `tokens` for each layer. Throws ArgumentError.
+  /// `tokens` each. Throws ArgumentError.
   void prepare(const char* name, std::size_t tokens, const Protection& protection) {
     detail::require(tokens > 0, name, " is 0: a prompt has at least one token");
     detail::require(tokens <= (std::numeric_limits<std::uint32_t>::max)(), name, " is ", tokens,
                     ", the most is ", (std::numeric_limits<std::uint32_t>::max)(),
                     ": positions are held in 32 bits");
     protected_.prepare(tokens, protection);
-    next_capacities_.assign(layers_.size(), tokens);
-    capacities_.reserve(layers_.size());
+    next_capacities_.assign(layers_.size() * capacities_a_layer_, tokens);
+    capacities_.reserve(next_capacities_.size());
   }
 
   /// As `prepare`, for a new sequence.
@@ -176,7 +182,9 @@ class State {
     protected_.save(out);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Retained& layer = layers_[l];
-      out.number(capacities_[l]);
+      for (const std::size_t capacity : capacities_of(l)) {
+        out.number(capacity);
+      }
       out.number(layer.announced_, 4);
       out.number(layer.next_position_, 4);
       out.number(layer.bytes_freed_);
@@ -189,13 +197,15 @@ class State {
   /// The state of the same model that was saved, checked: nothing that a sequence could not have come to.
   /// Throws FileError.
   State read(SavedReader& in) const {
-    State read(layers_.size(), kv_heads_);
+    State read(layers_.size(), kv_heads_, capacities_a_layer_);
     read.turned_ = in.flag("rotation");
     read.protected_ = ProtectedTokens::read(in);
-    read.capacities_.resize(layers_.size());
+    read.capacities_.resize(layers_.size() * capacities_a_layer_);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       Retained& layer = read.layers_[l];
-      read.capacities_[l] = in.number("capacities");
+      for (std::size_t i = 0; i < capacities_a_layer_; ++i) {
+        read.capacities_[l * capacities_a_layer_ + i] = in.number("capacities");
+      }
       layer.announced_ = in.number("tokens", 4);
       layer.next_position_ = in.number("next position", 4);
       layer.bytes_freed_ = in.number("bytes freed");
@@ -274,6 +284,7 @@ class State {
 
   std::vector<Retained> layers_;
   std::size_t kv_heads_;
+  std::size_t capacities_a_layer_;
   std::vector<std::size_t> capacities_;
   std::vector<std::size_t> next_capacities_;
   ProtectedTokens protected_;

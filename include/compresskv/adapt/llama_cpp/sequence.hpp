@@ -58,7 +58,7 @@ class Sequence {
   /// Nothing is read yet, or the sequence holds tokens that were decoded before. Throws ArgumentError where
   /// the place is none, plan, observer and model are not of one shape, the observer's window is shorter than
   /// the plan's, or the method wants the attention of all queries (h2o), which libllama does not show, or
-  /// the context once more (kvzip).
+  /// the context once more (kvzip, kvzip-plus).
   Sequence(AnyPlan plan, Observer& observer, const Place& place, AnyExecutor executor = {})
       : observer_(&observer),
         place_(place),
