@@ -73,6 +73,8 @@ TEST(Methods, WindowAndPoolingAreTheMethodsOwnWhereNothingIsSaid) {
   EXPECT_EQ(score::Cur::Options{}.sinks, library.sinks);
   EXPECT_EQ(score::Cur::Options{}.block, library.block);
   EXPECT_EQ(score::ChunkKvOptions{}.chunk, library.chunk);
+  EXPECT_EQ(score::RKvOptions{}.lambda, library.lambda);
+  EXPECT_EQ(score::RKvOptions{}.threshold, library.threshold);
   EXPECT_EQ(score::DuoAttention::Options{}.sinks, library.head_sinks);
   EXPECT_EQ(score::DuoAttention::Options{}.recent, library.head_recent);
   EXPECT_EQ(budget::WholeHeads::default_least, library.head_sinks + library.head_recent);
@@ -209,6 +211,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   settings.block = 3;
   settings.chunk = 11;
   settings.lag = 1;
+  settings.lambda = 0.25F;
+  settings.threshold = 0.75F;
   settings.head_sinks = 5;
   settings.head_recent = 9;
   const auto look = [](const auto& scorer, const auto&, const auto&) {
@@ -224,6 +228,9 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
     } else if constexpr (requires { scorer.options().lag; }) {
       EXPECT_EQ(scorer.options().lag, 33U);
       EXPECT_EQ(scorer.options().sinks, 7U);
+    } else if constexpr (requires { scorer.options().lambda; }) {
+      EXPECT_EQ(scorer.options().lambda, 0.25F);
+      EXPECT_EQ(scorer.options().threshold, 0.75F);
     } else {
       ADD_FAILURE() << "another scorer";
     }
@@ -231,8 +238,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
   expect_error<ArgumentError>([&] { with_method(Method::lagkv, settings, look); },
                               {"lag is 1", "at least 2"});
   settings.lag = 33;
-  for (const Method method :
-       {Method::lagkv, Method::cur, Method::chunkkv, Method::duoattention, Method::kvzip_heads}) {
+  for (const Method method : {Method::lagkv, Method::cur, Method::chunkkv, Method::rkv, Method::duoattention,
+                              Method::kvzip_heads}) {
     with_method(method, settings, look);
   }
   settings.block = 0;

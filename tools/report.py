@@ -31,7 +31,8 @@ LABELS = {
     "long-loss": "loss of 1,024 tokens on a budget, nats a token",
     "error": "relative error of attention outputs",
 }
-ASKED = {"rules": "rule followed, %", "later": "single questions right, %", "later-many": "single questions right, %"}
+ASKED = {"rules": "rule followed, %", "later": "single questions right, %", "later-many": "single questions right, %",
+         "long-names": "recalls right, %", "long-tally": "recalls right, %"}
 
 
 def place(record):
@@ -153,7 +154,7 @@ def settings_text(header):
     settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items() if value is not None)
     return (f"Model {header['model']} (SHA-256 {header['model_sha256']}), version {header['version']}, code path "
             f"{header['code_path']}; {settings}. Prompts that the full cache answers wrongly are dropped, also for one "
-            f"question of several; every method held the same bytes at each budget.")
+            f"question of several; of long-names and long-tally single recalls are. Every method held the same bytes at each budget.")
 
 
 def markdown(header, parts, pictures):

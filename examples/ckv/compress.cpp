@@ -125,6 +125,8 @@ compresskv::MethodSettings settings_of(const Compression& how) {
           .lag = how.lag,
           .block = how.block,
           .chunk = how.chunk,
+          .lambda = how.lambda,
+          .threshold = how.threshold,
           .head_sinks = how.head_sinks,
           .head_recent = how.head_recent,
           .score_threshold = how.score_threshold};

@@ -108,12 +108,33 @@ constexpr std::array<MethodOption, 15> method_options = {{
      [](Compression& how, std::uint64_t number) { how.head_recent = number; }},
 }};
 
+/// The same with a fraction: "lambda=0.1". Its bounds are the library's.
+struct MethodFraction {
+  std::string_view name;
+  std::string_view unit;
+  float Compression::*number;
+};
+
+constexpr std::array<MethodFraction, 2> method_fractions = {{
+    {"lambda", "SHARE", &Compression::lambda},
+    {"cosine", "COSINE", &Compression::threshold},
+}};
+
 std::string method_option_help() {
   std::string text = "uniform, errors, equal, pool=avg, pool=max, pool=trailing, threshold=SCORE";
   for (const MethodOption& option : method_options) {
     text += fmt::format(", {}={}", option.name, option.unit);
   }
+  for (const MethodFraction& option : method_fractions) {
+    text += fmt::format(", {}={}", option.name, option.unit);
+  }
   return text;
+}
+
+/// A number as JSON writes it.
+std::optional<float> fraction_of(const std::string& text) {
+  const Json number = Json::parse(text, nullptr, false);
+  return number.is_number() ? std::optional(number.get<float>()) : std::nullopt;
 }
 
 /// "name:option:option": a method and what is special about it.
@@ -148,6 +169,13 @@ Compression parse_method(const std::string& text, const Compression& base,
         refuse(fmt::format("{} {}", name, wrong));
       }
       option->set(how, std::stoull(value));
+    } else if (const auto fraction = std::ranges::find(method_fractions, name, &MethodFraction::name);
+               fraction != method_fractions.end()) {
+      const std::optional<float> number = fraction_of(value);
+      if (!number) {
+        refuse(fmt::format("{} is '{}', must be a number such as 0.1", name, value));
+      }
+      how.*fraction->number = *number;
     } else if (part == "uniform") {
       by_errors = false;
     } else if (part == "errors") {
@@ -364,6 +392,11 @@ std::string key_of_cell(const Json& record) {
   } else {
     record.at(record.contains("perplexity") ? "perplexity" : "error").get<double>();
   }
+  if (record.contains("token_ms")) {
+    record.at("token_ms").get<double>();
+    record.at("full_token_ms").get<double>();
+    record.at("cut_share").get<double>();
+  }
   return fmt::format("{}, {} tokens, prompt {}, {}, budget {}", cell.task, cell.length, cell.prompt,
                      cell.method, cell.budget);
 }
@@ -476,7 +509,7 @@ class Grid {
     }
 
     const TaskPrompt prompt = task_prompt(task, *model_, *haystack_, place);
-    if (prompt.later.empty()) {
+    if (prompt.later.empty() && prompt.measure != Measure::recalls) {
       common["expect"] = prompt.expect;
     }
     if (!prompt.rule.kind.empty()) {
@@ -492,45 +525,94 @@ class Grid {
     const bool hidden_states = std::any_of(todo.begin(), todo.end(), [](const Variant* variant) {
       return wants_hidden_states(variant->how.method);
     });
+    const bool on_budget = decodes_on_budget(prompt.measure);
+    const bool alone = on_budget && is_timed(place, task, full_record);
     const auto held = model_->hold(prompt, {.kv_type = arguments_->cache.type(),
                                             .window = all_queries ? 0 : widest_,
                                             .hidden_states = hidden_states,
                                             .max_new_tokens = arguments_->max_new_tokens,
+                                            .alone = alone,
                                             .progress = [&](double share) { show(0.4 * share, "reading"); }});
-    if (full_record == records_.end()) {
-      const Compression full{.method = Method::full};
-      const Compression* const only = &full;
-      const std::vector<Outcome> outcome = held->outcomes({&only, 1}, [](double, std::string_view) {});
-      Json record = record_of(common, "full", nullptr, prompt, outcome[0]);
+    const Compression full{.method = Method::full};
+    Json record;
+    const auto add_full = [&](const Outcome& outcome) {
+      record = record_of(common, "full", nullptr, prompt, outcome);
       record["prefill_ms"] = rounded(held->prefill_ms());
       add(record);
-      if (is_dropped(record)) {
+      return !is_dropped(record);
+    };
+    const bool full_first = full_record == records_.end() && !on_budget;
+    if (full_first) {
+      const Compression* const only = &full;
+      if (!add_full(held->outcomes({&only, 1}, [](double, std::string_view) {})[0])) {
         return false;
       }
     }
 
-    std::vector<const Compression*> ways;
+    // On a budget the full cache decodes with the others: a token's time is compared in one run.
+    const bool beside = !full_first && (full_record == records_.end() || alone);
+    std::vector<const Compression*> ways(beside ? 1 : 0, &full);
     for (const Variant* variant : todo) {
       ways.push_back(&variant->how);
     }
     std::vector<Outcome> outcomes =
         held->outcomes(ways, [&](double share, std::string_view what) { show(0.4 + 0.6 * share, what); });
+    std::optional<double> full_ms;
+    if (beside) {
+      full_ms = token_ms(outcomes[0]);
+      const bool answered = full_record != records_.end() || add_full(outcomes[0]);
+      outcomes.erase(outcomes.begin());
+      if (!answered) {
+        return false;
+      }
+    }
+    if (on_budget && full_record != records_.end()) {
+      record = full_record->second;
+    }
     for (std::size_t i = 0; i < todo.size(); ++i) {
       check_rows(*todo[i], prompt.tokens.size(), outcomes[i].rows);
+      if (const std::optional<LongAnswer>& answer = outcomes[i].long_answer) {
+        const std::size_t since = answer->steps % decode_step;
+        check_rows(*todo[i], prompt.tokens.size() + answer->steps - since, answer->rows, since);
+      }
       if (place.index >= arguments_->depths) {
         outcomes[i].kept.clear();  // one map a depth is enough
       }
-      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i]));
+      add(record_of(common, todo[i]->method, todo[i]->budget, prompt, outcomes[i], &record, full_ms));
     }
     return true;
   }
 
+  /// Long texts are decoded as one batch, whose step's time is nobody's. So one text a task and length is
+  /// decoded alone in part: the first that is found, and no other.
+  bool is_timed(const PromptPlace& place, const std::string& task,
+                const std::map<Cell, Json>::const_iterator& full_record) const {
+    if (full_record != records_.end()) {
+      return full_record->second.contains("token_ms");
+    }
+    return std::ranges::none_of(records_, [&](const auto& entry) {
+      return entry.first.task == task && entry.first.length == place.length && entry.first.method == "full" &&
+             entry.second.contains("token_ms") && !is_dropped(entry.second);
+    });
+  }
+
+  /// What a decoded token took, cuts included, where that was measured.
+  static std::optional<double> token_ms(const Outcome& outcome) {
+    const std::optional<LongAnswer>& answer = outcome.long_answer;
+    if (!answer || !answer->decode_ms) {
+      return std::nullopt;
+    }
+    return (*answer->decode_ms + answer->cut_ms) / static_cast<double>(answer->steps);
+  }
+
   /// Every method holds the same bytes at one budget, or the comparison is worth nothing; with a threshold at
   /// most these.
-  void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows) const {
+  /// `since`: tokens that were decoded since, whose rows come on top.
+  void check_rows(const Variant& variant, std::size_t tokens, std::size_t rows, std::size_t since = 0) const {
     const compresskv::ModelShape& shape = shape_;
     const std::size_t expected =
-        variant.how.budget->resolve(tokens, window_of(variant.how), shape) * shape.layers * shape.kv_heads;
+        (variant.how.budget->resolve(tokens, window_of(variant.how), shape) + since) * shape.layers *
+        shape.kv_heads;
     if (variant.how.score_threshold ? rows > expected : rows != expected) {
       throw engine::Error(
           fmt::format("{} at {} keeps {} rows of a prompt of {} tokens, all methods are to keep {}: not a "
@@ -540,11 +622,14 @@ class Grid {
   }
 
   Json record_of(const Json& common, const std::string& method, const Json& budget, const TaskPrompt& prompt,
-                 const Outcome& outcome) const {
+                 const Outcome& outcome, const Json* full = nullptr,
+                 std::optional<double> full_ms = std::nullopt) const {
     Json record = common;
     record["method"] = method;
     record["budget"] = budget;
-    if (outcome.perplexity) {
+    if (prompt.measure == Measure::recalls) {
+      add_recalls(prompt, *outcome.long_answer, full, record);
+    } else if (outcome.perplexity) {
       if (!std::isfinite(*outcome.perplexity)) {
         throw engine::Error(fmt::format("the perplexity of {} at {} is {}: not a number that JSON can hold",
                                         method, budget.dump(), *outcome.perplexity));
@@ -572,10 +657,50 @@ class Grid {
     if (!outcome.kept.empty()) {
       record["kept"] = outcome.kept;
     }
-    record["rows"] = outcome.rows;
-    record["kv_bytes"] = outcome.rows * shape_.kv_row_bytes;
+    const std::size_t rows = outcome.long_answer ? outcome.long_answer->rows : outcome.rows;
+    record["rows"] = rows;
+    record["kv_bytes"] = rows * shape_.kv_row_bytes;
     record["compress_ms"] = rounded(outcome.compress_ms);
+    if (outcome.long_answer) {
+      record["cut_ms"] = rounded(outcome.long_answer->cut_ms);
+    }
+    if (const std::optional<double> ms = token_ms(outcome)) {
+      record["token_ms"] = rounded(*ms);
+      record["cut_share"] =
+          outcome.long_answer->cut_ms / (*ms * static_cast<double>(outcome.long_answer->steps));
+      record["full_token_ms"] = rounded(full_ms.value_or(*ms));
+    }
     return record;
+  }
+
+  /// Of the recalls those that the full cache says count.
+  static void add_recalls(const TaskPrompt& prompt, const LongAnswer& answer, const Json* full,
+                          Json& record) {
+    Json questions = Json::array();
+    bool all = true;
+    for (std::size_t i = 0; i < prompt.recalls.size(); ++i) {
+      const Recall& recall = prompt.recalls[i];
+      const bool right = is_right(recall, answer.said[i]);
+      const bool counts =
+          full == nullptr ? right : std::ranges::any_of(full->at("questions"), [&](const Json& of_full) {
+            return of_full.at("asked") == recall.first;
+          });
+      if (counts) {
+        questions.push_back({{"expect", recall.expect},
+                             {"told", recall.told},
+                             {"asked", recall.first},
+                             {"right", right},
+                             {"answer", answer.said[i]}});
+        all = all && right;
+      }
+    }
+    record["right"] = all && !questions.empty();
+    if (!questions.empty()) {
+      record["questions"] = questions;
+    }
+    record["recalls"] = prompt.recalls.size();
+    record["decoded_tokens"] = prompt.continuation.size();
+    record["loss"] = answer.loss;
   }
 
   void add(const Json& record) {
@@ -595,6 +720,13 @@ class Grid {
   std::size_t widest_ = 1;
 };
 
+/// Milliseconds a decoded token, beside the full cache's in the same run, and the cuts' share of them.
+std::string time_text(const Json& record) {
+  const auto ms = record.at("token_ms").get<double>();
+  return fmt::format("{:.1f} {:.2f} x {:.1f} %", ms, ms / record.at("full_token_ms").get<double>(),
+                     100.0 * record.at("cut_share").get<double>());
+}
+
 void print_summary(const EvaluateArguments& arguments, std::span<const Variant> variants,
                    const std::map<Cell, Json>& records) {
   struct Sum {
@@ -603,6 +735,7 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     std::string_view unit;
     double bytes = 0.0;
     double ms = 0.0;
+    std::optional<Json> timed = std::nullopt;  // the record of the text that was decoded alone
   };
   std::map<std::tuple<std::string, std::size_t, std::string, std::string>, Sum> sums;
   for (const auto& [cell, record] : records) {
@@ -619,6 +752,9 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     }
     sum.bytes += record.at("kv_bytes").get<double>();
     sum.ms += record.at("compress_ms").get<double>();
+    if (record.contains("token_ms")) {
+      sum.timed = record;
+    }
   }
   // A file may hold records of other tasks and lengths, too.
   std::size_t measured = 0;
@@ -635,14 +771,19 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
   for (const Variant& variant : variants) {
     widest = std::max(widest, variant.method.size() + 1);
   }
-  const Table table{{{.title = "task", .width = 10, .left = true},
-                     {.title = "tokens", .width = 7},
-                     {.title = " budget", .width = 17, .left = true},
-                     {.title = "method", .width = widest, .left = true},
-                     {.title = "prompts", .width = 8},
-                     {.title = "result", .width = 10},
-                     {.title = "KV bytes", .width = 11},
-                     {.title = "compress ms", .width = 13}}};
+  std::vector<Table::Column> columns{{.title = "task", .width = 10, .left = true},
+                                     {.title = "tokens", .width = 7},
+                                     {.title = " budget", .width = 17, .left = true},
+                                     {.title = "method", .width = widest, .left = true},
+                                     {.title = "prompts", .width = 8},
+                                     {.title = "result", .width = 10},
+                                     {.title = "KV bytes", .width = 11},
+                                     {.title = "compress ms", .width = 13}};
+  const bool timed = std::ranges::any_of(sums, [](const auto& sum) { return sum.second.timed.has_value(); });
+  if (timed) {
+    columns.push_back({.title = "ms/token, of full's, cuts", .width = 27});
+  }
+  const Table table{columns};
   const auto row = [&](const std::string& task, std::size_t length, const std::string& method,
                        const Json& budget) {
     const auto found = sums.find({task, length, budget.dump(), method});
@@ -653,9 +794,18 @@ void print_summary(const EvaluateArguments& arguments, std::span<const Variant> 
     const auto count = static_cast<double>(sum.prompts);
     const std::string amount =
         budget.is_null() ? "all" : budget.begin().key() + " " + budget.begin().value().dump();
-    table.row({task, std::to_string(length), " " + amount, method, std::to_string(sum.prompts),
-               fmt::format("{:.3g}{}", sum.value / count, sum.unit), fmt::format("{:.0f}", sum.bytes / count),
-               fmt::format("{:.1f}", sum.ms / count)});
+    std::vector<std::string> cells = {task,
+                                      std::to_string(length),
+                                      " " + amount,
+                                      method,
+                                      std::to_string(sum.prompts),
+                                      fmt::format("{:.3g}{}", sum.value / count, sum.unit),
+                                      fmt::format("{:.0f}", sum.bytes / count),
+                                      fmt::format("{:.1f}", sum.ms / count)};
+    if (timed) {
+      cells.push_back(sum.timed ? time_text(*sum.timed) : "");
+    }
+    table.row(cells);
   };
   for (const std::string& task : arguments.tasks) {
     for (const std::size_t length : arguments.lengths) {
@@ -688,6 +838,24 @@ void keep_freed_memory() {
 #endif
 }
 
+/// Throws UsageError where a long text ends before a budget is exceeded: all methods would be the full cache.
+void check_cuts(const EvaluateArguments& arguments) {
+  for (const std::string& task : arguments.tasks) {
+    for (const std::size_t length : arguments.lengths) {
+      const std::size_t most = tokens_at_last_cut(task, length);
+      const auto idle =
+          std::ranges::find_if(arguments.tokens, [&](std::size_t rows) { return rows >= most; });
+      if (decodes_on_budget(measure_of(task)) && idle != arguments.tokens.end()) {
+        throw UsageError(
+            fmt::format("--tasks {} at --lengths {} has {} tokens when its cache is cut for the last time, "
+                        "and --tokens {} "
+                        "holds them all: give fewer rows or a greater length",
+                        task, length, most, *idle));
+      }
+    }
+  }
+}
+
 void evaluate(const EvaluateArguments& arguments) {
   keep_freed_memory();
   check_engine(arguments.model.engine);
@@ -700,19 +868,19 @@ void evaluate(const EvaluateArguments& arguments) {
       }
     }
   }
-  const auto long_loss = std::find_if(arguments.tasks.begin(), arguments.tasks.end(), [](const auto& task) {
-    return measure_of(task) == Measure::long_loss;
-  });
-  if (long_loss != arguments.tasks.end()) {
+  const auto on_budget = std::find_if(arguments.tasks.begin(), arguments.tasks.end(),
+                                      [](const auto& task) { return decodes_on_budget(measure_of(task)); });
+  if (on_budget != arguments.tasks.end()) {
     if (arguments.model.is_llama_cpp()) {
-      needs_small_engine(fmt::format("--tasks {}", *long_loss),
+      needs_small_engine(fmt::format("--tasks {}", *on_budget),
                          "a cache that is compressed again and again as it grows");
     }
     if (!arguments.ratios.empty()) {
       throw UsageError(
           fmt::format("--tasks {} does not go with --ratios: a share would grow with the text; give --tokens",
-                      *long_loss));
+                      *on_budget));
     }
+    check_cuts(arguments);
   }
   if (arguments.ratios.empty() && arguments.tokens.empty()) {
     throw UsageError("no budget: give --ratios, --tokens or both");
@@ -762,11 +930,11 @@ void evaluate(const EvaluateArguments& arguments) {
   std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {
     const std::string_view why = why_not_while_decoding(variant.how.method);
-    if (long_loss != arguments.tasks.end() && !why.empty()) {
+    if (on_budget != arguments.tasks.end() && !why.empty()) {
       throw UsageError(
           fmt::format("--tasks {} compresses each layer again by the last queries, which --methods {} does "
                       "not, as it {}: drop one",
-                      *long_loss, variant.method, why));
+                      *on_budget, variant.method, why));
     }
   }
   RecordFile file{arguments.out, header_json(arguments, files, sha256), key_of_cell};

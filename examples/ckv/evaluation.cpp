@@ -21,6 +21,7 @@ class HeldInSmallEngine final : public HeldPrompt {
   HeldInSmallEngine(const LoadedModel& loaded, const TaskPrompt& prompt, const HoldOptions& options)
       : prompt_(&prompt),
         batch_bytes_(options.batch_bytes),
+        alone_(options.alone),
         evaluation_(loaded, options.kv_type, options.max_new_tokens),
         read_(evaluation_.read(prompt.tokens, options.window, options.progress, options.hidden_states)) {}
 
@@ -40,7 +41,10 @@ class HeldInSmallEngine final : public HeldPrompt {
     };
     const auto answer = [&] {
       show("answering");
-      finish(sequences, std::span(outcomes).subspan(answered), std::span(compressors).subspan(answered));
+      const double before = static_cast<double>(answered) / static_cast<double>(ways.size());
+      const double after = static_cast<double>(outcomes.size()) / static_cast<double>(ways.size());
+      finish(sequences, std::span(outcomes).subspan(answered), std::span(compressors).subspan(answered),
+             [&](double share) { progress(before + share * (after - before), "answering"); });
       sequences.clear();
       answered = outcomes.size();
     };
@@ -58,7 +62,7 @@ class HeldInSmallEngine final : public HeldPrompt {
       } else {
         auto [sequence, outcome] =
             evaluation_.compress(read_, *ways[i], beside, std::move(repeated[i]),
-                                 prompt_->measure == Measure::long_loss ? &compressors[i] : nullptr);
+                                 decodes_on_budget(prompt_->measure) ? &compressors[i] : nullptr);
         if (beside) {
           outcome.errors = evaluation_.attention_errors(*prompt_, sequence);
         } else {
@@ -93,16 +97,25 @@ class HeldInSmallEngine final : public HeldPrompt {
 
   /// Answers, or what is measured instead.
   void finish(std::span<engine::Sequence> sequences, std::span<Outcome> outcomes,
-              std::span<const std::unique_ptr<PromptCompressor>> compressors) const {
+              std::span<const std::unique_ptr<PromptCompressor>> compressors,
+              const std::function<void(double)>& decoded) const {
     std::vector<engine::Sequence*> batch;
     for (engine::Sequence& sequence : sequences) {
       batch.push_back(&sequence);
     }
+    if (decodes_on_budget(prompt_->measure)) {
+      std::vector<LongAnswer> answers =
+          evaluation_.decode_on_budgets(*prompt_, batch, compressors, alone_, decoded);
+      for (std::size_t i = 0; i < outcomes.size(); ++i) {
+        if (prompt_->measure == Measure::long_loss) {
+          outcomes[i].perplexity = std::exp(answers[i].loss);
+        }
+        outcomes[i].long_answer = std::move(answers[i]);
+      }
+      return;
+    }
     if (prompt_->measure != Measure::none) {
-      const std::vector<double> values =
-          prompt_->measure == Measure::long_loss
-              ? evaluation_.perplexities_on_budgets(*prompt_, batch, compressors)
-              : evaluation_.perplexities(*prompt_, batch);
+      const std::vector<double> values = evaluation_.perplexities(*prompt_, batch);
       for (std::size_t i = 0; i < outcomes.size(); ++i) {
         outcomes[i].perplexity = values[i * prompt_->copies()];
       }
@@ -116,6 +129,7 @@ class HeldInSmallEngine final : public HeldPrompt {
 
   const TaskPrompt* prompt_;
   std::size_t batch_bytes_;
+  bool alone_;
   Evaluation evaluation_;
   ReadPrompt read_;
 };
@@ -156,6 +170,10 @@ bool is_right(const TaskPrompt& prompt, std::string_view answer, std::size_t cop
   return std::all_of(prompt.expect.begin(), prompt.expect.end(),
                      [&](const std::string& expect) { return holds(answer, expect); }) &&
          obeys(prompt.rule, answer);
+}
+
+bool is_right(const Recall& recall, std::string_view said) {
+  return said.substr(std::min(said.find_first_not_of(' '), said.size())) == recall.expect;
 }
 
 bool is_settled(const TaskPrompt& prompt, std::string_view answer, std::size_t copy) {
@@ -370,35 +388,78 @@ std::vector<double> Evaluation::perplexities(const TaskPrompt& prompt,
   return sums;
 }
 
-std::vector<double> Evaluation::perplexities_on_budgets(
+std::vector<LongAnswer> Evaluation::decode_on_budgets(
     const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
-    std::span<const std::unique_ptr<PromptCompressor>> compressors) const {
+    std::span<const std::unique_ptr<PromptCompressor>> compressors, bool alone,
+    const std::function<void(double)>& progress) const {
   std::vector<RecentQueries> recent;  // [sequence], of a whole step
-  for (engine::Sequence* const sequence : sequences) {
-    recent.emplace_back(loaded_->model.config(), long_loss_step);
-    sequence->hooks().queries = [&recent, i = recent.size() - 1](int layer, std::span<const float> queries) {
-      recent[i].add(layer, queries);
-    };
+  recent.reserve(sequences.size());
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    recent.emplace_back(loaded_->model.config(), decode_step);
+    if (compressors[i] != nullptr) {
+      sequences[i]->hooks().queries = [&own = recent[i]](int layer, std::span<const float> queries) {
+        own.add(layer, queries);
+      };
+    }
   }
-  std::vector<double> sums(sequences.size(), 0.0);
-  std::size_t fed = 0;
-  feed(prompt, sequences, [&](TokenId token) {
+  const std::vector<TokenId>& text = prompt.continuation;
+  std::vector<LongAnswer> answers(sequences.size());
+  auto recall = prompt.recalls.begin();
+  std::vector<std::vector<TokenId>> said(sequences.size());  // of the recall
+  std::vector<double> decode_ms(sequences.size(), 0.0);
+  constexpr std::size_t timed_step = 4;  // alone a step takes as long as a batch's
+  std::size_t timed = 0;
+  std::vector<engine::DecodeStep> steps(sequences.size());
+  for (std::size_t t = 0; t < text.size(); ++t) {
+    check_interrupt();
+    progress(static_cast<double>(t) / static_cast<double>(text.size()));
+    const bool recalls = recall != prompt.recalls.end() && t >= recall->first;
     for (std::size_t i = 0; i < sequences.size(); ++i) {
-      sums[i] += surprise(sequences[i]->logits(), token);
-      if (fed > 0 && fed % long_loss_step == 0 && compressors[i] != nullptr) {
+      const std::span<const float> logits = sequences[i]->logits();
+      answers[i].loss += surprise(logits, text[t]) / static_cast<double>(text.size());
+      // Up to a wrong token what is fed is what a greedy answer would feed.
+      if (recalls && std::ranges::equal(said[i], std::span(text).subspan(recall->first, t - recall->first))) {
+        said[i].push_back(engine::greedy(logits));
+      }
+      if (recalls && t + 1 == recall->last) {
+        answers[i].said.push_back(loaded_->tokenizer.decode(said[i], {.skip_special = true}));
+        said[i].clear();
+      }
+      if (t > 0 && t % decode_step == 0 && compressors[i] != nullptr) {
+        const auto start = Clock::now();
         compressors[i]->begin_turn(sequences[i]->next_position());
         sequences[i]->revisit([&](engine::LayerView& layer) {
           compressors[i]->compress(layer, {.queries = recent[i].view(layer.layer)});
         });
+        answers[i].cut_ms += milliseconds_since(start);
       }
+      steps[i] = {.sequence = sequences[i], .token = text[t], .position = sequences[i]->next_position()};
     }
-    ++fed;
-  });
+    recall += recalls && t + 1 == recall->last ? 1 : 0;
+    if (t + 1 == text.size()) {
+      break;
+    }
+    if (!alone || t % timed_step != 0) {
+      engine::decode_batch(steps);
+      continue;
+    }
+    ++timed;
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      const auto start = Clock::now();
+      engine::decode_batch({&steps[i], 1});
+      decode_ms[i] += milliseconds_since(start);
+    }
+  }
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     sequences[i]->hooks().queries = {};
-    sums[i] = std::exp(sums[i] / static_cast<double>(prompt.continuation.size()));
+    answers[i].rows = rows_of(*sequences[i]);
+    answers[i].steps = text.size() - 1;
+    if (alone) {
+      answers[i].decode_ms =
+          decode_ms[i] * static_cast<double>(answers[i].steps) / static_cast<double>(timed);
+    }
   }
-  return sums;
+  return answers;
 }
 
 std::vector<double> Evaluation::attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const {

@@ -27,13 +27,27 @@ namespace ckv {
 /// come later it answers.
 bool is_right(const TaskPrompt& prompt, std::string_view answer, std::size_t copy = 0);
 
+/// Whether a recall of a long text is said as it stands there.
+bool is_right(const Recall& recall, std::string_view said);
+
 /// Whether nothing that an answer goes on with changes whether it is right.
 bool is_settled(const TaskPrompt& prompt, std::string_view answer, std::size_t copy = 0);
+
+/// What a long text that was decoded on a budget shows.
+struct LongAnswer {
+  double loss = 0.0;                   ///< nats a token
+  std::vector<std::string> said = {};  ///< [recall], the likeliest tokens up to the first that is wrong
+  std::size_t rows = 0;                ///< at its end, over all layers and KV heads
+  std::size_t steps = 0;               ///< tokens that were fed
+  double cut_ms = 0.0;                 ///< all cuts together
+  std::optional<double> decode_ms = std::nullopt;  ///< the steps without the cuts, by those decoded alone
+};
 
 /// What became of a prompt under one method at one budget.
 struct Outcome {
   std::vector<std::string> answers = {};  ///< one a copy, where it asks
   std::optional<double> perplexity = std::nullopt;
+  std::optional<LongAnswer> long_answer = std::nullopt;
   std::vector<double> errors = {};                  ///< [layer], where they are measured
   std::vector<std::vector<std::size_t>> kept = {};  ///< [layer][stretch of the prompt], rows of all KV heads
   std::size_t rows = 0;                             ///< over all layers and KV heads
@@ -58,6 +72,9 @@ struct HoldOptions {
   std::size_t max_new_tokens = 32;
   /// Compressed copies that answer as one batch, in bytes of their caches: what is more answers afterwards.
   std::size_t batch_bytes = std::size_t{4} << 30U;
+  /// Where a long text is decoded on a budget: each cache decodes every fourth token alone, in turn, and is
+  /// timed. Nothing else depends on it.
+  bool alone = false;
   std::function<void(double share)> progress = [](double) {};
 };
 
@@ -128,11 +145,12 @@ class Evaluation {
   std::vector<double> perplexities(const TaskPrompt& prompt,
                                    std::span<engine::Sequence* const> sequences) const;
 
-  /// The same where each sequence's compressor, if it has one, cuts the cache to its budget again after every
-  /// `long_loss_step` tokens.
-  std::vector<double> perplexities_on_budgets(
-      const TaskPrompt& prompt, std::span<engine::Sequence* const> sequences,
-      std::span<const std::unique_ptr<PromptCompressor>> compressors) const;
+  /// Decodes what the text goes on with, where each sequence's compressor, if it has one, cuts the cache to
+  /// its budget again after every `decode_step` tokens. `progress` hears the share that is done.
+  std::vector<LongAnswer> decode_on_budgets(const TaskPrompt& prompt,
+                                            std::span<engine::Sequence* const> sequences,
+                                            std::span<const std::unique_ptr<PromptCompressor>> compressors,
+                                            bool alone, const std::function<void(double)>& progress) const;
 
   /// || full - kept || / || full || of each layer's attention output, mean over what the text goes on with.
   std::vector<double> attention_errors(const TaskPrompt& prompt, engine::Sequence& sequence) const;

@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -51,6 +52,8 @@ struct GenerateArguments {
   std::size_t prefill_chunk = 0;
   std::size_t working_rows = 0;
   std::size_t decode_every = 0;
+  std::optional<double> lambda;
+  std::optional<double> cosine;
   std::size_t max_new_tokens = 128;
   engine::SamplerOptions sampling;
   bool raw = false;
@@ -95,6 +98,24 @@ Compression compression_of(const GenerateArguments& arguments) {
   }
   Compression how{.method = method.method, .budget = budget_of(arguments)};
   arguments.cache.apply_to(how);
+  const std::array<std::tuple<const char*, std::optional<double>, float*>, 2> of_rkv = {
+      {{"--lambda", arguments.lambda, &how.lambda}, {"--cosine", arguments.cosine, &how.threshold}}};
+  for (const auto& [option, given, number] : of_rkv) {
+    if (given && how.method != Method::rkv) {
+      throw UsageError(fmt::format(
+          "{} is an option of --method rkv and has no use with --method {}: drop one", option, method.name));
+    }
+    if (given) {
+      *number = static_cast<float>(*given);
+    }
+  }
+  if (how.method == Method::rkv) {
+    try {
+      static_cast<void>(compresskv::score::RKv{{.lambda = how.lambda, .threshold = how.threshold}});
+    } catch (const compresskv::ArgumentError& error) {
+      throw UsageError(error.what());
+    }
+  }
   how.working_rows = arguments.working_rows;
   how.score_threshold = arguments.threshold;
   if (how.score_threshold && !method.needs_surrogate) {
@@ -122,6 +143,12 @@ Compression compression_of(const GenerateArguments& arguments) {
         fmt::format("--decode-every {} compresses each layer again by the last queries, which --method {} "
                     "does not, as it {}: drop one",
                     arguments.decode_every, method.name, why));
+  }
+  if (arguments.decode_every >= arguments.max_new_tokens && arguments.decode_every > 0) {
+    throw UsageError(
+        fmt::format("--decode-every {} would compress again after {} generated tokens, --max-new-tokens {} "
+                    "ends the answer before: give fewer, or a longer answer",
+                    arguments.decode_every, arguments.decode_every, arguments.max_new_tokens));
   }
   if (how.working_rows > 0 && how.working_rows < window_of(how)) {
     throw UsageError(fmt::format("--working-rows is {}, the window alone is {}: give at least the window",
@@ -270,6 +297,8 @@ Json settings_json(const GenerateArguments& arguments, const CalibrationFiles& f
           {"prefill_chunk", count_json(arguments.prefill_chunk)},
           {"working_rows", count_json(arguments.working_rows)},
           {"decode_every", count_json(arguments.decode_every)},
+          {"lambda", arguments.lambda ? Json(*arguments.lambda) : Json()},
+          {"cosine", arguments.cosine ? Json(*arguments.cosine) : Json()},
           {"threads", model.threads()},
           {"code_path", compresskv::kernel::name(compresskv::kernel::code_path())},
           {"temperature", arguments.sampling.temperature},
@@ -357,9 +386,10 @@ void check_budget(const Compression& how, const compresskv::ModelShape& shape, s
 }
 
 /// Options whose value a saved cache says.
-constexpr std::array<const char*, 11> said_by_cache = {
-    "--method",  "--rows", "--ratio",           "--bytes",        "--window",   "--pool",
-    "--kv-type", "--raw",  "--heads-per-layer", "--working-rows", "--threshold"};
+constexpr std::array<const char*, 13> said_by_cache = {
+    "--method", "--rows",    "--ratio",    "--bytes",           "--window",
+    "--pool",   "--kv-type", "--raw",      "--heads-per-layer", "--working-rows",
+    "--lambda", "--cosine",  "--threshold"};
 
 /// Throws UsageError where options do not go with a cache that is saved or loaded.
 void check_saving(const GenerateArguments& arguments) {
@@ -407,7 +437,14 @@ nlohmann::json saved_settings(const GenerateArguments& arguments) {
                              {"kv_type", arguments.cache.kv_type},
                              {"prefill_chunk", arguments.working_rows == 0 ? 0 : arguments.prefill_chunk},
                              {"working_rows", arguments.working_rows}};
-  if (arguments.threshold) {  // caches of methods without one are those of before
+  // Caches of methods without these are those of before.
+  if (arguments.lambda) {
+    settings["lambda"] = *arguments.lambda;
+  }
+  if (arguments.cosine) {
+    settings["cosine"] = *arguments.cosine;
+  }
+  if (arguments.threshold) {
     settings["threshold"] = *arguments.threshold;
   }
   return settings;
@@ -432,6 +469,12 @@ GenerateArguments arguments_of(const GenerateArguments& given, const ContextOrig
     settings.at("kv_type").get_to(arguments.cache.kv_type);
     settings.at("prefill_chunk").get_to(arguments.prefill_chunk);
     settings.at("working_rows").get_to(arguments.working_rows);
+    if (settings.contains("lambda")) {
+      arguments.lambda = settings.at("lambda").get<double>();
+    }
+    if (settings.contains("cosine")) {
+      arguments.cosine = settings.at("cosine").get<double>();
+    }
     if (settings.contains("threshold")) {
       arguments.threshold = settings.at("threshold").get<float>();
     }
@@ -707,6 +750,10 @@ void add_generate(CLI::App& app) {
       ->add_option("--decode-every", arguments->decode_every,
                    "For long answers: compress to the budget again after so many generated tokens")
       ->check(CLI::PositiveNumber);
+  command->add_option("--lambda", arguments->lambda,
+                      "Of rkv: weight of attention; the rest, to 1, is that of redundancy. Default: 0.07");
+  command->add_option("--cosine", arguments->cosine,
+                      "Of rkv: keys with a larger cosine are alike. Default: 0.5");
   command
       ->add_option("--save-cache", arguments->save_cache,
                    "Compress the text before --question is read, and write its cache to this file, for "

@@ -54,6 +54,8 @@ struct Compression {
   std::size_t head_sinks = 128;  ///< of `duoattention` and `kvzip-heads`; so the next one
   std::size_t head_recent = 256;
   std::optional<float> score_threshold = std::nullopt;  ///< of `kvzap`
+  float lambda = 0.07F;                                 ///< of `rkv`
+  float threshold = 0.5F;                               ///< of `rkv`
   /// Where the prompt is read in chunks: rows that a layer may keep after each but the last, at least the
   /// window and the budget. 0: nothing is evicted before the last chunk. Not for `cake`.
   std::size_t working_rows = 0;

@@ -408,6 +408,7 @@ TaskPrompt later_of_many(const ModelEngine& loaded, const Haystack& haystack, co
 
 /// What follows, where a task measures.
 constexpr std::size_t continuation_tokens = 64;
+constexpr std::size_t long_loss_tokens = 1024;
 
 /// A passage of the text that lies where a needle would, said again once it is asked for.
 TaskPrompt quoted_later(const ModelEngine& loaded, const Haystack& haystack, const PromptPlace& place) {
@@ -457,6 +458,129 @@ TaskPrompt plain_text(const ModelEngine& loaded, const Haystack& haystack, const
           .continuation = {end, end + static_cast<std::ptrdiff_t>(continuation)}};
 }
 
+// ---- long answers: a story as the model would generate it, fed to every cache alike ----
+
+/// A sentence of a story that says none of the words below which recalls ask for.
+std::string draw_filler(Draw& draw, std::span<const std::string> cast) {
+  const std::size_t one = draw.below(cast.size());
+  const std::string& who = cast[one];
+  const std::string town = draw.word(towns);
+  switch (draw.below(10)) {
+    case 0:
+      return fmt::format("{} took the {} to {} and walked to the {}.", who, draw.word(vehicles), town,
+                         draw.word(buildings));
+    case 1:
+      return fmt::format("In {} it rained, and {} waited in the {} with a {} {}.", town, who,
+                         draw.word(buildings), draw.word(adjectives), draw.word(nouns));
+    case 2:
+      return fmt::format("\"Have you ever seen a {} {}?\" asked {}.", draw.word(adjectives), draw.word(nouns),
+                         who);
+    case 3:
+      return fmt::format("The road from {} to {} was long, and {} grew tired.", town, draw.word(towns), who);
+    case 4:
+      return fmt::format("{} and {} met in front of the {} and talked about the weather.", who,
+                         cast[(one + 1 + draw.below(cast.size() - 1)) % cast.size()], draw.word(buildings));
+    case 5:
+      return fmt::format("Somebody had left a {} at the {}, but {} did not notice.", draw.word(nouns),
+                         draw.word(buildings), who);
+    case 6:
+      return fmt::format("Late at night {} wrote a letter to a cousin in {}.", who, town);
+    case 7:
+      return fmt::format("The {} of {} was closed that day, so {} went home.", draw.word(buildings), town,
+                         who);
+    case 8:
+      return fmt::format("{} dreamt of a {} {} and woke up early.", who, draw.word(adjectives),
+                         draw.word(nouns));
+    default:
+      return fmt::format("Then {} bought a {} in {}, since the old one was broken.", who, draw.word(nouns),
+                         town);
+  }
+}
+
+/// So many different words of a list.
+std::vector<std::string> draw_different(Draw& draw, Words words, std::size_t count) {
+  std::vector<std::string> left(words.begin(), words.end());
+  std::vector<std::string> drawn;
+  while (drawn.size() < count) {
+    const auto at = left.begin() + static_cast<std::ptrdiff_t>(draw.below(left.size()));
+    drawn.push_back(std::move(*at));
+    left.erase(at);
+  }
+  return drawn;
+}
+
+/// The request for a story, and the story as its answer.
+TaskPrompt told_story(const ModelEngine& loaded, const PromptPlace& place, Draw& draw,
+                      const std::vector<StorySentence>& sentences, std::span<const std::string> cast) {
+  Story story = tell(
+      loaded, sentences, [&] { return draw_filler(draw, cast); }, place.length);
+  return {.tokens = encode_prompt(loaded, chat_prompt(loaded,
+                                                      "Tell me a long story. Remember all that you "
+                                                      "have told.")),
+          .expect = {},
+          .continuation = std::move(story.tokens),
+          .recalls = std::move(story.recalls)};
+}
+
+/// So many for each 1,000 tokens.
+std::size_t so_many(const PromptPlace& place, std::size_t each, std::size_t most) {
+  return std::clamp(each * place.length / 1000, std::size_t{2}, most);
+}
+
+/// What belongs to whom is told in the first quarter, each once; from 0.4 on the story names it again, once.
+TaskPrompt long_names(const ModelEngine& loaded, const Haystack&, const PromptPlace& place) {
+  Draw draw{place, 11};
+  const std::size_t count = so_many(place, 8, people.size());
+  const std::vector<std::string> cast = draw_different(draw, people, count);
+  // No two facts say the same, so that none tells what another asks for.
+  constexpr std::size_t kinds = 4;
+  const std::size_t of_kind = (count + kinds - 1) / kinds;
+  const std::array<std::vector<std::string>, kinds> said = {
+      draw_different(draw, first_names, of_kind), draw_different(draw, spots, of_kind),
+      draw_different(draw, foods, of_kind), draw_different(draw, colours, of_kind)};
+  std::vector<StorySentence> sentences;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::string& who = cast[i];
+    const std::array<std::string, kinds> facts = {
+        fmt::format("he {} of {} was called", draw.word(pets), who),
+        fmt::format("he {} of {} was hidden in the", draw.word(things), who),
+        fmt::format("he favourite food of {} was", who), fmt::format("he house of {} was painted", who)};
+    const std::string& fact = facts[i % kinds];
+    const std::string& is = said[i % kinds][i / kinds];
+    const double share = (static_cast<double>(i) + draw.share()) / static_cast<double>(count);
+    sentences.push_back({.text = fmt::format("T{} {}.", fact, is), .place = 0.25 * share, .subject = i});
+    sentences.push_back({.text = fmt::format("As everybody knew, t{}", fact),
+                         .place = 0.4 + 0.6 * draw.share(),
+                         .subject = i,
+                         .recalled = is});
+  }
+  return told_story(loaded, place, draw, sentences, cast);
+}
+
+/// Scores that grow: two changes, one soon after the other, and much later the last score again; twice.
+TaskPrompt long_tally(const ModelEngine& loaded, const Haystack&, const PromptPlace& place) {
+  Draw draw{place, 12};
+  const std::size_t count = so_many(place, 4, people.size());
+  const std::vector<std::string> cast = draw_different(draw, people, count);
+  std::vector<StorySentence> sentences;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::size_t score = 100 + draw.below(300);
+    for (const double half : {0.0, 0.5}) {
+      for (const double begin : {0.0, 0.08}) {
+        score += 20 + draw.below(80);
+        sentences.push_back({.text = fmt::format("The score of {} is {}.", cast[i], score),
+                             .place = half + begin + 0.08 * draw.share(),
+                             .subject = i});
+      }
+      sentences.push_back({.text = fmt::format("As everybody knew, the score of {} is", cast[i]),
+                           .place = half + 0.36 + 0.14 * draw.share(),
+                           .subject = i,
+                           .recalled = std::to_string(score)});
+    }
+  }
+  return told_story(loaded, place, draw, sentences, cast);
+}
+
 struct TaskInfo {
   std::string_view name;
   std::string_view summary;
@@ -464,7 +588,7 @@ struct TaskInfo {
   Measure measure = Measure::none;
 };
 
-constexpr std::array<TaskInfo, 13> tasks = {{
+constexpr std::array<TaskInfo, 15> tasks = {{
     {"needle", "one fact hidden in a long text, and the question that it answers", single_needle},
     {"keys", "four facts alike about different things, one of which is asked for", several_keys},
     {"values", "two facts about one thing, both asked for", several_values},
@@ -481,7 +605,12 @@ constexpr std::array<TaskInfo, 13> tasks = {{
     {"perplexity", "perplexity of the 64 tokens that follow a text", plain_text<continuation_tokens>,
      Measure::perplexity},
     {"long-loss", "perplexity of the 1024 that follow it, the cache cut to its budget again every 128 tokens",
-     plain_text<1024>, Measure::long_loss},
+     plain_text<long_loss_tokens>, Measure::long_loss},
+    {"long-names",
+     "a story that the model goes on with, so many tokens long, the cache cut to its budget again every 128: "
+     "what belongs to whom is told early, and named again once, much later",
+     long_names, Measure::recalls},
+    {"long-tally", "the same of scores that change, and are named again later", long_tally, Measure::recalls},
     {"error", "relative error of each layer's attention output over the first 64",
      plain_text<continuation_tokens>, Measure::attention_error},
 }};
@@ -508,6 +637,18 @@ Measure measure_of(std::string_view name) {
   const auto found =
       std::find_if(tasks.begin(), tasks.end(), [&](const TaskInfo& task) { return task.name == name; });
   return found == tasks.end() ? Measure::none : found->measure;
+}
+
+std::size_t tokens_at_last_cut(std::string_view task, std::size_t length) {
+  const auto cut = [](std::size_t decoded) { return (decoded - 1) / decode_step * decode_step; };
+  switch (measure_of(task)) {
+    case Measure::long_loss:
+      return length + cut(long_loss_tokens);
+    case Measure::recalls:
+      return cut(length);
+    default:
+      return 0;
+  }
 }
 
 TaskPrompt task_prompt(std::string_view name, const ModelEngine& loaded, const Haystack& haystack,

@@ -10,6 +10,7 @@
 #include "needle.hpp"
 #include "rule.hpp"
 #include "run.hpp"
+#include "story.hpp"
 
 namespace ckv {
 
@@ -22,10 +23,15 @@ struct PromptPlace {
 };
 
 /// Where a task measures: what.
-enum class Measure { none, perplexity, long_loss, attention_error };
+enum class Measure { none, perplexity, long_loss, attention_error, recalls };
 
-/// Tokens of `Measure::long_loss` after which the cache is cut to its budget again.
-inline constexpr std::size_t long_loss_step = 128;
+/// Whether it decodes a long text on a budget: `long_loss` or `recalls`.
+constexpr bool decodes_on_budget(Measure measure) {
+  return measure == Measure::long_loss || measure == Measure::recalls;
+}
+
+/// Tokens of such a text after which the cache is cut to its budget again.
+inline constexpr std::size_t decode_step = 128;
 
 /// What follows a text that was compressed before anyone knew of it.
 struct Later {
@@ -46,7 +52,8 @@ struct TaskPrompt {
   /// asks.
   std::vector<TokenId> continuation = {};
   Measure measure = Measure::none;
-  Rule rule = {};  ///< what a right answer follows besides; it stands in the system message
+  std::vector<Recall> recalls = {};  ///< of `Measure::recalls`: in the continuation
+  Rule rule = {};                    ///< what a right answer follows besides; it stands in the system message
 
   /// Copies of a compressed cache that answer.
   std::size_t copies() const { return later.empty() ? 1 : later.size(); }
@@ -60,6 +67,10 @@ std::string task_help();
 
 /// `none` where it asks, or is no task.
 Measure measure_of(std::string_view task);
+
+/// Tokens that the sequence of such a text has, at the least, when its cache is cut to its budget for the
+/// last time; 0 where the task is another.
+std::size_t tokens_at_last_cut(std::string_view task, std::size_t length);
 
 /// Throws engine::Error for a task of another name, and where the haystack or the length is too short.
 TaskPrompt task_prompt(std::string_view task, const ModelEngine& loaded, const Haystack& haystack,

@@ -114,6 +114,8 @@ typedef struct ckv_settings {
   float score_threshold; /* of kvzap: lowest score of a row that stays, the budget being what a KV head
                             keeps at most, and the method's own window 128; -INFINITY, the default: the budget
                             alone */
+  float lambda;                 /* of rkv: weight of attention, 0 to 1; the rest is that of redundancy */
+  float threshold;              /* of rkv: cosine above which keys are alike, 0 to below 1 */
 } ckv_settings;
 
 /* The defaults: everything is kept. Writes `struct_size` bytes, which is the size that the program knows;

@@ -181,6 +181,8 @@ ckv::MethodSettings settings_of(const ckv_settings& c, const ckv::ModelShape& sh
                                .lag = c.lag,
                                .block = c.block,
                                .chunk = c.chunk,
+                               .lambda = c.lambda,
+                               .threshold = c.threshold,
                                .head_sinks = c.head_sinks,
                                .head_recent = c.head_recent};
   if (c.min_rows > 0) {
@@ -455,6 +457,8 @@ void ckv_settings_init_sized(ckv_settings* settings, size_t struct_size) {
   defaults.head_sinks = library.head_sinks;
   defaults.head_recent = library.head_recent;
   defaults.score_threshold = -std::numeric_limits<float>::infinity();
+  defaults.lambda = library.lambda;
+  defaults.threshold = library.threshold;
   init_as(settings, defaults, struct_size);
 }
 

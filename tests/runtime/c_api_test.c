@@ -622,6 +622,18 @@ static void wrong_calls(void) {
   CHECK_FAILS(ckv_plan_create(&model, "q-filter", &settings, &plan), CKV_FAILED,
               "no such file: check the path");
   ckv_settings_init(&settings);
+  settings.lambda = 2.0F;
+  CHECK(ckv_plan_create(&model, "snapkv", &settings, &plan) == CKV_OK); /* it has none */
+  ckv_plan_free(plan);
+  CHECK_FAILS(ckv_plan_create(&model, "rkv", &settings, &plan), CKV_BAD_ARGUMENT, "lambda is 2");
+  settings.lambda = 0.1F;
+  settings.threshold = 1.0F;
+  CHECK_FAILS(ckv_plan_create(&model, "rkv", &settings, &plan), CKV_BAD_ARGUMENT, "threshold is 1");
+  /* A program that does not know them has the library's. */
+  settings.struct_size = offsetof(ckv_settings, lambda);
+  CHECK(ckv_plan_create(&model, "rkv", &settings, &plan) == CKV_OK);
+  ckv_plan_free(plan);
+  ckv_settings_init(&settings);
   CHECK_FAILS(ckv_plan_create(&model, "kvzip-plus", &settings, &plan), CKV_BAD_ARGUMENT,
               "needs output weights");
   settings.output_weights = output_weights;
