@@ -72,7 +72,7 @@ TEST(KvHeadScoreAccumulator, IsTheReferenceOverGeneratedTexts) {
                   return model[l].query(head * c.group + query_head, q, dim);
                 },
                 [](std::size_t row) { return row; }, c.group, tokens, c.rows, c.window, c.head_dim,
-                model[l].scale(), stretch, sinks);
+                model[l].scale(), stretch, sinks, [](std::size_t, std::size_t, std::size_t) { return 1.0; });
             double& number = expected[l * c.kv_heads + head].back();
             for (std::size_t t = sinks; t < tokens; ++t) {
               number = std::max(number, found[t]);
