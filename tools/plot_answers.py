@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Draws the picture of README.md: right answers against the share of the cache that is kept.
 
-Reads the figures from the table of docs/evaluation.md (Single needle, about 2,000 tokens), so that the picture cannot say
+Reads the figures from the table of docs/evaluation-tables.md (Single needle, about 2,000 tokens), so that the picture cannot say
 anything else. Needs matplotlib; never needed to build or use the library.
 
-    tools/plot_answers.py docs/evaluation.md docs/answers.svg
+    tools/plot_answers.py docs/evaluation-tables.md docs/answers.svg
 """
 
 import argparse
@@ -70,7 +70,7 @@ def draw(shares, answers, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", type=pathlib.Path, help="docs/evaluation.md")
+    parser.add_argument("tables", type=pathlib.Path, help="docs/evaluation-tables.md")
     parser.add_argument("out", type=pathlib.Path, help="the picture: .svg, .png or .pdf")
     arguments = parser.parse_args()
     shares, answers = read(arguments.tables)
