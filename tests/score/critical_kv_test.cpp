@@ -48,7 +48,7 @@ std::vector<std::vector<float>> scores_by(const S& scorer, Layer<float>& layer) 
   return rows;
 }
 
-std::vector<std::size_t> by_falling(const std::vector<double>& scores) {
+std::vector<std::size_t> rows_by_falling(const std::vector<double>& scores) {
   std::vector<std::size_t> order(scores.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(),
@@ -88,7 +88,7 @@ TEST(CriticalKv, KeepsTheRowsOfBothStagesAtEveryCapacity) {
         const std::size_t count = plain[kv_head].size();
         const std::vector<double> first_scores(plain[kv_head].begin(), plain[kv_head].end());
         const auto second_scores = weighed(layer, weights, plain[kv_head], kv_head, 1e-3);
-        const auto first = by_falling(first_scores);
+        const auto first = rows_by_falling(first_scores);
         for (std::size_t capacity = 0; capacity <= count; ++capacity) {
           SCOPED_TRACE(testing::Message()
                        << c << " share " << share << " KV head " << kv_head << " keeps " << capacity);
@@ -139,7 +139,7 @@ TEST(CriticalKv, WeighsAndLeavesTheScorersOwnHalf) {
   for (std::size_t head = 0; head < 2; ++head) {
     const std::vector<double> a(plain[head].begin(), plain[head].end());
     const std::vector<double> b(all_first[head].begin(), all_first[head].end());
-    EXPECT_EQ(by_falling(a), by_falling(b));
+    EXPECT_EQ(rows_by_falling(a), rows_by_falling(b));
   }
 }
 
