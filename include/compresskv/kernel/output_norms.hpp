@@ -29,8 +29,9 @@ namespace compresskv::kernel {
 
 namespace detail {
 
-inline constexpr std::size_t outputs_at_once = 32;  ///< rows of the matrix whose products are in memory
-inline constexpr std::size_t values_at_once = 128;  ///< values of a task: their products take 16 KiB
+inline constexpr std::size_t outputs_at_once = 32;    ///< rows of the matrix whose products are in memory
+inline constexpr std::size_t values_at_once = 128;    ///< their products take 16 KiB
+inline constexpr std::size_t most_output_tasks = 16;  ///< each takes memory for decoded values
 
 /// Sums over the rows of a matrix: `norms[t] = sum over i < outputs of term(row i . value t)` for the first
 /// `norms.size()` values of a KV head. `read(i, out)` decodes row i. Terms are added in float64, rows
@@ -39,7 +40,8 @@ template <class Kv, class O, Executor X, class Read, class Term>
 void sum_over_outputs(const LayerInput<Kv, O>& in, std::size_t kv_head, std::size_t outputs, Read&& read,
                       Term&& term, Workspace& workspace, X& executor, std::span<float> norms) {
   const std::size_t head_dim = in.shape.head_dim;
-  const std::size_t tasks = (norms.size() + values_at_once - 1) / values_at_once;
+  const std::size_t blocks = (norms.size() + values_at_once - 1) / values_at_once;
+  const std::size_t tasks = (std::min)(blocks, most_output_tasks);
   const std::size_t buffer_size = key_buffer_size(value_kind(in.kv), head_dim);
   const std::span<float> packed =
       workspace.take(Workspace::Slot::queries, PackedQueries::size(outputs_at_once, head_dim) + head_dim);
@@ -56,21 +58,23 @@ void sum_over_outputs(const LayerInput<Kv, O>& in, std::size_t kv_head, std::siz
     const PackedQueries queries{.data = packed.data(), .count = count, .head_dim = head_dim};
     executor.parallel_for(tasks, [&](std::size_t task) {
       const compresskv::detail::PlainFloats plain;
-      const std::size_t first = task * values_at_once;
-      const std::size_t values = (std::min)(values_at_once, norms.size() - first);
       std::array<float, outputs_at_once * values_at_once> products;
-      logits_of_tile<Part::values>(in.kv, kv_head, first, values, queries, 1.0F,
-                                   buffers.data() + task * buffer_size, products.data(), values_at_once);
       std::array<double, values_at_once> sums;
-      std::copy_n(norms.data() + first, values, sums.data());
-      for (std::size_t i = 0; i < count; ++i) {
-        const float* const product = products.data() + i * values_at_once;
-        for (std::size_t t = 0; t < values; ++t) {
-          sums[t] += term(static_cast<double>(product[t]));
+      for (std::size_t block = task; block < blocks; block += tasks) {
+        const std::size_t first = block * values_at_once;
+        const std::size_t values = (std::min)(values_at_once, norms.size() - first);
+        logits_of_tile<Part::values>(in.kv, kv_head, first, values, queries, 1.0F,
+                                     buffers.data() + task * buffer_size, products.data(), values_at_once);
+        std::copy_n(norms.data() + first, values, sums.data());
+        for (std::size_t i = 0; i < count; ++i) {
+          const float* const product = products.data() + i * values_at_once;
+          for (std::size_t t = 0; t < values; ++t) {
+            sums[t] += term(static_cast<double>(product[t]));
+          }
         }
-      }
-      for (std::size_t t = 0; t < values; ++t) {
-        norms[first + t] = static_cast<float>(sums[t]);
+        for (std::size_t t = 0; t < values; ++t) {
+          norms[first + t] = static_cast<float>(sums[t]);
+        }
       }
     });
   }

@@ -87,7 +87,7 @@ class KvZap : public WindowScorer<Granularity::kv_head, Needs::hidden_states, Kv
 
  private:
   static constexpr std::size_t tile = 256;      // tokens
-  static constexpr std::size_t most_parts = 8;  // tiles at a time: each takes memory
+  static constexpr std::size_t most_parts = 6;  // tiles at a time: each takes memory
   /// Above what a surrogate gives, below that of protected tokens.
   static constexpr float kept_score = (std::numeric_limits<float>::max)() / 2;
 
