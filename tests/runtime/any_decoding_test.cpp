@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "reference/hidden_states.hpp"
 #include "reference/output_norms.hpp"
 #include "reference/queries.hpp"
 #include "reference/random.hpp"
@@ -75,6 +76,7 @@ MethodSettings decoding_settings() {
           .statistics = reference::query_statistics(decoding_model),
           .output_weights = reference::output_weights(decoding_model),
           .kv_scores = HeadScores(3, 2, std::vector<std::vector<double>>(6, {0.5})),
+          .surrogate = reference::surrogate(decoding_model, 64),
           .model_heads = 4,
           .lag = 16,
           .head_sinks = 4,
@@ -149,7 +151,8 @@ void decode_on_budget(Method method, std::size_t queries) {
 TEST(AnyDecoding, EachMethodKeepsItsRowsOrSaysWhyNot) {
   const std::map<Method, std::string> refused = {{Method::kvzip, "repeat the context"},
                                                  {Method::kvzip_plus, "repeat the context"},
-                                                 {Method::h2o, "queries"}};
+                                                 {Method::h2o, "queries"},
+                                                 {Method::kvzap, "give HiddenStates"}};
   for (const MethodInfo& row : methods) {
     SCOPED_TRACE(row.name);
     const auto why = refused.find(row.method);

@@ -279,7 +279,7 @@ static void run_method(const char* method) {
   if (sequence == NULL) return;
   const int repeats = ckv_plan_repeats(plan);
   const size_t prompt = repeats ? tokens - repeated : tokens;
-  CHECK(repeats == (strncmp(method, "kvzip", 5) == 0));
+  CHECK(repeats == (strcmp(method, "kvzip") == 0 || strcmp(method, "kvzip-plus") == 0));
   const int by_states = ckv_plan_needs_hidden_states(plan);
   CHECK(by_states == (strcmp(method, "kvzap") == 0));
   ckv_plan_free(plan); /* the sequence goes on */
