@@ -768,7 +768,7 @@ class Driver {
         look(layer, in_model);
         break;
       case 9:
-        if constexpr (!reads_rows(S::needs) && S::needs != Needs::window_queries) {
+        if constexpr (!reads_rows(S::needs) && !reads_values<S> && S::needs != Needs::window_queries) {
           look_at_attention(layer, in_model);
         }
         break;

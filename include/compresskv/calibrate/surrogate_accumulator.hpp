@@ -22,7 +22,7 @@
 namespace compresskv::calibrate {
 
 /// Fits a `Surrogate`: the linear map from hidden states to the logarithm of the scores that tokens were
-/// given.
+/// given. Needs Eigen, so compresskv.hpp does not include it.
 ///
 ///     weights, bias  minimise  sum over tokens ( weights . hidden + bias - log score )^2  +  ridge v n
 ///     |weights|^2
@@ -30,8 +30,7 @@ namespace compresskv::calibrate {
 /// in closed form for each layer and KV head, `n` being the tokens and `v` the mean variance of an element,
 /// so that `ridge` has no unit. The bias is not held back. An engine feeds it texts of the kind that the
 /// model will read: what goes into each layer's attention, and what repeats gave the tokens by
-/// `score::KvZipPlus`
-/// (`Compressor::repeat_scores`).
+/// `score::KvZipPlus` (`Compressor::repeat_scores`).
 ///
 /// Sums in float64 around running means, so that a mean far from 0 costs no digits. Accumulators of several
 /// processes `merge`; the same parts merged in the same order give the same bits. Not safe to share between
