@@ -610,9 +610,9 @@ TEST_F(CalibrateWithModel, ASurrogateIsAddedLaterAndFound) {
                       "1000"})
                 .at("kept_positions")
                 .at(0));
-  expect_failure({"generate", "--model", model_path(), "--prompt", "x", "--method", "kvzap", "--models-dir",
-                  path("models").string()},
-                 "needs a budget: give one of --rows, --ratio and --bytes, or --threshold");
+  expect_usage_error({"generate", "--model", model_path(), "--prompt", "x", "--method", "kvzap",
+                      "--models-dir", path("models").string()},
+                     "needs a budget: give one of --rows, --ratio and --bytes, or --threshold");
 }
 
 // Its files are those that generate takes, and another model's are refused by layer and head.

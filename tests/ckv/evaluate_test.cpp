@@ -230,7 +230,7 @@ TEST_F(EvaluateWithModel, OptionsThatMakeNoSenseAreNamed) {
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "snap"}), "method is 'snap'");
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "snapkv:size=3"}),
                      "--methods snapkv:size=3: 'size=3' is not known; options are uniform, errors, equal, "
-                     "pool=avg, pool=max, pool=trailing, min=ROWS, window=N");
+                     "pool=avg, pool=max, pool=trailing, threshold=SCORE, min=ROWS, window=N");
   expect_usage_error(evaluate(out, {"--ratios", "0.1", "--methods", "compresskv", "--models-dir",
                                     folder.path("none").string()}),
                      "--methods compresskv needs --heads: no calibration of this model in ");
