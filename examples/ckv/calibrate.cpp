@@ -680,7 +680,7 @@ void calibrate(CalibrateArguments& arguments) {
   print_summary(arguments, work, scores, errors, told);
   fmt::print("\n");
   print_text(fmt::format(
-      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}{}calibration.json, "
+      "written to {}: {}_head_idx.json, _head_scores.json, _classic_scores.json, {}{}{}{}calibration.json, "
       "records.jsonl",
       arguments.out.string(), name, errors ? "_layer_score.jsonl, " : "",
       arguments.statistics ? "_query_statistics.bin, " : "",
