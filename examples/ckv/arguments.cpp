@@ -297,6 +297,16 @@ void CacheArguments::apply_to(Compression& how) const {
   how.pool = pool_named(pool);
 }
 
+void check_measured(const CalibrationFiles& files, const MethodInfo& method, const std::string& asked_by,
+                    const fs::path& models_dir, const fs::path& model) {
+  for (const MeasuredWhenAsked& row : measured_when_asked) {
+    if (method.*row.needed && (files.*row.file).empty()) {
+      throw UsageError(fmt::format(
+          "{} {}", asked_by, fmt::format(fmt::runtime(row.missing), models_dir.string(), model.string())));
+    }
+  }
+}
+
 std::optional<CalibrationFiles> find_calibration(const fs::path& models, const std::string& sha256) {
   std::vector<std::string> unread;  // one may be of this very model
   std::error_code failure;
@@ -320,9 +330,9 @@ std::optional<CalibrationFiles> find_calibration(const fs::path& models, const s
                               .statistics = folder.path() / (name + "_query_statistics.bin"),
                               .kv_heads = folder.path() / (name + "_kv_head_scores.json"),
                               .surrogate = folder.path() / (name + "_surrogate.bin")};
-        for (fs::path* measured_when_asked : {&made.statistics, &made.kv_heads, &made.surrogate}) {
-          if (!fs::exists(*measured_when_asked, failure)) {
-            measured_when_asked->clear();
+        for (const MeasuredWhenAsked& row : measured_when_asked) {
+          if (!fs::exists(made.*row.file, failure)) {
+            (made.*row.file).clear();
           }
         }
         if (text("engine") == llama_cpp_engine) {  // where no layer errors are measured

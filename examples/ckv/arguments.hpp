@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -90,6 +91,30 @@ struct CalibrationFiles {
   std::filesystem::path kv_heads = {};    ///< scores of KV heads; likewise
   std::filesystem::path surrogate = {};   ///< of scores; empty where none was fitted
 };
+
+/// A file of a calibration that is there only where it was asked for: an empty path where it was not.
+struct MeasuredWhenAsked {
+  bool MethodInfo::*needed;                       ///< by methods with this
+  std::filesystem::path CalibrationFiles::*file;  ///< where it is
+  /// What is left to say where a method needs it and it is not there: who makes it.
+  std::string_view missing;
+};
+
+inline constexpr std::array<MeasuredWhenAsked, 3> measured_when_asked = {{
+    {&MethodInfo::needs_statistics, &CalibrationFiles::statistics,
+     "needs --statistics: no query statistics of this model in '{}'; `ckv calibrate --model {} --out DIR "
+     "--statistics` makes them"},
+    {&MethodInfo::needs_kv_scores, &CalibrationFiles::kv_heads,
+     "needs --kv-heads: no scores of KV heads of this model in '{}'; `ckv calibrate --model {} --out DIR "
+     "--kv-heads` makes them"},
+    {&MethodInfo::needs_surrogate, &CalibrationFiles::surrogate,
+     "needs --surrogate: none of this model in '{}'; `ckv calibrate --model {} --out DIR --surrogate` makes "
+     "one"},
+}};
+
+/// Throws UsageError where a method needs what is not there. `asked_by`: the option and its value.
+void check_measured(const CalibrationFiles& files, const MethodInfo& method, const std::string& asked_by,
+                    const std::filesystem::path& models_dir, const std::filesystem::path& model);
 
 /// The calibration of this very file among the folders of `models`, told by its digest. Records that cannot
 /// be read are passed over, and named on stderr where no other is the one.

@@ -217,9 +217,9 @@ std::vector<std::string> wanted_methods(const EvaluateArguments& arguments, cons
           !goes_with_llama_cpp(compresskv::method_named(method).method)) {
         continue;
       }
-      if (name == "all" && ((files.statistics.empty() && compresskv::method_named(method).needs_statistics) ||
-                            (files.kv_heads.empty() && compresskv::method_named(method).needs_kv_scores) ||
-                            (files.surrogate.empty() && compresskv::method_named(method).needs_surrogate))) {
+      if (name == "all" && std::ranges::any_of(measured_when_asked, [&](const MeasuredWhenAsked& row) {
+            return (files.*row.file).empty() && compresskv::method_named(method).*row.needed;
+          })) {
         continue;
       }
       // The full cache always answers first.
@@ -286,18 +286,8 @@ std::vector<Variant> wanted_variants(const EvaluateArguments& arguments, const C
           "DIR` makes one",
           method, arguments.models_dir.string(), arguments.model.model.string()));
     }
-    if (info(variant.how.method).needs_statistics && !base.statistics) {
-      throw UsageError(fmt::format("--methods {} {}", method,
-                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
-    }
-    if (info(variant.how.method).needs_kv_scores && !base.kv_scores) {
-      throw UsageError(fmt::format("--methods {} {}", method,
-                                   no_kv_heads_in(arguments.models_dir, arguments.model.model)));
-    }
-    if (info(variant.how.method).needs_surrogate && !base.surrogate) {
-      throw UsageError(fmt::format("--methods {} {}", method,
-                                   no_surrogate_in(arguments.models_dir, arguments.model.model)));
-    }
+    check_measured(files, info(variant.how.method), fmt::format("--methods {}", method), arguments.models_dir,
+                   arguments.model.model);
     variants.push_back(std::move(variant));
   };
   for (const double ratio : arguments.ratios) {
@@ -897,18 +887,15 @@ void evaluate(const EvaluateArguments& arguments) {
                          .statistics = arguments.statistics,
                          .kv_heads = arguments.kv_heads,
                          .surrogate = arguments.surrogate};
-  const auto found =
-      files.heads.empty() || files.statistics.empty() || files.kv_heads.empty() || files.surrogate.empty()
-          ? find_calibration(arguments.models_dir, sha256)
-          : std::nullopt;
-  if (files.statistics.empty() && found) {
-    files.statistics = found->statistics;
-  }
-  if (files.kv_heads.empty() && found) {
-    files.kv_heads = found->kv_heads;
-  }
-  if (files.surrogate.empty() && found) {
-    files.surrogate = found->surrogate;
+  const bool all_given =
+      !files.heads.empty() && std::ranges::none_of(measured_when_asked, [&](const MeasuredWhenAsked& row) {
+        return (files.*row.file).empty();
+      });
+  const auto found = all_given ? std::nullopt : find_calibration(arguments.models_dir, sha256);
+  for (const MeasuredWhenAsked& row : measured_when_asked) {
+    if ((files.*row.file).empty() && found) {
+      files.*row.file = (*found).*row.file;
+    }
   }
   if (files.heads.empty() && found) {
     files.heads = found->heads;
@@ -918,14 +905,10 @@ void evaluate(const EvaluateArguments& arguments) {
     files.scores = files.heads;  // a bare ranking is refused there, with the reason
   }
   // What no method asks for is not looked at, and old records go on without it.
-  if (!wants(arguments, files, &MethodInfo::needs_statistics)) {
-    files.statistics.clear();
-  }
-  if (!wants(arguments, files, &MethodInfo::needs_kv_scores)) {
-    files.kv_heads.clear();
-  }
-  if (!wants(arguments, files, &MethodInfo::needs_surrogate)) {
-    files.surrogate.clear();
+  for (const MeasuredWhenAsked& row : measured_when_asked) {
+    if (!wants(arguments, files, row.needed)) {
+      (files.*row.file).clear();
+    }
   }
   std::vector<Variant> variants = wanted_variants(arguments, files);
   for (const Variant& variant : variants) {

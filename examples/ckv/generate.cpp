@@ -193,32 +193,20 @@ CalibrationFiles calibration_given(const GenerateArguments& arguments) {
 /// model file, with its layer errors for heads unless others are given.
 CalibrationFiles calibration_of(const GenerateArguments& arguments, const MethodInfo& method) {
   CalibrationFiles files = calibration_given(arguments);
-  if (method.needs_statistics && files.statistics.empty()) {
-    const std::optional<CalibrationFiles> found =
-        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
-    if (!found || found->statistics.empty()) {
-      throw UsageError(fmt::format("--method {} {}", method.name,
-                                   no_statistics_in(arguments.models_dir, arguments.model.model)));
+  const bool looks_for = std::ranges::any_of(measured_when_asked, [&](const MeasuredWhenAsked& row) {
+    return method.*row.needed && (files.*row.file).empty();
+  });
+  if (looks_for) {
+    const CalibrationFiles found =
+        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model))
+            .value_or(CalibrationFiles{});
+    for (const MeasuredWhenAsked& row : measured_when_asked) {
+      if (method.*row.needed && (files.*row.file).empty()) {
+        files.*row.file = found.*row.file;
+      }
     }
-    files.statistics = found->statistics;
-  }
-  if (method.needs_kv_scores && files.kv_heads.empty()) {
-    const std::optional<CalibrationFiles> found =
-        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
-    if (!found || found->kv_heads.empty()) {
-      throw UsageError(fmt::format("--method {} {}", method.name,
-                                   no_kv_heads_in(arguments.models_dir, arguments.model.model)));
-    }
-    files.kv_heads = found->kv_heads;
-  }
-  if (method.needs_surrogate && files.surrogate.empty()) {
-    const std::optional<CalibrationFiles> found =
-        find_calibration(arguments.models_dir, engine::sha256_of_file(arguments.model.model));
-    if (!found || found->surrogate.empty()) {
-      throw UsageError(fmt::format("--method {} {}", method.name,
-                                   no_surrogate_in(arguments.models_dir, arguments.model.model)));
-    }
-    files.surrogate = found->surrogate;
+    check_measured(files, method, fmt::format("--method {}", method.name), arguments.models_dir,
+                   arguments.model.model);
   }
   if (!files.heads.empty() || !(method.needs_heads || method.needs_scores)) {
     return files;

@@ -241,27 +241,6 @@ void check_calibration(const std::filesystem::path& heads, const std::filesystem
   }
 }
 
-std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
-  return fmt::format(
-      "needs --statistics: no query statistics of this model in '{}'; `ckv calibrate --model {} --out DIR "
-      "--statistics` makes them",
-      models_dir.string(), model.string());
-}
-
-std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
-  return fmt::format(
-      "needs --kv-heads: no scores of KV heads of this model in '{}'; `ckv calibrate --model {} --out DIR "
-      "--kv-heads` makes them",
-      models_dir.string(), model.string());
-}
-
-std::string no_surrogate_in(const std::filesystem::path& models_dir, const std::filesystem::path& model) {
-  return fmt::format(
-      "needs --surrogate: none of this model in '{}'; `ckv calibrate --model {} --out DIR --surrogate` makes "
-      "one",
-      models_dir.string(), model.string());
-}
-
 compresskv::AnyKv any_view_of(const engine::LayerView& layer) {
   return engine::with_kv_type(layer.type,
                               [&]<typename T>(T*) { return compresskv::AnyKv(view_of<T>(layer)); });

@@ -73,14 +73,6 @@ compresskv::ModelShape shape_of(const engine::ModelConfig& config, engine::KvTyp
 void check_calibration(const std::filesystem::path& heads, const std::filesystem::path& errors,
                        const compresskv::ModelShape& shape);
 
-/// The same of a surrogate.
-std::string no_surrogate_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
-
-/// What is left to say where a method needs query statistics and there are none: who makes them.
-std::string no_statistics_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
-/// Likewise of scores of KV heads.
-std::string no_kv_heads_in(const std::filesystem::path& models_dir, const std::filesystem::path& model);
-
 /// Keys and values of a layer that has ended its prefill, as the library sees them.
 template <typename T>
 compresskv::StridedKv<T> view_of(const engine::LayerView& layer) {
