@@ -1,16 +1,22 @@
 // A model that is shown its context once more, and what KVzip and KVzip+ make of that, in double.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <compresskv/compresskv.hpp>
+#include <compresskv/view/any_kv.hpp>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
+#include "reference/executors.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/output_norms.hpp"
 #include "reference/random.hpp"
 #include "reference/repeats.hpp"
+#include "reference/scattered_kv.hpp"
 
 namespace compresskv::reference {
 
@@ -179,6 +185,67 @@ Positions positions_of(const C& compressor, const RepeatedModel<>& model) {
     }
   }
   return out;
+}
+
+/// Neither a repeat that is shown in parts, nor threads, layouts and rows in pieces change which rows stay of
+/// a context of 90 tokens. `plan_of(model)` makes a plan.
+template <class PlanOf>
+void expect_same_rows_however_shown(PlanOf&& plan_of) {
+  constexpr std::size_t context = 90;
+  const LayerCase c{.group = 3, .kv_heads = 2, .head_dim = 16, .rows = context + 40, .window = 40, .seed = 8};
+  const Stretch whole{.first = 0, .last = context};
+  RepeatedModel<> first(c, 2, context);
+  const auto plan = plan_of(first);
+  RepeatScores64 unused = no_scores(first);
+  const auto repeated = [&](RepeatedModel<>& model, auto compressor) {
+    compressor.begin(context);
+    repeat_all(model, compressor, context, 4, 1, unused);
+    compressor.finish(model.views());
+    return positions_of(compressor, model);
+  };
+  const Positions expected = repeated(first, Compressor{plan});
+
+  {  // fed in two parts, 25 tokens, then 15, by a plan that two compressors look at
+    RepeatedModel<> model(c, 2, context);
+    model.feed(1);
+    Compressor compressor{plan};
+    compressor.begin(context);
+    for (std::size_t l = 0; l < 2; ++l) {
+      const auto& queries = model.layers[l].queries;
+      const std::span<const float> norms(model.hidden_norms[l]);
+      const auto part = [&](std::size_t from, std::size_t count) {
+        return QueryWindow<float>{
+            queries.data() + from * c.head_dim,
+            QueryShape{.query_heads = c.query_heads(), .queries = count, .head_dim = c.head_dim},
+            QueryStrides{.head = c.window * c.head_dim, .query = c.head_dim}};
+      };
+      compressor.observe(l, model.view(l, 25), whole, part(0, 25), norms.first(25));
+      compressor.observe(l, model.view(l, 40), whole, part(25, 15), norms.subspan(25));
+    }
+    compressor.finish(model.views());
+    EXPECT_EQ(positions_of(compressor, model), expected);
+  }
+  for (const Arrangement arrangement : all_arrangements) {
+    LayerCase other = c;
+    other.arrangement = arrangement;
+    RepeatedModel<> model(other, 2, context);
+    const auto own_plan = plan_of(model);
+    EXPECT_EQ(repeated(model, Compressor{own_plan, ThreadExecutor{}}), expected);
+  }
+  {  // rows in pieces, seen through the view that hides their type
+    RepeatedModel<> model(c, 2, context);
+    model.feed(1);
+    Random random(2);
+    Compressor compressor{plan};
+    compressor.begin(context);
+    for (std::size_t l = 0; l < 2; ++l) {
+      ScatteredMemory<float> memory(model.layers[l].cache, random, 7, 16);
+      compressor.observe(l, AnyKv(memory.view()), whole, model.layers[l].observation(),
+                         model.hidden_norms[l]);
+    }
+    compressor.finish(model.views());
+    EXPECT_EQ(positions_of(compressor, model), expected);
+  }
 }
 
 /// Half floats have 11 bits; below their smallest steps all are alike.

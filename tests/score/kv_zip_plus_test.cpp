@@ -4,18 +4,15 @@
 
 #include <algorithm>
 #include <compresskv/compresskv.hpp>
-#include <compresskv/view/any_kv.hpp>
 #include <cstdint>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "reference/errors.hpp"
-#include "reference/executors.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/random.hpp"
 #include "reference/repeated_model.hpp"
-#include "reference/scattered_kv.hpp"
 
 namespace compresskv {
 namespace {
@@ -120,60 +117,7 @@ TEST(KvZipPlus, SmallAndLargeOutputsKeepTheirOrder) {
 }
 
 TEST(KvZipPlus, PartsOfARepeatThreadsAndLayoutsChangeNoBit) {
-  const LayerCase c{.group = 3, .kv_heads = 2, .head_dim = 16, .rows = 90 + 40, .window = 40, .seed = 8};
-  RepeatedModel<> first(c, 2, 90);
-  const auto plan = plus_plan(first, 30);
-  Compressor one{plan};
-  one.begin(90);
-  RepeatScores64 unused = reference::no_scores(first);
-  reference::repeat_all(first, one, 90, 4, 1, unused);
-  one.finish(first.views());
-  const auto expected = reference::positions_of(one, first);
-
-  {  // fed in two parts, by a plan whose weights are looked at by two compressors
-    RepeatedModel<> model(c, 2, 90);
-    model.feed(1);
-    Compressor compressor{plan};
-    compressor.begin(90);
-    for (std::size_t l = 0; l < 2; ++l) {
-      const auto& queries = model.layers[l].queries;
-      const std::span<const float> norms(model.hidden_norms[l]);
-      const auto part = [&](std::size_t from, std::size_t count) {
-        return QueryWindow<float>{queries.data() + from * 16,
-                                  QueryShape{.query_heads = 6, .queries = count, .head_dim = 16},
-                                  QueryStrides{.head = 40 * 16, .query = 16}};
-      };
-      compressor.observe(l, model.view(l, 25), {.first = 0, .last = 90}, part(0, 25), norms.first(25));
-      compressor.observe(l, model.view(l, 40), {.first = 0, .last = 90}, part(25, 15), norms.subspan(25));
-    }
-    compressor.finish(model.views());
-    EXPECT_EQ(reference::positions_of(compressor, model), expected);
-  }
-  for (const reference::Arrangement arrangement : reference::all_arrangements) {
-    LayerCase other = c;
-    other.arrangement = arrangement;
-    RepeatedModel<> model(other, 2, 90);
-    const auto own_plan = plus_plan(model, 30);
-    Compressor compressor{own_plan, reference::ThreadExecutor{}};
-    compressor.begin(90);
-    reference::repeat_all(model, compressor, 90, 4, 1, unused);
-    compressor.finish(model.views());
-    EXPECT_EQ(reference::positions_of(compressor, model), expected);
-  }
-  {  // rows in pieces, seen through the view that hides their type
-    RepeatedModel<> model(c, 2, 90);
-    model.feed(1);
-    Random random(2);
-    Compressor compressor{plan};
-    compressor.begin(90);
-    for (std::size_t l = 0; l < 2; ++l) {
-      reference::ScatteredMemory<float> memory(model.layers[l].cache, random, 7, 16);
-      compressor.observe(l, AnyKv(memory.view()), {.first = 0, .last = 90}, model.layers[l].observation(),
-                         model.hidden_norms[l]);
-    }
-    compressor.finish(model.views());
-    EXPECT_EQ(reference::positions_of(compressor, model), expected);
-  }
+  reference::expect_same_rows_however_shown([](const auto& model) { return plus_plan(model, 30); });
 }
 
 TEST(KvZipPlus, ALayerMayHaveABudgetOfItsOwn) {

@@ -5,27 +5,22 @@
 
 #include <algorithm>
 #include <compresskv/compresskv.hpp>
-#include <compresskv/view/any_kv.hpp>
 #include <cstdint>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "reference/errors.hpp"
-#include "reference/executors.hpp"
 #include "reference/layer_case.hpp"
 #include "reference/random.hpp"
 #include "reference/repeated_model.hpp"
-#include "reference/scattered_kv.hpp"
 
 namespace compresskv {
 namespace {
 
-using reference::Arrangement;
 using reference::expect_error;
 using reference::LayerCase;
 using reference::no_scores;
-using reference::Positions;
 using reference::positions_of;
 using reference::Random;
 using reference::repeat_all;
@@ -206,60 +201,10 @@ TEST(KvZip, GoesOnFromUnequalRows) {
 }
 
 TEST(KvZip, PartsOfARepeatThreadsAndLayoutsChangeNoBit) {
-  const LayerCase c{.group = 3, .kv_heads = 2, .head_dim = 16, .rows = 90 + 40, .window = 40, .seed = 8};
-  const auto plan_of = [](const ModelShape& shape) {
-    return Plan{shape, score::KvZip{}, select::WholeModel{}, budget::Uniform{Budget::tokens_per_layer(30)}};
-  };
-  RepeatedModel<> first(c, 2, 90);
-  const auto plan = plan_of(first.shape);
-  Compressor one{plan};
-  one.begin(90);
-  RepeatScores64 unused = no_scores(first);
-  repeat_all(first, one, 90, 4, 1, unused);
-  one.finish(first.views());
-  const Positions expected = positions_of(one, first);
-
-  {  // fed in two parts: 25 tokens, then 15
-    RepeatedModel<> model(c, 2, 90);
-    model.feed(1);
-    Compressor compressor{plan};
-    compressor.begin(90);
-    for (std::size_t l = 0; l < 2; ++l) {
-      const auto& queries = model.layers[l].queries;
-      const auto part = [&](std::size_t from, std::size_t count) {
-        return QueryWindow<float>{queries.data() + from * 16,
-                                  QueryShape{.query_heads = 6, .queries = count, .head_dim = 16},
-                                  QueryStrides{.head = 40 * 16, .query = 16}};
-      };
-      compressor.observe(l, model.view(l, 25), {.first = 0, .last = 90}, part(0, 25));
-      compressor.observe(l, model.view(l, 40), {.first = 0, .last = 90}, part(25, 15));
-    }
-    compressor.finish(model.views());
-    EXPECT_EQ(positions_of(compressor, model), expected);
-  }
-  for (const Arrangement arrangement : reference::all_arrangements) {
-    LayerCase other = c;
-    other.arrangement = arrangement;
-    RepeatedModel<> model(other, 2, 90);
-    Compressor compressor{plan, reference::ThreadExecutor{}};
-    compressor.begin(90);
-    repeat_all(model, compressor, 90, 4, 1, unused);
-    compressor.finish(model.views());
-    EXPECT_EQ(positions_of(compressor, model), expected);
-  }
-  {  // rows in pieces, seen through the view that hides their type
-    RepeatedModel<> model(c, 2, 90);
-    model.feed(1);
-    Random random(2);
-    Compressor compressor{plan};
-    compressor.begin(90);
-    for (std::size_t l = 0; l < 2; ++l) {
-      reference::ScatteredMemory<float> memory(model.layers[l].cache, random, 7, 16);
-      compressor.observe(l, AnyKv(memory.view()), {.first = 0, .last = 90}, model.layers[l].observation());
-    }
-    compressor.finish(model.views());
-    EXPECT_EQ(positions_of(compressor, model), expected);
-  }
+  reference::expect_same_rows_however_shown([](const auto& model) {
+    return Plan{model.shape, score::KvZip{}, select::WholeModel{},
+                budget::Uniform{Budget::tokens_per_layer(30)}};
+  });
 }
 
 TEST(KvZip, ProtectedTokensStay) {
