@@ -119,7 +119,7 @@ class RepeatScores {
     for (std::size_t head = 0; head < heads; ++head) {
       const detail::RowRange& rows = some_[head][1];
       const std::span<const float> found = scores.row(head).subspan(some_[head][0].size(), rows.size());
-      const std::span<Code> own = codes_of(layer, head).subspan(rows.first, rows.size());
+      const std::span<Code> own = codes_of(codes_, layer, head).subspan(rows.first, rows.size());
       std::transform(own.begin(), own.end(), found.begin(), own.begin(),
                      [](Code code, float score) { return (std::max)(code, half(score).bits); });
     }
@@ -130,8 +130,7 @@ class RepeatScores {
   /// did.
   std::vector<float> scores(std::size_t layer, std::size_t head, const State& state) const {
     const std::size_t rows = state.layer(layer).rows_before(turn_.tokens, head);
-    const auto own =
-        std::span(codes_).subspan((layer * turn_.score_rows + head) * turn_.tokens, turn_.tokens).first(rows);
+    const std::span<const Code> own = codes_of(codes_, layer, head).first(rows);
     float times = 1.0F;
     if constexpr (requires { P::scorer_type::held_times; }) {
       times = P::scorer_type::held_times;
@@ -242,8 +241,9 @@ class RepeatScores {
   }
 
   /// Codes of all rows that a KV head can have.
-  std::span<Code> codes_of(std::size_t layer, std::size_t head) {
-    return std::span(codes_).subspan((layer * turn_.score_rows + head) * turn_.tokens, turn_.tokens);
+  template <class Codes>
+  auto codes_of(Codes& codes, std::size_t layer, std::size_t head) const {
+    return std::span(codes).subspan((layer * turn_.score_rows + head) * turn_.tokens, turn_.tokens);
   }
   std::size_t window_of(std::size_t layer, std::size_t head, const State& state) const {
     return (std::min)(plan_->scorer().window(), state.layer(layer).rows_before(turn_.tokens, head));
@@ -251,7 +251,7 @@ class RepeatScores {
   /// Those of the rows before the window.
   std::span<Code> scores_of(std::size_t layer, std::size_t head, const State& state) {
     const std::size_t rows = state.layer(layer).rows_before(turn_.tokens, head);
-    return codes_of(layer, head).first(rows - window_of(layer, head, state));
+    return codes_of(codes_, layer, head).first(rows - window_of(layer, head, state));
   }
 
   /// Protected tokens of a layer stay for sure, its sinks where there is room.
