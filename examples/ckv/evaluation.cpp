@@ -416,7 +416,7 @@ std::vector<LongAnswer> Evaluation::decode_on_budgets(
     const bool recalls = recall != prompt.recalls.end() && t >= recall->first;
     for (std::size_t i = 0; i < sequences.size(); ++i) {
       const std::span<const float> logits = sequences[i]->logits();
-      answers[i].loss += surprise(logits, text[t]) / static_cast<double>(text.size());
+      answers[i].loss += surprise(logits, text[t]);
       // Up to a wrong token what is fed is what a greedy answer would feed.
       if (recalls && std::ranges::equal(said[i], std::span(text).subspan(recall->first, t - recall->first))) {
         said[i].push_back(engine::greedy(logits));
@@ -452,6 +452,7 @@ std::vector<LongAnswer> Evaluation::decode_on_budgets(
   }
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     sequences[i]->hooks().queries = {};
+    answers[i].loss /= static_cast<double>(text.size());
     answers[i].rows = rows_of(*sequences[i]);
     answers[i].steps = text.size() - 1;
     if (alone) {
