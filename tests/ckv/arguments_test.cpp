@@ -448,7 +448,7 @@ TEST_F(ArgumentsWithModel, GenerateFindsTheCalibrationOfItsModel) {
                            "--rows",
                            "40",
                            "--prompt",
-                           read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 3000)};
+                           read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 1200)};
   const auto with = [&](const Arguments& more) {
     Arguments all = start;
     all.insert(all.end(), more.begin(), more.end());
@@ -510,10 +510,10 @@ TEST_F(ArgumentsWithModel, ProgressIsOneLineThatOnlyGrows) {
   }
   const Folder folder;
   const std::string text =
-      folder.write("text", read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 4000)).string();
+      folder.write("text", read(COMPRESSKV_SOURCE_DIR "/docs/calibration.md").substr(0, 1600)).string();
   for (const std::size_t columns : {80U, 40U, 10U}) {
     const std::string seen =
-        on_terminal(tool() + " generate --method full --max-new-tokens 1 --prefill-chunk 64 --model " +
+        on_terminal(tool() + " generate --method full --max-new-tokens 1 --prefill-chunk 32 --model " +
                         model() + " --prompt-file " + quoted(text),
                     columns);
     std::size_t lines = 0;

@@ -139,7 +139,7 @@ TEST_F(LongAnswers, IsRightByTheWholeWord) {
 }
 
 TEST_F(LongAnswers, TheFullCacheRecallsAndStreamingForgets) {
-  const ckv::TaskPrompt prompt = task("long-names", 500);
+  const ckv::TaskPrompt prompt = task("long-names", 300);
   const std::vector<ckv::Compression> ways = {at(ckv::Method::full, 1), at(ckv::Method::rkv, 10000),
                                               at(ckv::Method::streaming, 96)};
   const auto found = outcomes(prompt, ways);
@@ -169,7 +169,7 @@ TEST_F(LongAnswers, RecordsCountWhatTheFullCacheSays) {
   std::remove(file.c_str());
   const auto evaluate = [&](const std::string& methods, std::vector<std::string> more = {}) {
     Arguments all = {"evaluate",  "--model",   model_path(), "--out",  file,       "--tasks", "long-names",
-                     "--lengths", "400",       "--prompts",  "2",      "--depths", "1",       "--tokens",
+                     "--lengths", "300",       "--prompts",  "2",      "--depths", "1",       "--tokens",
                      "96",        "--methods", methods,      "--seed", "100"};
     all.insert(all.end(), more.begin(), more.end());
     return run_tool(all);

@@ -54,7 +54,7 @@ TEST_F(LongLoss, IsTheFullCachesWhereAllRowsFit) {
 }
 
 TEST_F(LongLoss, GrowsAsTheCacheIsCutAgain) {
-  ckv::TaskPrompt prompt = text(400);
+  ckv::TaskPrompt prompt = text(260);
   const std::vector<ckv::Compression> ways = {at(ckv::Method::full, 1), at(ckv::Method::rkv, 64),
                                               at(ckv::Method::snapkv, 64), at(ckv::Method::random, 64)};
   const auto cut_again = outcomes(prompt, ways);
