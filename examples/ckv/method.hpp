@@ -92,7 +92,7 @@ constexpr std::string_view why_not_while_decoding(Method method) {
   if (wants_all_queries(method)) {
     return "wants the queries of all tokens";
   }
-  return reaches_back(method) ? "cuts a layer only when others have come" : "";
+  return "";
 }
 
 /// Names of all methods, as the command line takes them.

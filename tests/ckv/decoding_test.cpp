@@ -25,6 +25,9 @@ class DecodingOnABudget : public RealModel {
     if (ckv::info(method).needs_heads) {
       how.heads = compresskv::io::load_head_ranking(calibration("_head_idx.json"));
     }
+    if (ckv::info(method).needs_scores) {
+      how.scores = compresskv::io::load_head_scores(calibration("_head_scores.json"));
+    }
     return how;
   }
 
@@ -51,8 +54,9 @@ TEST_F(DecodingOnABudget, HoldsHundredsOfTokensInItsRowsAndNMore) {
 }
 
 TEST_F(DecodingOnABudget, EveryDecoderKeepsIt) {
-  for (const ckv::Method method : {ckv::Method::snapkv, ckv::Method::streaming, ckv::Method::compresskv,
-                                   ckv::Method::tova, ckv::Method::rkv}) {
+  for (const ckv::Method method :
+       {ckv::Method::snapkv, ckv::Method::streaming, ckv::Method::compresskv, ckv::Method::tova,
+        ckv::Method::rkv, ckv::Method::carried, ckv::Method::model_wide, ckv::Method::blend}) {
     const ckv::RunResult result = write(method, 80);
     EXPECT_LE(result.rows_peak, rows + every) << ckv::info(method).name;
     EXPECT_EQ(result.kept[0][0].size(), rows);
@@ -80,10 +84,9 @@ TEST_F(DecodingOnABudget, IsAnOptionOfGenerate) {
   EXPECT_EQ(outcome.json().at("rows_peak"), 20);
   EXPECT_EQ(outcome.json().at("settings").at("decode_every"), 4);
   EXPECT_EQ(with({"--method", "rkv", "--rows", "16", "--decode-every", "4"}).json().at("rows_peak"), 20);
+  EXPECT_EQ(with({"--method", "blend", "--rows", "24", "--decode-every", "4"}).json().at("rows_peak"), 28);
   const std::vector<std::pair<const char*, const char*>> refused = {
       {"full", "keeps every row"},
-      {"cake", "cuts a layer only when others have come"},
-      {"blend-carried", "cuts a layer only when others have come"},
       {"kvzip", "feeds the whole context once more"},
       {"kvzip-plus", "feeds the whole context once more"},
       {"h2o", "wants the queries of all tokens"},
