@@ -16,6 +16,7 @@
 #include <map>
 #include <utility>
 
+#include "calibration_results.hpp"
 #include "engine/error.hpp"
 #include "evaluation.hpp"
 #include "repeat.hpp"
@@ -91,33 +92,6 @@ double rotary_contradiction(const engine::LayerView& layer, std::span<const Toke
 }
 
 }  // namespace
-
-Json heads_key(std::size_t run) { return {{"kind", "heads"}, {"run", run}}; }
-
-Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run) {
-  return {{"kind", "errors"}, {"rows", rows}, {"data_set", data_set}, {"run", run}};
-}
-
-Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run) {
-  return {{"kind", "ablation"},           {"length", length}, {"heads", mask.heads}, {"draw", mask.draw},
-          {"masked", mask.masked.size()}, {"run", run}};
-}
-
-Json key_of(const Json& record) {
-  static const std::map<std::string, std::vector<std::string>> names = {
-      {"heads", {"run"}},
-      {"errors", {"rows", "data_set", "run"}},
-      {"ablation", {"length", "heads", "draw", "masked", "run"}}};
-  Json key = {{"kind", record.at("kind")}};
-  const auto found = names.find(key.at("kind").get<std::string>());
-  if (found == names.end()) {
-    throw engine::Error(fmt::format("its kind is {}", key.at("kind").dump()));
-  }
-  for (const std::string& name : found->second) {
-    key[name] = record.at(name);
-  }
-  return key;
-}
 
 compresskv::ModelShape shape_of_file(std::string_view engine, const std::filesystem::path& path) {
   if (engine == small_engine) {

@@ -58,14 +58,6 @@ struct HeadMask {
   std::vector<engine::HeadIndex> masked = {};
 };
 
-/// What tells a record from all others of its file.
-Json heads_key(std::size_t run);
-Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run);
-Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run);
-
-/// A record's own. Throws Json's exceptions where a part of it is absent, engine::Error for another kind.
-Json key_of(const Json& record);
-
 /// The shape of a model file. In llama.cpp another process loads it: this one may have to fork, which what
 /// libllama starts, threads and devices, does not outlive. Throws as load_engine, and where the model's cache
 /// cannot be compressed, which a calibration would be for.

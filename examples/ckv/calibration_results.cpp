@@ -59,6 +59,33 @@ void shuffle(std::vector<T>& values, std::uint64_t seed) {
 
 }  // namespace
 
+Json heads_key(std::size_t run) { return {{"kind", "heads"}, {"run", run}}; }
+
+Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run) {
+  return {{"kind", "errors"}, {"rows", rows}, {"data_set", data_set}, {"run", run}};
+}
+
+Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run) {
+  return {{"kind", "ablation"},           {"length", length}, {"heads", mask.heads}, {"draw", mask.draw},
+          {"masked", mask.masked.size()}, {"run", run}};
+}
+
+Json key_of(const Json& record) {
+  static const std::map<std::string, std::vector<std::string>> names = {
+      {"heads", {"run"}},
+      {"errors", {"rows", "data_set", "run"}},
+      {"ablation", {"length", "heads", "draw", "masked", "run"}}};
+  Json key = {{"kind", record.at("kind")}};
+  const auto found = names.find(key.at("kind").get<std::string>());
+  if (found == names.end()) {
+    throw engine::Error(fmt::format("its kind is {}", key.at("kind").dump()));
+  }
+  for (const std::string& name : found->second) {
+    key[name] = record.at(name);
+  }
+  return key;
+}
+
 template <class Read>
 auto CalibrationRecords::checked(const Read& read) const {
   try {

@@ -19,6 +19,14 @@
 
 namespace ckv {
 
+/// What tells a record from all others of its file.
+Json heads_key(std::size_t run);
+Json errors_key(std::size_t rows, const std::string& data_set, std::size_t run);
+Json ablation_key(std::size_t length, const HeadMask& mask, std::size_t run);
+
+/// A record's own. Throws Json's exceptions where a part of it is absent, engine::Error for another kind.
+Json key_of(const Json& record);
+
 /// The records of a folder, found by what tells them apart.
 class CalibrationRecords {
  public:

@@ -10,33 +10,10 @@
 #include <string_view>
 #include <vector>
 
+#include "needle_table.hpp"
 #include "run.hpp"
 
 namespace ckv {
-
-struct Needle {
-  std::string_view fact;      ///< a sentence
-  std::string_view question;  ///< what the fact answers
-  std::string_view expect;    ///< what a right answer holds
-};
-
-/// Needles for calibration. The demo's and the tests' are others.
-std::span<const Needle> calibration_needles();
-
-/// A needle of the user's own.
-struct NeedleText {
-  std::string fact;
-  std::string question;
-
-  Needle view() const { return {.fact = fact, .question = question, .expect = {}}; }
-};
-
-/// Needles from JSON Lines, `{"fact": "...", "question": "..."}`; blank lines do not count. Throws
-/// engine::Error naming file and line where one is none.
-std::vector<NeedleText> read_needles(const std::filesystem::path& path);
-
-/// The demo's needle.
-const Needle& demo_needle();
 
 /// Whether an answer is right: it holds what is expected, however it is capitalised.
 bool holds(std::string_view answer, std::string_view expect);

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-#include "ckv/calibration.hpp"
-#include "ckv/needle.hpp"
+#include "ckv/calibration_results.hpp"
+#include "ckv/needle_table.hpp"
 #include "ckv/records.hpp"
 #include "engine/error.hpp"
 
