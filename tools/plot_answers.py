@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draws the picture of README.md: right answers against the share of the cache that is kept.
+"""Draws the pictures of README.md and docs/evaluation.md from the tables of docs/evaluation-tables.md, so that they cannot say anything else.
 
-Reads the figures from the table of docs/evaluation-tables.md (Single needle, about 2,000 tokens), so that the picture cannot say
-anything else. Needs matplotlib; never needed to build or use the library.
+    tools/plot_answers.py docs/evaluation-tables.md answers docs/answers.svg    right answers against the share that is kept
+    tools/plot_answers.py docs/evaluation-tables.md later docs/later.svg        questions that come later, method by method
 
-    tools/plot_answers.py docs/evaluation-tables.md docs/answers.svg
+Needs matplotlib; never needed to build or use the library.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-HEADING = "About 2,000 tokens"
+# The line that begins so stands before the table of a picture.
+HEADINGS = {"answers": "About 2,000 tokens", "later": "First figures: 10 texts a task"}
 # Okabe and Ito's colours, which everybody can tell apart, darkened for text; how far each label is moved up, in per cent.
 LINES = {
     "model-wide:window=16": ("model-wide (ours)", "#B0508F", 3),
@@ -28,24 +29,36 @@ LINES = {
 }
 
 
-def read(path):
-    """(shares kept, per cent right by method) of the table below HEADING."""
+def read(path, heading):
+    """(names of the columns, by method the cells) of the table below a heading."""
     text = path.read_text(encoding="utf-8")
-    if f"\n{HEADING}" not in text:
-        sys.exit(f"plot_answers: {path} has no line that begins with '{HEADING}'")
+    if f"\n{heading}" not in text:
+        sys.exit(f"plot_answers: {path} has no line that begins with '{heading}'")
     rows = []
-    for line in text.split(f"\n{HEADING}", 1)[1].split("\n\n", 2)[1].splitlines():
+    for line in text.split(f"\n{heading}", 1)[1].split("\n\n", 2)[1].splitlines():
         rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
-    shares = [int(re.fullmatch(r"(\d+) %", cell)[1]) for cell in rows[0][1:]]
-    answers = {}
-    for name, *cells in rows[2:]:
-        answers[name.strip("`")] = [int(re.match(r"\d+", cell)[0]) for cell in cells]
-    return shares, answers
+    return rows[0][1:], {name.strip("`"): cells for name, *cells in rows[2:]}
 
 
-def draw(shares, answers, out):
-    # Text stays text, and the background is white: legible on a dark page too. No date and no random ids: the same bytes.
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "answers", "font.family": "sans-serif", "font.size": 11})
+def per_cent(cell):
+    """(right, lower, upper) of "61 (51-71)"."""
+    return [int(number) for number in re.fullmatch(r"\**(\d+)\** \((\d+)-(\d+)\)", cell).groups()]
+
+
+def save(figure, out):
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    if out.suffix == ".svg":
+        lines = out.read_text(encoding="utf-8").splitlines()
+        out.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+    plt.close(figure)
+
+
+def draw_answers(columns, table, out):
+    shares = [int(re.fullmatch(r"(\d+) %", cell)[1]) for cell in columns]
+    missing = [name for name in LINES if name not in table]
+    if missing:
+        sys.exit(f"plot_answers: there is no row of {', '.join(missing)}")
+    answers = {name: [per_cent(cell)[0] for cell in table[name]] for name in LINES}
     figure, axes = plt.subplots(figsize=(7.2, 3.4), facecolor="white")
     for name, (label, colour, up) in LINES.items():
         axes.plot(shares, answers[name], color=colour, marker="o", markersize=4, linewidth=2)
@@ -61,23 +74,42 @@ def draw(shares, answers, out):
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.subplots_adjust(left=0.11, right=0.78, top=0.95, bottom=0.17)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    if out.suffix == ".svg":
-        lines = out.read_text(encoding="utf-8").splitlines()
-        out.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
-    plt.close(figure)
+    save(figure, out)
+
+
+def draw_later(columns, table, out):
+    """A row a method, a panel a task: what it answers of a quarter of the cache, and of a half."""
+    names = sorted(table, key=lambda name: per_cent(table[name][0])[0])
+    tasks = [match[1] for match in (re.match(r"`([\w-]+)`:", column) for column in columns) if match]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(7.2, 0.27 * len(names) + 1.1), sharey=True, facecolor="white")
+    for i, (task, axes) in enumerate(zip(tasks, panels)):
+        for row, name in enumerate(names):
+            quarter, half = (per_cent(cell) for cell in table[name][2 * i : 2 * i + 2])
+            axes.plot([quarter[0], half[0]], [row, row], color="#BBBBBB", linewidth=2, zorder=1)
+            axes.scatter(quarter[0], row, color="#0072B2", s=34, zorder=2, label="25 % kept" if row == 0 else None)
+            axes.scatter(half[0], row, color="#D55E00", s=34, zorder=2, label="50 % kept" if row == 0 else None)
+        axes.set_title(task, fontsize=11)
+        axes.set_xlim(-3, 103)
+        axes.set_xticks(range(0, 101, 25), [f"{part} %" for part in range(0, 101, 25)])
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[-1].legend(loc="lower right", frameon=False, fontsize=9)
+    figure.supxlabel("questions answered rightly", fontsize=11)
+    figure.tight_layout()
+    save(figure, out)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=pathlib.Path, help="docs/evaluation-tables.md")
+    parser.add_argument("picture", choices=HEADINGS)
     parser.add_argument("out", type=pathlib.Path, help="the picture: .svg, .png or .pdf")
     arguments = parser.parse_args()
-    shares, answers = read(arguments.tables)
-    missing = [name for name in LINES if name not in answers]
-    if missing:
-        sys.exit(f"plot_answers: {arguments.tables}, {HEADING}: no row of {', '.join(missing)}")
-    draw(shares, answers, arguments.out)
+    # Text stays text, and the background is white: legible on a dark page too. No date and no random ids: the same bytes.
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "answers", "font.family": "sans-serif", "font.size": 11})
+    draw = {"answers": draw_answers, "later": draw_later}[arguments.picture]
+    draw(*read(arguments.tables, HEADINGS[arguments.picture]), arguments.out)
 
 
 if __name__ == "__main__":
