@@ -57,7 +57,7 @@ TEST_F(DecodingOnABudget, EveryDecoderKeepsIt) {
   for (const ckv::Method method :
        {ckv::Method::snapkv, ckv::Method::streaming, ckv::Method::compresskv, ckv::Method::tova,
         ckv::Method::rkv, ckv::Method::carried, ckv::Method::model_wide, ckv::Method::blend}) {
-    const ckv::RunResult result = write(method, 40);
+    const ckv::RunResult result = write(method, 80);
     EXPECT_LE(result.rows_peak, rows + every) << ckv::info(method).name;
     EXPECT_EQ(result.kept[0][0].size(), rows);
   }

@@ -37,17 +37,14 @@ TEST_F(Needles, In12PerCentCompressKvFindsHalfOfThemAndStreamingLosesMost) {
     if (found[0] == wanted) {
       break;
     }
-    const std::string expected{evaluation_needles[needle].expect};
-    const ckv::TaskPrompt asked{.tokens = prompt(needle).tokens, .expect = {expected}};
+    const ckv::NeedlePrompt text = prompt(needle);
+    const ckv::TaskPrompt asked{.tokens = text.tokens,
+                                .expect = {std::string(evaluation_needles[needle].expect)}};
     const auto outcomes =
         model().hold(asked, {.max_new_tokens = 20})->outcomes(ways, [](double, std::string_view) {});
     std::array<bool, 3> right{};
     for (std::size_t i = 0; i < ways.size(); ++i) {
-      const std::string& answer = outcomes[i].answers[0];
-      right[i] = ckv::holds(answer, expected);
-      std::printf("  needle %2zu, %zu tokens, %-10s %s: %s\n", needle, asked.tokens.size(),
-                  std::string(ckv::info(ways[i]->method).name).c_str(), right[i] ? "right" : "wrong",
-                  answer.c_str());
+      right[i] = is_right(ckv::info(ways[i]->method).name, needle, text, outcomes[i].answers[0]);
     }
     for (std::size_t i = 0; right[0] && i < ways.size(); ++i) {
       found[i] += right[i] ? 1U : 0U;

@@ -54,10 +54,10 @@ class Needles : public RealModel {
 
 /// Whether the answer holds what the needle says; a line of the test's output shows it.
 inline bool is_right(std::string_view way, std::size_t needle, const ckv::NeedlePrompt& prompt,
-                     const ckv::RunResult& result) {
-  const bool right = ckv::holds(result.answer, evaluation_needles[needle].expect);
+                     const std::string& answer) {
+  const bool right = ckv::holds(answer, evaluation_needles[needle].expect);
   std::printf("  needle %2zu, %zu tokens, %-10s %s: %s\n", needle, prompt.tokens.size(),
-              std::string(way).c_str(), right ? "right" : "wrong", result.answer.c_str());
+              std::string(way).c_str(), right ? "right" : "wrong", answer.c_str());
   std::fflush(stdout);
   return right;
 }

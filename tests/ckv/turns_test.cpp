@@ -102,8 +102,8 @@ TEST_F(BoundedPrefill, FindsNeedlesInLittleMemory) {
     const ckv::RunResult one_go = ckv::run(model(), text.tokens, whole, {.max_new_tokens = 20});
     const ckv::RunResult in_chunks =
         ckv::run(model(), text.tokens, bounded, {.prefill_chunk = chunk, .max_new_tokens = 20});
-    found_whole += is_right("one go", needle, text, one_go) ? 1U : 0U;
-    found_bounded += is_right("bounded", needle, text, in_chunks) ? 1U : 0U;
+    found_whole += is_right("one go", needle, text, one_go.answer) ? 1U : 0U;
+    found_bounded += is_right("bounded", needle, text, in_chunks.answer) ? 1U : 0U;
     EXPECT_LE(in_chunks.kv_bytes_peak, (layers * bounded.working_rows + chunk) * row_bytes);
     EXPECT_LT(in_chunks.kv_bytes_peak, in_chunks.kv_bytes_full);
     EXPECT_LT(text.needle.last, text.tokens.size() * 88 / 100);
