@@ -1,5 +1,5 @@
 cmake_minimum_required(VERSION 3.25)
-# cmake -DCOMPILER=... -DSOURCE=... -DINCLUDE=... -DPRECOMPILED=... -DOBJECT=... -P check.cmake
+# cmake -DCOMPILER=... -DCOMMAND_LINE=... -DSOURCE=... -DOBJECT=... -P check.cmake
 
 cmake_path(GET SOURCE STEM name)
 file(STRINGS "${SOURCE}" lines LIMIT_COUNT 2)
@@ -22,13 +22,9 @@ endif()
 
 # A whole compilation, not -fsyntax-only: static_asserts in function bodies are found when templates are instantiated.
 # English diagnostics whatever the user's language; the paths of the sources stay out of what is matched.
-set(first_include "")
-if(PRECOMPILED)
-  set(first_include -include "${PRECOMPILED}")
-endif()
 execute_process(
   COMMAND "${CMAKE_COMMAND}" -E env LC_ALL=C
-    "${COMPILER}" -std=c++20 -Wall -Wextra ${first_include} -I "${INCLUDE}" ${flags} -c "${SOURCE}" -o "${OBJECT}"
+    "${COMPILER}" ${COMMAND_LINE} ${flags} -c "${SOURCE}" -o "${OBJECT}"
   RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
 
 if(expected STREQUAL "")
