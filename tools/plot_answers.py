@@ -17,8 +17,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# The line that begins so stands before the table of a picture.
-HEADINGS = {"answers": "About 2,000 tokens", "later": "First figures: 10 texts a task"}
 # Okabe and Ito's colours, which everybody can tell apart, darkened for text; how far each label is moved up, in per cent.
 LINES = {
     "model-wide:window=16": ("model-wide (ours)", "#B0508F", 3),
@@ -41,8 +39,8 @@ def read(path, heading):
 
 
 def per_cent(cell):
-    """(right, lower, upper) of "61 (51-71)"."""
-    return [int(number) for number in re.fullmatch(r"\**(\d+)\** \((\d+)-(\d+)\)", cell).groups()]
+    """61 of "61 (51-71)"."""
+    return int(re.match(r"\d+", cell)[0])
 
 
 def save(figure, out):
@@ -58,7 +56,7 @@ def draw_answers(columns, table, out):
     missing = [name for name in LINES if name not in table]
     if missing:
         sys.exit(f"plot_answers: there is no row of {', '.join(missing)}")
-    answers = {name: [per_cent(cell)[0] for cell in table[name]] for name in LINES}
+    answers = {name: [per_cent(cell) for cell in table[name]] for name in LINES}
     figure, axes = plt.subplots(figsize=(7.2, 3.4), facecolor="white")
     for name, (label, colour, up) in LINES.items():
         axes.plot(shares, answers[name], color=colour, marker="o", markersize=4, linewidth=2)
@@ -79,15 +77,15 @@ def draw_answers(columns, table, out):
 
 def draw_later(columns, table, out):
     """A row a method, a panel a task: what it answers of a quarter of the cache, and of a half."""
-    names = sorted(table, key=lambda name: per_cent(table[name][0])[0])
+    names = sorted(table, key=lambda name: per_cent(table[name][0]))
     tasks = [match[1] for match in (re.match(r"`([\w-]+)`:", column) for column in columns) if match]
     figure, panels = plt.subplots(1, len(tasks), figsize=(7.2, 0.27 * len(names) + 1.1), sharey=True, facecolor="white")
     for i, (task, axes) in enumerate(zip(tasks, panels)):
         for row, name in enumerate(names):
             quarter, half = (per_cent(cell) for cell in table[name][2 * i : 2 * i + 2])
-            axes.plot([quarter[0], half[0]], [row, row], color="#BBBBBB", linewidth=2, zorder=1)
-            axes.scatter(quarter[0], row, color="#0072B2", s=34, zorder=2, label="25 % kept" if row == 0 else None)
-            axes.scatter(half[0], row, color="#D55E00", s=34, zorder=2, label="50 % kept" if row == 0 else None)
+            axes.plot([quarter, half], [row, row], color="#BBBBBB", linewidth=2, zorder=1)
+            axes.scatter(quarter, row, color="#0072B2", s=34, zorder=2, label="25 % kept" if row == 0 else None)
+            axes.scatter(half, row, color="#D55E00", s=34, zorder=2, label="50 % kept" if row == 0 else None)
         axes.set_title(task, fontsize=11)
         axes.set_xlim(-3, 103)
         axes.set_xticks(range(0, 101, 25), [f"{part} %" for part in range(0, 101, 25)])
@@ -100,16 +98,23 @@ def draw_later(columns, table, out):
     save(figure, out)
 
 
+# How each picture is drawn, and how the line begins that stands before its table.
+PICTURES = {
+    "answers": (draw_answers, "About 2,000 tokens"),
+    "later": (draw_later, "First figures: 10 texts a task"),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=pathlib.Path, help="docs/evaluation-tables.md")
-    parser.add_argument("picture", choices=HEADINGS)
+    parser.add_argument("picture", choices=PICTURES)
     parser.add_argument("out", type=pathlib.Path, help="the picture: .svg, .png or .pdf")
     arguments = parser.parse_args()
     # Text stays text, and the background is white: legible on a dark page too. No date and no random ids: the same bytes.
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "answers", "font.family": "sans-serif", "font.size": 11})
-    draw = {"answers": draw_answers, "later": draw_later}[arguments.picture]
-    draw(*read(arguments.tables, HEADINGS[arguments.picture]), arguments.out)
+    draw, heading = PICTURES[arguments.picture]
+    draw(*read(arguments.tables, heading), arguments.out)
 
 
 if __name__ == "__main__":
